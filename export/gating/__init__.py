@@ -1,0 +1,41 @@
+"""The gating ops of the moedge domain, one file each."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any, Protocol
+
+from ...errors import CheckpointError
+
+
+class Gate(Protocol):
+    """What a gate's module offers."""
+
+    OP: str
+    ATTRIBUTES: tuple[str, ...]
+    FUNCTION: str  # the body in standard ops, as ONNX text
+
+    def find_fault(self, attributes: dict[str, int | float], num_experts: int) -> str | None:
+        """What contradicts itself in the attributes, with both figures; None when nothing does."""
+
+    def reference(self, logits: Any, *inputs: Any, **attributes: Any) -> tuple[Any, Any]:
+        """numpy: (experts int64 [tokens, top_k], weights float32 [tokens, top_k])."""
+
+
+def list_gates() -> dict[str, Gate]:
+    """Every gate by the name of its op."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    gates = (importlib.import_module(f".{name}", __name__) for name in names)
+    return {gate.OP: gate for gate in gates}
+
+
+def check_gate(op: str, attributes: dict[str, int | float], num_experts: int, *, where: str) -> None:
+    """Refuse attributes that contradict each other.
+
+    Raises:
+        CheckpointError: says which two figures contradict.
+    """
+    fault = list_gates()[op].find_fault(attributes, num_experts)
+    if fault:
+        raise CheckpointError(f"{where}: {fault}; correct config.json")

@@ -1,0 +1,105 @@
+"""`moedge.SigmoidTopKGate`: DeepSeek-V3's `noaux_tc` routing (arXiv:2412.19437, section 2.1.2).
+
+Scores are sigmoids of the logits. Experts are chosen by score + correction bias within the `topk_group` best of
+`n_group` groups, a group counting as the sum of its two best; weights come from the plain scores. As in
+transformers' `DeepseekV3TopkRouter`, experts outside the chosen groups stand at 0 and not at minus infinity, so a
+bias that makes every chosen-group score negative lets them in; ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+OP = "SigmoidTopKGate"
+ATTRIBUTES = ("top_k", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+
+# logits float32 [T, E], bias float32 [E] -> experts int64 [T, k], weights float32 [T, k]
+FUNCTION = """
+<domain: "moedge", opset_import: ["" : 24]>
+SigmoidTopKGate <top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor> (logits, bias) => (experts, weights)
+{
+    flat = Constant <value_ints = [-1]> ()
+    zero = Constant <value_float = 0.0> ()
+    k_scalar = Constant <value_int: int = @top_k> ()
+    k = Reshape (k_scalar, flat)
+    groups_scalar = Constant <value_int: int = @n_group> ()
+    groups = Reshape (groups_scalar, flat)
+    kept_scalar = Constant <value_int: int = @topk_group> ()
+    kept = Reshape (kept_scalar, flat)
+    scores = Sigmoid (logits)
+    choice = Add (scores, bias)
+    same_tokens = Constant <value_ints = [0]> ()
+    grouped_shape = Concat <axis = 0> (same_tokens, groups, flat)
+    grouped = Reshape (choice, grouped_shape)
+    group_size = Shape <start = 2, end = 3> (grouped)
+    two = Constant <value_ints = [2]> ()
+    best = Min (group_size, two)
+    best_scores, best_index = TopK <axis = -1> (grouped, best)
+    last = Constant <value_ints = [2]> ()
+    group_scores = ReduceSum <keepdims = 0> (best_scores, last)
+    kept_scores, kept_index = TopK <axis = -1> (group_scores, kept)
+    group_shape = Shape (group_scores)
+    no_groups = ConstantOfShape <value = float[1] {0.0}> (group_shape)
+    kept_shape = Shape (kept_index)
+    ones = ConstantOfShape <value = float[1] {1.0}> (kept_shape)
+    mask = ScatterElements <axis = 1> (no_groups, kept_index, ones)
+    mask_column = Unsqueeze (mask, last)
+    in_kept_group = Greater (mask_column, zero)
+    masked = Where (in_kept_group, grouped, zero)
+    all_shape = Shape (logits)
+    candidates = Reshape (masked, all_shape)
+    chosen_scores, experts = TopK <axis = -1> (candidates, k)
+    picked = GatherElements <axis = 1> (scores, experts)
+    one = Constant <value_ints = [1]> ()
+    total = ReduceSum <keepdims = 1> (picked, one)
+    tiny = Constant <value_float = 1e-20> ()
+    denominator = Add (total, tiny)
+    shares = Div (picked, denominator)
+    normalize_int = Constant <value_int: int = @norm_topk_prob> ()
+    normalize = Cast <to = 9> (normalize_int)
+    plain = Where (normalize, shares, picked)
+    factor = Constant <value_float: float = @routed_scaling_factor> ()
+    weights = Mul (plain, factor)
+}
+"""
+
+
+def find_fault(attributes: dict[str, int | float], num_experts: int) -> str | None:
+    top_k, groups, kept = attributes["top_k"], attributes["n_group"], attributes["topk_group"]
+    if top_k > num_experts:
+        return f"num_experts_per_tok {top_k} exceeds the {num_experts} experts"
+    if num_experts % groups:
+        return f"n_group {groups} does not divide the {num_experts} experts"
+    if kept > groups:
+        return f"topk_group {kept} exceeds n_group {groups}"
+    if kept * (num_experts // groups) < top_k:
+        return f"{kept} groups of {num_experts // groups} experts hold fewer than num_experts_per_tok {top_k}"
+    return None
+
+
+def reference(
+    logits: Any,
+    bias: Any,
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: int,
+    routed_scaling_factor: float,
+) -> tuple[Any, Any]:
+    """numpy: logits float32 [T, E], bias float32 [E] -> (experts int64 [T, k], weights float32 [T, k])."""
+    tokens, num_experts = logits.shape
+    scores = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+    grouped = (scores + bias).reshape(tokens, n_group, num_experts // n_group)
+    best = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
+    kept = np.argsort(-best, axis=-1, kind="stable")[:, :topk_group]
+    mask = np.zeros((tokens, n_group), bool)
+    np.put_along_axis(mask, kept, True, axis=1)
+    candidates = np.where(mask[..., None], grouped, np.float32(0)).reshape(tokens, num_experts)
+    experts = np.argsort(-candidates, axis=-1, kind="stable")[:, :top_k]
+    weights = np.take_along_axis(scores, experts, axis=1)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + np.float32(1e-20))
+    return experts.astype(np.int64), (weights * np.float32(routed_scaling_factor)).astype(np.float32)

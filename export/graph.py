@@ -1,0 +1,245 @@
+"""The canonical graph: one decoder, written once, whose shape follows `MoEConfig`.
+
+T = tokens (batch x sequence), H = hidden size. Everything per token is flat [T, ...]; only attention looks at the
+batch. Weights are external initializers in weights.bin.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from ..bundle import WEIGHTS
+from .config import MoEConfig
+from .functions import DOMAIN, FUNCTIONS, OPSET, VERSION
+from .gating import list_gates
+from .layout import Layout, Slot
+
+IR_VERSION = 11
+_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "uint8": ir.DataType.UINT8,
+    "uint4": ir.DataType.UINT4,
+}
+
+
+def build_canonical_graph(config: MoEConfig, layout: Layout, base_dir: Path) -> ir.Model:
+    """The canonical model; `base_dir` holds weights.bin (it need not exist yet)."""
+    return _GraphBuilder(config, layout, base_dir).build()
+
+
+class _GraphBuilder:
+    def __init__(self, config: MoEConfig, layout: Layout, base_dir: Path) -> None:
+        self.config = config
+        self.layout = layout
+        self.base_dir = base_dir
+        self.tape = ir.tape.Tape()
+        self.initializers: dict[str, ir.Value] = {}
+
+    def build(self) -> ir.Model:
+        config = self.config
+        input_ids = ir.val("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+        positions = self.call("Positions", [input_ids], name="positions")
+        inv_freq = self.constant("rope.inv_freq", np.array(config.rope.inv_freq, np.float32))
+        factor = {"attention_factor": float(config.rope.attention_factor)}
+        cos, sin = self.call_many("RotaryAngles", [positions, inv_freq], 2, factor, names=["rope.cos", "rope.sin"])
+        tokens = self.op("Reshape", [input_ids, self.ints("shape.flat", [-1])])
+        x = self.hidden(self.embed(tokens))
+        for layer in range(config.num_hidden_layers):
+            x = self.decoder_layer(layer, x, cos, sin)
+        logits = self.linear(self.norm(x, "final_norm.weight"), self.head_name())
+        batch_sequence = self.op("Shape", [input_ids])
+        shape = self.op("Concat", [batch_sequence, self.ints("shape.vocab", [config.vocab_size])], axis=0)
+        logits = self.op("Reshape", [logits, shape], name="logits")
+        logits.dtype = ir.DataType.FLOAT
+        logits.shape = ir.Shape(["batch", "sequence", config.vocab_size])
+        return self.finish([input_ids], [logits])
+
+    def finish(self, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
+        graph = ir.Graph(
+            inputs,
+            outputs,
+            nodes=self.tape.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET, DOMAIN: VERSION},
+            name=self.config.family,
+        )
+        used = {node.op_type for node in graph if node.domain == DOMAIN}
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="moedge", functions=load_functions(used))
+        return model
+
+    def head_name(self) -> str:
+        return "embed.weight" if self.config.tie_word_embeddings else "head.weight"
+
+    # layers
+
+    def decoder_layer(self, layer: int, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+        """x [T, H] -> [T, H], named layers.N.output, which is where the parity check cuts the graph."""
+        prefix = f"layers.{layer}"
+        attended = self.latent_attention(f"{prefix}.attn", self.norm(x, f"{prefix}.attn_norm.weight"), cos, sin)
+        x = self.op("Add", [x, attended], name=f"{prefix}.attn.output")
+        h = self.norm(x, f"{prefix}.mlp_norm.weight")
+        if layer in self.config.moe.layers:
+            mlp = self.mixture(prefix, h)
+        else:
+            mlp = self.gated_mlp(f"{prefix}.mlp", h)
+        return self.hidden(self.op("Add", [x, mlp], name=f"{prefix}.output"))
+
+    def hidden(self, x: ir.Value) -> ir.Value:
+        """Type a value between layers: the parity check makes graph inputs of these."""
+        x.dtype, x.shape = ir.DataType.FLOAT, ir.Shape(["tokens", self.config.hidden_size])
+        return x
+
+    def latent_attention(self, prefix: str, h: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+        attention = self.config.attention
+        if attention.q_lora_rank is None:
+            q = self.linear(h, f"{prefix}.q.weight")
+        else:
+            q_a = self.linear(h, f"{prefix}.q_a.weight", bias=f"{prefix}.q_a.bias")
+            q_a = self.norm(q_a, f"{prefix}.q_a_norm.weight", attention.lora_norm_eps)
+            q = self.linear(q_a, f"{prefix}.q_b.weight")
+        kv_a = self.linear(h, f"{prefix}.kv_a.weight", bias=f"{prefix}.kv_a.bias")
+        sizes = self.ints("split.kv_a", [attention.kv_lora_rank, attention.qk_rope_head_dim])
+        latent, k_rope = self.op_many("Split", [kv_a, sizes], 2, axis=-1)
+        latent = self.norm(latent, f"{prefix}.kv_a_norm.weight", attention.lora_norm_eps)
+        attributes = {
+            "num_heads": attention.num_heads,
+            "qk_nope_head_dim": attention.qk_nope_head_dim,
+            "qk_rope_head_dim": attention.qk_rope_head_dim,
+            "v_head_dim": attention.v_head_dim,
+            "kv_lora_rank": attention.kv_lora_rank,
+            "scale": float(attention.scale),
+            "interleaved": int(self.config.rope.interleaved),
+        }
+        k_up, v_up = self.weight(f"{prefix}.k_up.weight"), self.weight(f"{prefix}.v_up.weight")
+        inputs = [q, latent, k_rope, cos, sin, k_up, v_up]
+        attended = self.call("LatentAttention", inputs, attributes, name=prefix)
+        return self.linear(attended, f"{prefix}.o.weight", bias=f"{prefix}.o.bias")
+
+    def gated_mlp(self, prefix: str, h: ir.Value) -> ir.Value:
+        gate_up = self.linear(h, f"{prefix}.gate_up.weight")
+        return self.linear(self.call("SwiGLU", [gate_up]), f"{prefix}.down.weight")
+
+    def mixture(self, prefix: str, h: ir.Value) -> ir.Value:
+        gate = self.config.moe.gate
+        logits = self.linear(h, f"{prefix}.router.weight")
+        inputs = [logits, self.weight(f"{prefix}.router.bias")] if gate.bias else [logits]
+        names = [f"{prefix}.gate.experts", f"{prefix}.gate.weights"]
+        experts, weights = self.call_many(gate.op, inputs, 2, gate.attributes, names=names)
+        stacks = [self.weight(f"{prefix}.experts.gate_up.weight"), self.weight(f"{prefix}.experts.down.weight")]
+        y = self.call("Experts", [h, experts, weights, *stacks], name=f"{prefix}.experts")
+        if f"{prefix}.shared.down.weight" in self.layout:
+            y = self.op("Add", [y, self.gated_mlp(f"{prefix}.shared", h)])
+        return y
+
+    # weights
+
+    def linear(self, x: ir.Value, name: str, bias: str | None = None) -> ir.Value:
+        """x [T, in] times the transpose of a weight [out, in], plus a bias where the checkpoint has one."""
+        y = self.op("MatMul", [x, self.op("Transpose", [self.weight(name)], perm=[1, 0])])
+        if bias is not None and bias in self.layout:
+            y = self.op("Add", [y, self.weight(bias)])
+        return y
+
+    def norm(self, x: ir.Value, name: str, epsilon: float | None = None) -> ir.Value:
+        epsilon = self.config.rms_norm_eps if epsilon is None else epsilon
+        return self.op("RMSNormalization", [x, self.weight(name)], axis=-1, epsilon=float(epsilon))
+
+    def weight(self, name: str) -> ir.Value:
+        """A canonical tensor in float32, dequantized or cast where it is stored otherwise."""
+        stored = self.layout[name]
+        data = self.external(stored.data)
+        if stored.scales is not None and stored.zero_points is not None:
+            inputs = [data, self.external(stored.scales), self.external(stored.zero_points)]
+            axis = len(stored.data.shape) - 1
+            return self.op("DequantizeLinear", inputs, axis=axis, block_size=stored.group_size)
+        if stored.data.dtype == "float16":
+            return self.op("Cast", [data], to=int(ir.DataType.FLOAT))
+        return data
+
+    def embed(self, tokens: ir.Value) -> ir.Value:
+        """Rows of the table; a quantized one is dequantized after the look-up, not before."""
+        stored = self.layout["embed.weight"]
+        rows = self.op("Gather", [self.external(stored.data), tokens], axis=0)
+        if stored.scales is not None and stored.zero_points is not None:
+            scales = self.op("Gather", [self.external(stored.scales), tokens], axis=0)
+            zero_points = self.op("Gather", [self.external(stored.zero_points), tokens], axis=0)
+            inputs = [rows, scales, zero_points]
+            return self.op("DequantizeLinear", inputs, axis=1, block_size=stored.group_size, name="embed.output")
+        if stored.data.dtype == "float16":
+            return self.op("Cast", [rows], to=int(ir.DataType.FLOAT), name="embed.output")
+        rows.name = "embed.output"
+        return rows
+
+    def external(self, slot: Slot) -> ir.Value:
+        if slot.name not in self.initializers:
+            shape = ir.Shape(slot.shape)
+            tensor = ir.ExternalTensor(
+                WEIGHTS,
+                slot.offset,
+                slot.nbytes,
+                _DTYPES[slot.dtype],
+                shape=shape,
+                name=slot.name,
+                base_dir=self.base_dir,
+            )
+            self.initializers[slot.name] = ir.Value(
+                name=slot.name, shape=shape, type=ir.TensorType(_DTYPES[slot.dtype]), const_value=tensor
+            )
+        return self.initializers[slot.name]
+
+    def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+        if name not in self.initializers:
+            tensor = ir.tensor(array, name=name)
+            self.initializers[name] = ir.Value(
+                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self.initializers[name]
+
+    def ints(self, name: str, values: list[int]) -> ir.Value:
+        return self.constant(name, np.array(values, np.int64))
+
+    # nodes
+
+    def op(self, kind: str, inputs: list[ir.Value], *, name: str | None = None, **attributes: Any) -> ir.Value:
+        value = self.tape.op(kind, inputs, attributes)
+        if name is not None:
+            value.name = name
+        return value
+
+    def op_many(self, kind: str, inputs: list[ir.Value], outputs: int, **attributes: Any) -> list[ir.Value]:
+        return list(self.tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs))
+
+    def call(
+        self, kind: str, inputs: list[ir.Value], attributes: dict[str, Any] | None = None, name: str | None = None
+    ) -> ir.Value:
+        value = self.tape.op(kind, inputs, attributes, domain=DOMAIN, version=VERSION, name=name)
+        if name is not None:
+            value.name = name
+        return value
+
+    def call_many(
+        self, kind: str, inputs: list[ir.Value], outputs: int, attributes: dict[str, Any], *, names: list[str]
+    ) -> list[ir.Value]:
+        values = self.tape.op_multi_out(
+            kind, inputs, attributes, num_outputs=outputs, domain=DOMAIN, version=VERSION, name=names[0]
+        )
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+        return list(values)
+
+
+def load_functions(names: set[str]) -> list[ir.Function]:
+    """The bodies of moedge functions, gates included."""
+    texts = {**FUNCTIONS, **{op: gate.FUNCTION for op, gate in list_gates().items()}}
+    return [ir.serde.deserialize_function(onnx.parser.parse_function(texts[name])) for name in sorted(names)]
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write a model whose weights are external already; the tensors themselves are not read."""
+    path.write_bytes(ir.to_proto(model).SerializeToString())

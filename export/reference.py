@@ -1,0 +1,122 @@
+"""The decoder in plain numpy, one layer at a time: what the canonical graph is compared with at every export.
+
+Written from the papers and apart from the graph: latent attention in its expanded form, experts one token at a
+time, nothing shared with `functions.py`. T = tokens of one sequence, H = hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .config import MoEConfig
+from .gating import list_gates
+
+Array = np.ndarray[Any, Any]
+Weights = Callable[[str], Array]
+
+
+def embed_tokens(weights: Weights, tokens: Array) -> Array:
+    """int64 [T] -> float32 [T, H]."""
+    rows: Array = weights("embed.weight")[tokens]
+    return rows
+
+
+def run_layer(config: MoEConfig, weights: Weights, layer: int, x: Array) -> Array:
+    """One decoder layer over a whole sequence from position 0: float32 [T, H] -> [T, H]."""
+    prefix = f"layers.{layer}"
+    h = rms_norm(x, weights(f"{prefix}.attn_norm.weight"), config.rms_norm_eps)
+    x = x + latent_attention(config, weights, f"{prefix}.attn", h)
+    h = rms_norm(x, weights(f"{prefix}.mlp_norm.weight"), config.rms_norm_eps)
+    if layer not in config.moe.layers:
+        return x + gated_mlp(weights, f"{prefix}.mlp", h)
+    y = mixture(config, weights, prefix, h)
+    if config.moe.shared_intermediate_size:
+        y = y + gated_mlp(weights, f"{prefix}.shared", h)
+    return x + y
+
+
+def run_head(config: MoEConfig, weights: Weights, x: Array) -> Array:
+    """float32 [T, H] -> logits [T, vocab]."""
+    name = "embed.weight" if config.tie_word_embeddings else "head.weight"
+    return rms_norm(x, weights("final_norm.weight"), config.rms_norm_eps) @ weights(name).T
+
+
+def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
+    """Zhang & Sennrich 2019 (arXiv:1910.07467)."""
+    scaled: Array = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(epsilon))
+    return scaled * weight
+
+
+def silu(x: Array) -> Array:
+    y: Array = x / (1 + np.exp(-np.clip(x, -80, None)))
+    return y
+
+
+def gated_mlp(weights: Weights, prefix: str, h: Array) -> Array:
+    gate, up = np.split(h @ weights(f"{prefix}.gate_up.weight").T, 2, axis=-1)
+    y: Array = (silu(gate) * up) @ weights(f"{prefix}.down.weight").T
+    return y
+
+
+def mixture(config: MoEConfig, weights: Weights, prefix: str, h: Array) -> Array:
+    """Each token through its own experts, one after the other."""
+    gate = config.moe.gate
+    inputs = [weights(f"{prefix}.router.bias")] if gate.bias else []
+    logits = h @ weights(f"{prefix}.router.weight").T
+    experts, shares = list_gates()[gate.op].reference(logits, *inputs, **gate.attributes)
+    gate_up, down = weights(f"{prefix}.experts.gate_up.weight"), weights(f"{prefix}.experts.down.weight")
+    y = np.zeros_like(h)
+    for expert in range(config.moe.num_experts):
+        tokens, choice = np.nonzero(experts == expert)
+        if len(tokens):
+            both = h[tokens] @ gate_up[expert].T
+            output = (silu(both[:, 0::2]) * both[:, 1::2]) @ down[expert].T
+            y[tokens] += shares[tokens, choice, None] * output
+    return y
+
+
+def latent_attention(config: MoEConfig, weights: Weights, prefix: str, h: Array) -> Array:
+    """DeepSeek-V2's attention (arXiv:2405.04434, section 2.1), keys and values expanded by head."""
+    attention = config.attention
+    tokens, heads, nope = len(h), attention.num_heads, attention.qk_nope_head_dim
+    if attention.q_lora_rank is None:
+        q = h @ weights(f"{prefix}.q.weight").T
+    else:
+        q_a = _linear(config, weights, f"{prefix}.q_a", h)
+        q = rms_norm(q_a, weights(f"{prefix}.q_a_norm.weight"), attention.lora_norm_eps)
+        q = q @ weights(f"{prefix}.q_b.weight").T
+    q = q.reshape(tokens, heads, attention.qk_head_dim)
+    kv_a = _linear(config, weights, f"{prefix}.kv_a", h)
+    latent = rms_norm(
+        kv_a[:, : attention.kv_lora_rank], weights(f"{prefix}.kv_a_norm.weight"), attention.lora_norm_eps
+    )
+    k_rope = rotate(config, kv_a[:, attention.kv_lora_rank :])
+    causal = np.tril(np.ones((tokens, tokens), bool))
+    k_up, v_up = weights(f"{prefix}.k_up.weight"), weights(f"{prefix}.v_up.weight")
+    outputs = []
+    for head in range(heads):
+        query = np.concatenate([q[:, head, :nope], rotate(config, q[:, head, nope:])], axis=-1)
+        key = np.concatenate([latent @ k_up[head].T, k_rope], axis=-1)
+        scores = np.where(causal, query @ key.T * np.float32(attention.scale), -np.inf)
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        outputs.append(scores / scores.sum(axis=-1, keepdims=True) @ (latent @ v_up[head].T))
+    return _linear(config, weights, f"{prefix}.o", np.concatenate(outputs, axis=-1).astype(np.float32))
+
+
+def _linear(config: MoEConfig, weights: Weights, name: str, x: Array) -> Array:
+    y: Array = x @ weights(f"{name}.weight").T
+    return y + weights(f"{name}.bias") if config.attention.bias else y
+
+
+def rotate(config: MoEConfig, x: Array) -> Array:
+    """Rotary embedding at positions 0 to T-1 of x [T, dim]; pairs are neighbours or halves."""
+    rope = config.rope
+    angles = np.arange(len(x), dtype=np.float32)[:, None] * np.array(rope.inv_freq, np.float32)
+    cos, sin = np.cos(angles) * np.float32(rope.attention_factor), np.sin(angles) * np.float32(rope.attention_factor)
+    first, second = (x[:, 0::2], x[:, 1::2]) if rope.interleaved else np.split(x, 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    # Which order the pairs end in does not matter as long as queries and keys agree.
+    return np.concatenate(rotated, axis=-1)
