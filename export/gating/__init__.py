@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ...errors import CheckpointError
+
+
+class GraphBuilder(Protocol):
+    """What a gate needs of a target to build itself from standard ops; values are the target's own."""
+
+    def op(self, kind: str, inputs: Sequence[Any], **attributes: Any) -> Any:
+        """A node of one output."""
+
+    def ops(self, kind: str, inputs: Sequence[Any], outputs: int, **attributes: Any) -> list[Any]:
+        """A node of several outputs."""
+
+    def constant(self, name: str, array: Any) -> Any:
+        """A constant, made once for a name."""
+
+    def ints(self, *values: int) -> Any:
+        """A constant int64 [n]."""
 
 
 class Gate(Protocol):
@@ -21,6 +38,9 @@ class Gate(Protocol):
 
     def reference(self, logits: Any, *inputs: Any, **attributes: Any) -> tuple[Any, Any]:
         """numpy: (experts int64 [tokens, top_k], weights float32 [tokens, top_k])."""
+
+    def lower(self, build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, Any]:
+        """The values of experts and weights, in as few standard ops as the attributes need."""
 
 
 def list_gates() -> dict[str, Gate]:

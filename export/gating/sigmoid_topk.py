@@ -8,9 +8,12 @@ bias that makes every chosen-group score negative lets them in; ties go to the l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from . import GraphBuilder
 
 OP = "SigmoidTopKGate"
 ATTRIBUTES = ("top_k", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
@@ -103,3 +106,40 @@ def reference(
     if norm_topk_prob:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + np.float32(1e-20))
     return experts.astype(np.int64), (weights * np.float32(routed_scaling_factor)).astype(np.float32)
+
+
+def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, Any]:
+    """The same gate in as few standard ops as its attributes need: no group ops where every group is kept.
+
+    `inputs`: the values of logits [T, E] and bias [E]. Returns those of experts int64 [T, k] and weights float32 [T, k].
+    """
+    logits, bias = inputs
+    op = build.op
+    scores = op("Sigmoid", [logits])
+    choice = op("Add", [scores, bias])
+    if attributes["topk_group"] < attributes["n_group"]:
+        choice = _mask_groups(build, choice, logits, attributes)
+    _, experts = build.ops("TopK", [choice, build.ints(attributes["top_k"])], 2, axis=-1)
+    weights = op("GatherElements", [scores, experts], axis=1)
+    if attributes["norm_topk_prob"]:
+        total = op("ReduceSum", [weights, build.ints(1)], keepdims=1)
+        weights = op("Div", [weights, op("Add", [total, build.constant("gate.tiny", np.array(1e-20, np.float32))])])
+    factor = attributes["routed_scaling_factor"]
+    if factor != 1:
+        weights = op("Mul", [weights, build.constant(f"gate.factor.{factor}", np.array(factor, np.float32))])
+    return experts, weights
+
+
+def _mask_groups(build: GraphBuilder, choice: Any, logits: Any, attributes: dict[str, Any]) -> Any:
+    """choice [T, E] with 0 outside the `topk_group` best groups."""
+    op, groups, kept = build.op, attributes["n_group"], attributes["topk_group"]
+    grouped = op("Reshape", [choice, build.ints(0, groups, -1)])
+    size = op("Min", [op("Shape", [grouped], start=2, end=3), build.ints(2)])
+    best, _ = build.ops("TopK", [grouped, size], 2, axis=-1)
+    group_scores = op("ReduceSum", [best, build.ints(2)], keepdims=0)
+    _, kept_index = build.ops("TopK", [group_scores, build.ints(kept)], 2, axis=-1)
+    zero, one = (build.constant(f"float.{number}", np.array(number, np.float32)) for number in (0, 1))
+    none, all_kept = op("Expand", [zero, op("Shape", [group_scores])]), op("Expand", [one, op("Shape", [kept_index])])
+    mask = op("ScatterElements", [none, kept_index, all_kept], axis=1)
+    inside = op("Greater", [op("Unsqueeze", [mask, build.ints(2)]), zero])
+    return op("Reshape", [op("Where", [inside, grouped, zero]), op("Shape", [logits])])

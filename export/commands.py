@@ -1,0 +1,77 @@
+"""`moedge export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ..bundle import MANIFEST, Bundle
+from ..progress import console_progress
+from .layout import WEIGHTS_CHOICES
+from .pipeline import export_checkpoint
+from .quantization import ALGORITHMS, GROUP_SIZES
+
+
+@click.command("export")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, metavar="BUNDLE", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--weights", type=click.Choice(WEIGHTS_CHOICES), default="int4", show_default=True)
+@click.option(
+    "--group-size",
+    type=click.Choice([str(size) for size in sorted(GROUP_SIZES)]),
+    default="128",
+    show_default=True,
+    help="Input channels that share a scale; the largest that divides is used, up to this.",
+)
+@click.option("--algorithm", type=click.Choice(ALGORITHMS), default="rtn", show_default=True)
+@click.option("--no-verify", is_flag=True, help="Skip the parity check.")
+@click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
+@click.option("--json", "as_json", is_flag=True, help="The manifest on stdout.")
+def export_command(
+    source: Path,
+    output: Path,
+    weights: str,
+    group_size: str,
+    algorithm: str,
+    no_verify: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Checkpoint folder to bundle.
+
+    SOURCE is a Hugging Face checkpoint folder: config.json and safetensors.
+    """
+    with console_progress() as progress:
+        bundle = export_checkpoint(
+            source,
+            output,
+            weights=weights,
+            group_size=int(group_size),
+            algorithm=algorithm,
+            verify=not no_verify,
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(bundle.manifest, indent=1))
+    else:
+        click.echo(_summary(bundle, output))
+
+
+def _summary(bundle: Bundle, output: Path) -> str:
+    manifest = bundle.manifest
+    model, quantization = manifest["model"], manifest["quantization"]
+    total = sum(manifest["sizes"].values())
+    verified = "parity checked" if manifest["provenance"]["verified"] else "not checked"
+    lines = [
+        f"{model['name']} ({model['family']}): {model['parameters'] / 1e6:.1f}M parameters, "
+        f"{model['active_parameters'] / 1e6:.1f}M active, {quantization['weights']}, {total / 2**20:.1f} MiB, {verified}"
+    ]
+    for role, entry in quantization["classes"].items():
+        if "relative_error" in entry:
+            error = 100 * entry["relative_error"]
+            lines.append(f"  {role}: {entry['dtype']}, group {entry['group_size']}, relative error {error:.2f}%")
+    lines += [f"  note: {note}" for note in manifest["provenance"]["notes"]]
+    return "\n".join([*lines, f"written: {output / MANIFEST}"])

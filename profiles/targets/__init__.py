@@ -1,0 +1,52 @@
+"""One file per target: what turns a canonical bundle into an engine for one backend."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...bundle import Bundle, Progress
+from ...errors import BuildError
+from ..device import DeviceProfile
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build: a bundle's model for a device, with room for `max_batch` sequences of `max_seq_len` tokens."""
+
+    bundle: Bundle
+    device: DeviceProfile
+    max_batch: int
+    max_seq_len: int
+
+
+class Target(Protocol):
+    """What a target's module offers."""
+
+    def build(self, request: BuildRequest, folder: Path, progress: Progress | None) -> dict[str, Any]:
+        """Write the engine's files into `folder` and return engine.json's own fields.
+
+        The fields: backend, backend_version, compute_capability, precision, status ("ready" or "prepared"), max_batch,
+        max_seq_len, cache [{name, width, dtype}], session {what this backend's session needs}.
+
+        Raises:
+            BuildError: this device or model is beyond the target, or its builder failed.
+        """
+
+
+def list_targets() -> list[str]:
+    """The names that a device profile may give as its target."""
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in modules if not name.startswith("_") and not name.startswith("tensorrt_network"))
+
+
+def find_target(name: str) -> Target:
+    """The module of a target; raises BuildError for an unknown one, listing the known."""
+    known = list_targets()
+    if name not in known:
+        raise BuildError(f"target {name!r} is not known; known: {', '.join(known)}")
+    target: Target = importlib.import_module(f".{name}", __name__)  # type: ignore[assignment]
+    return target

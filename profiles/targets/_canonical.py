@@ -1,0 +1,173 @@
+"""What every target does with a canonical graph: load it, see how its matrices are stored, replace its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...bundle import MODEL, Bundle
+from ...errors import BundleError
+from ...export.config import MoEConfig, moe_config_from_json
+from ...export.functions import DOMAIN
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How a weight [..., out, in] reaches the node that multiplies by it: codes with scales, or floating point."""
+
+    data: ir.Value
+    scales: ir.Value | None = None
+    zero_points: ir.Value | None = None
+    block_size: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        assert self.data.shape is not None
+        return tuple(int(dim) for dim in self.data.shape)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code; 0 for floating point."""
+        return {ir.DataType.UINT4: 4, ir.DataType.UINT8: 8}.get(self.data.dtype or ir.DataType.FLOAT, 0)
+
+    @property
+    def symmetric(self) -> bool:
+        """Its zero points are the constant middle that all symmetric matrices share."""
+        if self.zero_points is None or self.zero_points.const_value is None:
+            return True
+        tensor = self.zero_points.const_value
+        if not isinstance(tensor, ir.ExternalTensor) or tensor.length is None:
+            return False
+        middle = {4: 0x88, 8: 0x80}[self.bits]
+        return all(byte == middle for byte in tensor.tobytes())
+
+
+def load_canonical(bundle: Bundle) -> tuple[ir.Model, MoEConfig]:
+    """The canonical model, its tensors still external and unread, and the config it was made from."""
+    try:
+        model = ir.load(bundle.file(MODEL))
+        config = moe_config_from_json(bundle.config)
+    except Exception as cause:
+        raise BundleError(
+            f"{bundle.file(MODEL)}: cannot be loaded ({str(cause).splitlines()[0]}); export the bundle again"
+        ) from cause
+    return model, config
+
+
+def find_matrix(value: ir.Value | None) -> Matrix:
+    """The stored matrix behind a value: through DequantizeLinear or Cast to the initializer."""
+    assert value is not None
+    node = value.producer()
+    if node is None:
+        return Matrix(value)
+    source = node.inputs[0]
+    assert source is not None and source.producer() is None, f"{node.op_type} of {source} is no stored matrix"
+    if node.op_type == "Cast":
+        return Matrix(source)
+    assert node.op_type == "DequantizeLinear", f"{value} comes from {node.op_type}"
+    return Matrix(source, node.inputs[1], node.inputs[2], node.attributes["block_size"].as_int())
+
+
+def find_calls(model: ir.Model, kind: str) -> list[ir.Node]:
+    """Every call of a moedge function, in order."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == kind]
+
+
+def find_linears(model: ir.Model) -> list[ir.Node]:
+    """Every MatMul by a transposed stored matrix."""
+    linears = []
+    for node in model.graph:
+        if node.op_type == "MatMul" and node.domain == "" and node.inputs[1] is not None:
+            producer = node.inputs[1].producer()
+            if producer is not None and producer.op_type == "Transpose":
+                linears.append(node)
+    return linears
+
+
+def linear_matrix(node: ir.Node) -> Matrix:
+    """The stored matrix [out, in] of a node that `find_linears` gave."""
+    assert node.inputs[1] is not None
+    transpose = node.inputs[1].producer()
+    assert transpose is not None
+    return find_matrix(transpose.inputs[0])
+
+
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """A node's attributes as plain values."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+class Rewriter:
+    """Builds the nodes that take a call's place, and puts them there."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.tape = ir.tape.Tape()
+
+    def op(
+        self, kind: str, inputs: Sequence[ir.Value | None], *, domain: str = "", name: str | None = None, **attributes: Any
+    ) -> ir.Value:
+        """One node of one output, `name`d where given."""
+        value = self.tape.op(kind, inputs, attributes, domain=domain)
+        if name is not None:
+            value.name = name
+        return value
+
+    def ops(self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, **attributes: Any) -> list[ir.Value]:
+        return list(self.tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs))
+
+    def constant(self, name: str, array: Array) -> ir.Value:
+        """An initializer, made once for a name."""
+        existing = self.model.graph.initializers.get(name)
+        if existing is not None:
+            return existing
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.model.graph.register_initializer(value)
+        return value
+
+    def ints(self, *values: int) -> ir.Value:
+        """int64 [n]."""
+        name = "ints." + "_".join(str(value) for value in values)
+        return self.constant(name, np.array(values, np.int64))
+
+    def replace(self, node: ir.Node, new_outputs: Sequence[ir.Value]) -> None:
+        """Put the nodes made since the last replacement in `node`'s place."""
+        for old, new in zip(node.outputs, new_outputs, strict=True):
+            if new.name is None:
+                new.name = old.name
+        ir.convenience.replace_nodes_and_values(
+            self.model.graph, node, [node], self._take(), node.outputs, new_outputs
+        )
+
+    def prepend(self) -> None:
+        """Put the nodes made since the last replacement before all others."""
+        nodes = self._take()
+        first = next(iter(self.model.graph))
+        self.model.graph.insert_before(first, nodes)
+
+    def _take(self) -> list[ir.Node]:
+        nodes = list(self.tape.nodes)
+        self.tape = ir.tape.Tape()
+        return nodes
+
+
+def replace_each(rewriter: Rewriter, nodes: list[ir.Node], lower: Callable[[ir.Node], Sequence[ir.Value]]) -> None:
+    """Replace each node by what `lower` builds for it."""
+    for node in nodes:
+        rewriter.replace(node, lower(node))
+
+
+def finish_model(model: ir.Model, opsets: dict[str, int]) -> None:
+    """Drop what nothing uses any more and declare the operator sets that are used."""
+    from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
+    RemoveUnusedFunctionsPass()(model)
+    model.graph.opset_imports.update(opsets)

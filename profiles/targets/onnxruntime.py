@@ -1,0 +1,275 @@
+"""Target `onnxruntime`: the canonical graph lowered to what onnxruntime's CPU kernels do fast.
+
+Sequences are single (batch 1) and flat: S = new tokens, P = tokens in the cache, n = heads, r = kv_lora_rank,
+w = r + rope. The weights stay in the bundle's weights.bin; the lowered graph points at the same offsets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...bundle import MODEL, Progress
+from ...errors import BuildError, require
+from ...export.gating import list_gates
+from . import BuildRequest
+from ._canonical import (
+    Matrix,
+    Rewriter,
+    attributes_of,
+    find_calls,
+    find_linears,
+    find_matrix,
+    finish_model,
+    linear_matrix,
+    load_canonical,
+    replace_each,
+)
+
+MS = "com.microsoft"
+# int8 activations inside the product: three times the rate of the default for one token (docs/decisions.md).
+ACCURACY_LEVEL = 4
+
+
+def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dict[str, Any]:
+    """Write model.onnx into `folder`; the engine is this graph over the bundle's own weights."""
+    ort = require("onnxruntime", purpose="build an engine for it")
+    if request.max_batch != 1:
+        raise BuildError(f"max_batch {request.max_batch}: the onnxruntime engine runs one sequence; use --max-batch 1")
+    if progress is not None:
+        progress("lowering to onnxruntime", 0, 1)
+    model, config = load_canonical(request.bundle)
+    cache = lower(model, accuracy_level=ACCURACY_LEVEL)
+    (folder / MODEL).write_bytes(ir.to_proto(model).SerializeToString())
+    if progress is not None:
+        progress("lowering to onnxruntime", 1, 1)
+    quantization = request.bundle.manifest["quantization"]
+    return {
+        "backend": "onnxruntime",
+        "backend_version": ort.__version__,
+        "compute_capability": None,
+        "precision": f"{quantization['weights']} weights, fp32 activations",
+        "status": "ready",
+        "max_batch": 1,
+        "max_seq_len": request.max_seq_len,
+        "cache": [{"name": name, "width": width, "dtype": "float32"} for name, width in cache],
+        "session": {"moe_layers": list(config.moe.layers)},
+    }
+
+
+def lower(model: ir.Model, *, accuracy_level: int = ACCURACY_LEVEL) -> list[tuple[str, int]]:
+    """Rewrite a canonical model in place; returns (name, width) of each cache tensor.
+
+    Afterwards: inputs input_ids int64 [S], rows int64 [R], past.NAME float32 [P, width]; outputs logits float32
+    [R, vocab], new.NAME float32 [S, width], experts.LAYER int64 and weights.LAYER float32 [S, k].
+    """
+    lowering = _Lowering(model, accuracy_level)
+    lowering.lower_positions()
+    for call in find_calls(model, "LatentAttention"):
+        lowering.lower_latent_attention(call)
+    lowering.lower_gates()
+    replace_each(lowering.rewriter, find_calls(model, "Experts"), lowering.lower_experts)
+    replace_each(lowering.rewriter, find_linears(model), lowering.lower_linear)
+    lowering.lower_head()
+    finish_model(model, {MS: 1})
+    return lowering.cache
+
+
+class _Lowering:
+    def __init__(self, model: ir.Model, accuracy_level: int) -> None:
+        self.model = model
+        self.graph = model.graph
+        self.rewriter = Rewriter(model)
+        self.accuracy_level = accuracy_level
+        self.cache: list[tuple[str, int]] = []
+        self.mask: ir.Value | None = None
+        self.split_sizes: ir.Value | None = None
+
+    def lower_positions(self) -> None:
+        """Positions start behind the cache; the causal mask and the split of the scores are made once for all layers."""
+        op, ints = self.rewriter.op, self.rewriter.ints
+        tokens = ir.val("input_ids", ir.DataType.INT64, ["S"])
+        old = self.graph.inputs[0]
+        old.replace_all_uses_with(tokens)
+        self.graph.inputs[0] = tokens
+        (call,) = find_calls(self.model, "Positions")
+        attention = find_calls(self.model, "LatentAttention")[0]
+        past = self._past(attention)
+        length, new = op("Shape", [past], start=0, end=1), op("Shape", [tokens])
+        zero = self.rewriter.constant("int.0", np.array(0, np.int64))
+        one = self.rewriter.constant("int.1", np.array(1, np.int64))
+        steps = op("Range", [zero, op("Squeeze", [new, ints(0)]), one])
+        positions = op("Unsqueeze", [op("Add", [steps, length]), ints(0)])
+        ahead = op("Less", [op("Unsqueeze", [steps, ints(1)]), op("Unsqueeze", [steps, ints(0)])])
+        allowed = self.rewriter.constant("float.0", np.array(0, np.float32))
+        never = self.rewriter.constant("float.never", np.array(-np.inf, np.float32))
+        self.mask = op("Where", [ahead, never, allowed], name="causal_mask")
+        self.split_sizes = op("Concat", [length, new], axis=0, name="past_and_new")
+        self.rewriter.replace(call, [positions])
+
+    def _past(self, call: ir.Node) -> ir.Value:
+        """The cache input [P, w] of an attention call, made when first asked for."""
+        layer = _layer_of(call)
+        attributes = attributes_of(call)
+        width = attributes["kv_lora_rank"] + attributes["qk_rope_head_dim"]
+        name = f"latent.{layer}"
+        for value in self.graph.inputs:
+            if value.name == f"past.{name}":
+                return value
+        past = ir.val(f"past.{name}", ir.DataType.FLOAT, ["P", width])
+        self.graph.inputs.append(past)
+        self.cache.append((name, width))
+        return past
+
+    def lower_latent_attention(self, call: ir.Node) -> None:
+        """Absorbed form (arXiv:2405.04434, section 2.1.2): queries go to the latent's space, the cache is read as it is.
+
+        Scores of past and new tokens are computed apart and only the scores are joined, so that the past stays a view.
+        """
+        op, ops, ints = self.rewriter.op, self.rewriter.ops, self.rewriter.ints
+        q, latent, k_rope, cos, sin, k_up, v_up = call.inputs
+        a = attributes_of(call)
+        heads, nope, rope, rank = a["num_heads"], a["qk_nope_head_dim"], a["qk_rope_head_dim"], a["kv_lora_rank"]
+        past = self._past(call)
+        rotary = {"interleaved": a["interleaved"]}
+        rows = op("Reshape", [q, ints(1, -1, heads, nope + rope)])
+        by_head = op("Transpose", [rows], perm=[0, 2, 1, 3])
+        q_nope, q_rope = ops("Split", [by_head, ints(nope, rope)], 2, axis=3)
+        q_rope = op("RotaryEmbedding", [q_rope, cos, sin], **rotary)
+        query = op("Concat", [op("MatMul", [q_nope, k_up]), q_rope], axis=3)
+        query = op("Reshape", [query, ints(heads, -1, rank + rope)])
+        k_heads = op("Reshape", [k_rope, ints(1, 1, -1, rope)])
+        k_rope = op("Reshape", [op("RotaryEmbedding", [k_heads, cos, sin], **rotary), ints(-1, rope)])
+        new = op("Concat", [latent, k_rope], axis=1, name=f"new.latent.{_layer_of(call)}")
+        new.dtype, new.shape = ir.DataType.FLOAT, ir.Shape(["S", rank + rope])
+        self.graph.outputs.append(new)
+        product = {"domain": MS, "transB": 1, "alpha": float(a["scale"])}
+        past_scores = op("FusedMatMul", [query, past], **product)
+        new_scores = op("Add", [op("FusedMatMul", [query, new], **product), self.mask])
+        scores = op("Softmax", [op("Concat", [past_scores, new_scores], axis=2)], axis=2)
+        past_share, new_share = ops("Split", [scores, self.split_sizes], 2, axis=2)
+        mixed = op("Add", [op("MatMul", [past_share, past]), op("MatMul", [new_share, new])])
+        mixed = op("Slice", [mixed, ints(0), ints(rank), ints(2)])
+        values = op("FusedMatMul", [mixed, v_up], domain=MS, transB=1)
+        values = op("Transpose", [values], perm=[1, 0, 2])
+        y = op("Reshape", [values, ints(-1, heads * a["v_head_dim"])])
+        self.rewriter.replace(call, [y])
+
+    def lower_gates(self) -> None:
+        """Each gate in as few nodes as its attributes need; its choices become outputs of the graph."""
+        for kind, gate in list_gates().items():
+            for call in find_calls(self.model, kind):
+                layer = _layer_of(call)
+                experts, weights = gate.lower(self.rewriter, call.inputs, attributes_of(call))
+                choices = attributes_of(call)["top_k"]
+                experts.name, weights.name = f"experts.{layer}", f"weights.{layer}"
+                experts.dtype, experts.shape = ir.DataType.INT64, ir.Shape(["S", choices])
+                weights.dtype, weights.shape = ir.DataType.FLOAT, ir.Shape(["S", choices])
+                self.rewriter.replace(call, [experts, weights])
+                self.graph.outputs.extend([experts, weights])
+
+    def lower_experts(self, call: ir.Node) -> list[ir.Value]:
+        """`QMoE` for quantized experts; the function's own body otherwise."""
+        x, experts, weights = call.inputs[:3]
+        gate_up, down = find_matrix(call.inputs[3]), find_matrix(call.inputs[4])
+        op = self.rewriter.op
+        if not gate_up.bits:
+            inputs = [x, experts, weights, *call.inputs[3:]]
+            return [op("Experts", inputs, domain=call.domain)]
+        count = gate_up.shape[0]
+        # Zero elsewhere: the chosen experts are the k largest, and one whose weight is 0 adds nothing whoever is picked.
+        shape = op("Concat", [op("Shape", [experts], start=0, end=1), self.rewriter.ints(count)], axis=0)
+        nowhere = op("ConstantOfShape", [shape], value=ir.tensor(np.zeros(1, np.float32)))
+        routing = op("ScatterElements", [nowhere, experts, weights], axis=1)
+        inputs = [None] * 15
+        inputs[:3] = [x, routing, self._bytes(gate_up)]
+        inputs[3], inputs[5], inputs[6], inputs[14] = gate_up.scales, self._bytes(down), down.scales, routing
+        if not gate_up.symmetric:
+            inputs[11], inputs[12] = self._zero_points(gate_up), self._zero_points(down)
+        assert experts is not None and experts.shape is not None
+        return [
+            op(
+                "QMoE",
+                inputs,
+                domain=MS,
+                k=int(experts.shape[1]),  # type: ignore[arg-type]
+                activation_type="swiglu",
+                swiglu_fusion=1,
+                activation_alpha=1.0,
+                activation_beta=0.0,
+                expert_weight_bits=gate_up.bits,
+                block_size=gate_up.block_size,
+                use_sparse_mixer=0,
+                normalize_routing_weights=0,
+                accuracy_level=self.accuracy_level,
+            )
+        ]
+
+    def lower_linear(self, node: ir.Node) -> list[ir.Value]:
+        """`MatMulNBits` for codes, `Gemm` on the transposed matrix otherwise."""
+        x, matrix = node.inputs[0], linear_matrix(node)
+        op = self.rewriter.op
+        if not matrix.bits:
+            data = matrix.data
+            if data.dtype == ir.DataType.FLOAT16:
+                data = op("Cast", [data], to=int(ir.DataType.FLOAT))
+            return [op("Gemm", [x, data], transB=1)]
+        rows, width = matrix.shape
+        blocks, block = width // matrix.block_size, matrix.block_size
+        codes = self._view(matrix.data, ir.DataType.UINT8, [rows, blocks, block * matrix.bits // 8])
+        inputs = [x, codes, matrix.scales]
+        if not matrix.symmetric:
+            inputs.append(self._zero_points(matrix))
+        attributes = {"K": width, "N": rows, "bits": matrix.bits, "block_size": block}
+        return [op("MatMulNBits", inputs, domain=MS, accuracy_level=self.accuracy_level, **attributes)]
+
+    def lower_head(self) -> None:
+        """Logits only for the rows that are asked for."""
+        rows = ir.val("rows", ir.DataType.INT64, ["R"])
+        self.graph.inputs.insert(1, rows)
+        norm = self.graph.initializers["final_norm.weight"].uses()[0].node
+        norm.replace_input_with(0, self.rewriter.op("Gather", [norm.inputs[0], rows], axis=0))
+        self.graph.insert_before(norm, self.rewriter._take())
+        reshape = self.graph.outputs[0].producer()
+        assert reshape is not None and reshape.op_type == "Reshape" and reshape.inputs[0] is not None
+        vocab = self.graph.outputs[0].shape[2]  # type: ignore[index]
+        logits = reshape.inputs[0]
+        self.graph.outputs[0] = logits
+        self.graph.remove(reshape, safe=False)
+        logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(["R", vocab])
+
+    def _bytes(self, matrix: Matrix) -> ir.Value:
+        """Codes [E, out, in] as the bytes [E, out, in * bits / 8] that `QMoE` takes."""
+        *lead, width = matrix.shape
+        return self._view(matrix.data, ir.DataType.UINT8, [*lead, width * matrix.bits // 8])
+
+    def _zero_points(self, matrix: Matrix) -> ir.Value:
+        """Zero points packed along the last axis, as bytes."""
+        assert matrix.zero_points is not None
+        *lead, width = matrix.shape
+        packed = -(-(width // matrix.block_size) * matrix.bits // 8)
+        return self._view(matrix.zero_points, ir.DataType.UINT8, [*lead, packed])
+
+    def _view(self, value: ir.Value, dtype: ir.DataType, shape: list[int]) -> ir.Value:
+        """The same bytes of weights.bin under another type and shape."""
+        tensor = value.const_value
+        assert isinstance(tensor, ir.ExternalTensor) and value.name is not None
+        name = f"{value.name}.bytes"
+        existing = self.graph.initializers.get(name)
+        if existing is not None:
+            return existing
+        view = ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, dtype, shape=ir.Shape(shape), name=name, base_dir=tensor.base_dir
+        )
+        new = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=view)
+        self.graph.register_initializer(new)
+        return new
+
+
+def _layer_of(node: ir.Node) -> int:
+    """The layer of a node that the exporter named `layers.N....`."""
+    assert node.name is not None and node.name.startswith("layers."), f"{node.name} is in no layer"
+    return int(node.name.split(".")[1])
