@@ -71,8 +71,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
-                    f"{path}: truncated or not safetensors (a header of {length} bytes announced, the file has {size}); "
-                    "download it again"
+                    f"{path}: truncated or not safetensors (a header of {length} bytes announced, the file has "
+                    f"{size}); download it again"
                 )
             raw = stream.read(length)
     except OSError as cause:
@@ -181,7 +181,7 @@ class Checkpoint:
         return np.frombuffer(data, dtype=entry.dtype).reshape(shape)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the config and each tensor's name, dtype, shape and place: cheap, and changes with any of them."""
+        """SHA-256 over the config and each tensor's name, dtype, shape and place: cheap to make."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, entry in sorted(self.entries.items()):
             digest.update(f"{name}:{entry.dtype}:{entry.shape}:{entry.shard.name}:{entry.offset}".encode())

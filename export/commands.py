@@ -16,7 +16,7 @@ from .quantization import ALGORITHMS, GROUP_SIZES
 
 @click.command("export")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, metavar="BUNDLE", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("-o", "--output", required=True, metavar="BUNDLE", type=click.Path(path_type=Path), help="Output.")
 @click.option("--weights", type=click.Choice(WEIGHTS_CHOICES), default="int4", show_default=True)
 @click.option(
     "--group-size",
@@ -64,10 +64,11 @@ def _summary(bundle: Bundle, output: Path) -> str:
     manifest = bundle.manifest
     model, quantization = manifest["model"], manifest["quantization"]
     total = sum(manifest["sizes"].values())
+    mega = model["parameters"] / 1e6, model["active_parameters"] / 1e6
     verified = "parity checked" if manifest["provenance"]["verified"] else "not checked"
     lines = [
-        f"{model['name']} ({model['family']}): {model['parameters'] / 1e6:.1f}M parameters, "
-        f"{model['active_parameters'] / 1e6:.1f}M active, {quantization['weights']}, {total / 2**20:.1f} MiB, {verified}"
+        f"{model['name']} ({model['family']}): {mega[0]:.1f}M parameters, "
+        f"{mega[1]:.1f}M active, {quantization['weights']}, {total / 2**20:.1f} MiB, {verified}"
     ]
     for role, entry in quantization["classes"].items():
         if "relative_error" in entry:

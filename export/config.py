@@ -186,7 +186,8 @@ def read_rope(config: HfConfig, dim: int, *, interleaved: bool) -> RopeConfig:
     if dim % 2:
         raise CheckpointError(f"{config.where}: the rotary dimension is {dim}, an even number was expected")
     if kind not in _ROPE_KINDS:
-        raise CheckpointError(f"{config.where}: rope type {kind!r} is not known; known: {', '.join(sorted(_ROPE_KINDS))}")
+        known = ", ".join(sorted(_ROPE_KINDS))
+        raise CheckpointError(f"{config.where}: rope type {kind!r} is not known; known: {known}")
     theta = config.number("rope_theta", 10000.0)
     # float32 as in the reference: long contexts multiply the rounding of each frequency by the position.
     inv_freq = (1.0 / (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))).astype(np.float32)

@@ -80,7 +80,8 @@ def _scales_of(reader: WeightsReader, stored: Stored, start: int, stop: int) -> 
     if stored.scales is None:
         return None
     groups = stored.scales.shape[-1]
-    return reader.read_flat(stored.scales, start * groups, stop * groups).reshape(*stored.weight.unit_shape[:-1], groups)
+    scales = reader.read_flat(stored.scales, start * groups, stop * groups)
+    return scales.reshape(*stored.weight.unit_shape[:-1], groups)
 
 
 def _compare_piece(

@@ -146,7 +146,7 @@ def _describe(
     gate = config.moe.gate
     classes: dict[str, Any] = {}
     for stored in layout.stored.values():
-        entry = {"dtype": stored.data.dtype}
+        entry: dict[str, Any] = {"dtype": stored.data.dtype}
         if stored.quantized:
             role = stored.weight.role
             entry |= {"group_size": stored.group_size, "relative_error": errors[role].relative}

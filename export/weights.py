@@ -87,7 +87,7 @@ def check_sources(checkpoint: Checkpoint, plan: list[Weight]) -> None:
     Raises:
         CheckpointError: names the first missing or contradicting tensor and how many there are.
     """
-    pieces = [piece for weight in plan for piece in weight.pieces()]
+    pieces = list({piece.source: piece for weight in plan for piece in weight.pieces()}.values())
     missing = [piece.source for piece in pieces if piece.source not in checkpoint]
     if missing:
         experts = sum(".experts." in name for name in missing)

@@ -20,7 +20,7 @@ from .fit import size
 @click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Device to build for; repeat for several.")
 @click.option("--backend", metavar="NAME", help="Target other than the profile's own.")
 @click.option("--max-batch", default=1, show_default=True, help="Sequences that run at once.")
-@click.option("--max-seq-len", type=int, help="Room for prompt and answer, in tokens. [default: the model's, up to 4096]")
+@click.option("--max-seq-len", type=int, help="Tokens of prompt and answer. [default: the model's, up to 4096]")
 @click.option("--dry-run", is_flag=True, help="The fit check alone.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def build_command(

@@ -42,5 +42,5 @@ def find_family(checkpoint: Checkpoint) -> Family:
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'}: model_type {model_type!r} is not known; known: {', '.join(known)}"
         )
-    family: Family = importlib.import_module(f".{model_type}", __name__)  # type: ignore[assignment]
+    family: Family = importlib.import_module(f".{model_type}", __name__)
     return family

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
 from ..config import (
@@ -14,7 +16,7 @@ from ..config import (
     yarn_mscale,
 )
 from ..gating import check_gate
-from ..weights import Weight, expert_gate_up, expert_stack, plain, stacked_rows
+from ..weights import Role, Weight, expert_gate_up, expert_stack, plain, stacked_rows
 from ._latent import plan_latent_attention
 
 
@@ -126,11 +128,11 @@ def _plan_moe(config: MoEConfig, layer: int) -> list[Weight]:
         expert_stack(f"{ours}.experts.down.weight", down, (hidden, inner)),
     ]
     if shared:
-        one = f"{theirs}.shared_experts"
+        one, role = f"{theirs}.shared_experts", cast(Role, "shared_experts")
         gate_up_names = (f"{one}.gate_proj.weight", f"{one}.up_proj.weight")
         plan += [
-            stacked_rows(f"{ours}.shared.gate_up.weight", gate_up_names, (shared, hidden), "shared_experts"),
-            plain(f"{ours}.shared.down.weight", f"{one}.down_proj.weight", (hidden, shared), "shared_experts", "linear"),
+            stacked_rows(f"{ours}.shared.gate_up.weight", gate_up_names, (shared, hidden), role),
+            plain(f"{ours}.shared.down.weight", f"{one}.down_proj.weight", (hidden, shared), role, "linear"),
         ]
     return plan
 

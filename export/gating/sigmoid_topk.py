@@ -54,7 +54,8 @@ SigmoidTopKGate <top_k, n_group, topk_group, norm_topk_prob, routed_scaling_fact
     all_shape = Shape (logits)
     candidates = Reshape (masked, all_shape)
     chosen_scores, experts = TopK <axis = -1> (candidates, k)
-    picked = GatherElements <axis = 1> (scores, experts)
+    places = Unsqueeze (experts, last)
+    picked = GatherND <batch_dims = 1> (scores, places)
     one = Constant <value_ints = [1]> ()
     total = ReduceSum <keepdims = 1> (picked, one)
     tiny = Constant <value_float = 1e-20> ()
@@ -111,7 +112,7 @@ def reference(
 def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, Any]:
     """The same gate in as few standard ops as its attributes need: no group ops where every group is kept.
 
-    `inputs`: the values of logits [T, E] and bias [E]. Returns those of experts int64 [T, k] and weights float32 [T, k].
+    `inputs`: values of logits [T, E] and bias [E]. Returns those of experts int64 [T, k] and weights float32 [T, k].
     """
     logits, bias = inputs
     op = build.op

@@ -32,7 +32,8 @@ class Quantized:
         rows, columns = self.codes.shape
         zero: Any = 1 << (self.bits - 1) if self.zero_points is None else self.zero_points.astype(np.float32)[..., None]
         grouped = self.codes.reshape(rows, -1, self.group_size).astype(np.float32) - zero
-        return (grouped * self.scales[..., None]).reshape(rows, columns)
+        values: Array = (grouped * self.scales[..., None]).reshape(rows, columns)
+        return values
 
 
 class Algorithm(Protocol):
@@ -46,7 +47,7 @@ def find_algorithm(name: str) -> Algorithm:
     """The module of an algorithm; raises CheckpointError for an unknown one, listing the known."""
     if name not in ALGORITHMS:
         raise CheckpointError(f"algorithm {name!r} is not known; known: {', '.join(ALGORITHMS)}")
-    algorithm: Algorithm = importlib.import_module(f".{name}", __name__)  # type: ignore[assignment]
+    algorithm: Algorithm = importlib.import_module(f".{name}", __name__)
     return algorithm
 
 
@@ -61,7 +62,9 @@ def pack_int4(codes: Array) -> Array:
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
     packed = flat[0::2] | (flat[1::2] << 4)
-    return packed.reshape(*codes.shape[:-1], codes.shape[-1] // 2) if codes.shape[-1] % 2 == 0 else packed
+    shape = (*codes.shape[:-1], codes.shape[-1] // 2) if codes.shape[-1] % 2 == 0 else packed.shape
+    result: Array = packed.reshape(shape)
+    return result
 
 
 def unpack_int4(packed: Array) -> Array:
@@ -69,4 +72,5 @@ def unpack_int4(packed: Array) -> Array:
     codes = np.empty((*packed.shape, 2), np.uint8)
     codes[..., 0] = packed & 15
     codes[..., 1] = packed >> 4
-    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
+    unpacked: Array = codes.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
+    return unpacked

@@ -48,5 +48,5 @@ def find_target(name: str) -> Target:
     known = list_targets()
     if name not in known:
         raise BuildError(f"target {name!r} is not known; known: {', '.join(known)}")
-    target: Target = importlib.import_module(f".{name}", __name__)  # type: ignore[assignment]
+    target: Target = importlib.import_module(f".{name}", __name__)
     return target

@@ -29,7 +29,7 @@ class Matrix:
     @property
     def shape(self) -> tuple[int, ...]:
         assert self.data.shape is not None
-        return tuple(int(dim) for dim in self.data.shape)
+        return self.data.shape.numpy()
 
     @property
     def bits(self) -> int:
@@ -111,7 +111,13 @@ class Rewriter:
         self.tape = ir.tape.Tape()
 
     def op(
-        self, kind: str, inputs: Sequence[ir.Value | None], *, domain: str = "", name: str | None = None, **attributes: Any
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        *,
+        domain: str = "",
+        name: str | None = None,
+        **attributes: Any,
     ) -> ir.Value:
         """One node of one output, `name`d where given."""
         value = self.tape.op(kind, inputs, attributes, domain=domain)
@@ -128,7 +134,7 @@ class Rewriter:
         if existing is not None:
             return existing
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.model.graph.register_initializer(value)
         return value
 
@@ -169,5 +175,5 @@ def finish_model(model: ir.Model, opsets: dict[str, int]) -> None:
     from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
     RemoveUnusedNodesPass()(model)
-    RemoveUnusedFunctionsPass()(model)
+    RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     model.graph.opset_imports.update(opsets)

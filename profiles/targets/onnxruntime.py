@@ -89,7 +89,7 @@ class _Lowering:
         self.split_sizes: ir.Value | None = None
 
     def lower_positions(self) -> None:
-        """Positions start behind the cache; the causal mask and the split of the scores are made once for all layers."""
+        """Positions start behind the cache; causal mask and split of the scores are made once for all layers."""
         op, ints = self.rewriter.op, self.rewriter.ints
         tokens = ir.val("input_ids", ir.DataType.INT64, ["S"])
         old = self.graph.inputs[0]
@@ -125,7 +125,7 @@ class _Lowering:
         return past
 
     def lower_latent_attention(self, call: ir.Node) -> None:
-        """Absorbed form (arXiv:2405.04434, section 2.1.2): queries go to the latent's space, the cache is read as it is.
+        """Absorbed form (arXiv:2405.04434, section 2.1.2): queries go to the latent's space, the cache stays.
 
         Scores of past and new tokens are computed apart and only the scores are joined, so that the past stays a view.
         """
@@ -146,7 +146,7 @@ class _Lowering:
         new = op("Concat", [latent, k_rope], axis=1, name=f"new.latent.{_layer_of(call)}")
         new.dtype, new.shape = ir.DataType.FLOAT, ir.Shape(["S", rank + rope])
         self.graph.outputs.append(new)
-        product = {"domain": MS, "transB": 1, "alpha": float(a["scale"])}
+        product: dict[str, Any] = {"domain": MS, "transB": 1, "alpha": float(a["scale"])}
         past_scores = op("FusedMatMul", [query, past], **product)
         new_scores = op("Add", [op("FusedMatMul", [query, new], **product), self.mask])
         scores = op("Softmax", [op("Concat", [past_scores, new_scores], axis=2)], axis=2)
@@ -180,7 +180,7 @@ class _Lowering:
             inputs = [x, experts, weights, *call.inputs[3:]]
             return [op("Experts", inputs, domain=call.domain)]
         count = gate_up.shape[0]
-        # Zero elsewhere: the chosen experts are the k largest, and one whose weight is 0 adds nothing whoever is picked.
+        # Zero elsewhere: the chosen experts are the k largest; one of weight 0 adds nothing, whoever is picked.
         shape = op("Concat", [op("Shape", [experts], start=0, end=1), self.rewriter.ints(count)], axis=0)
         nowhere = op("ConstantOfShape", [shape], value=ir.tensor(np.zeros(1, np.float32)))
         routing = op("ScatterElements", [nowhere, experts, weights], axis=1)
@@ -223,14 +223,14 @@ class _Lowering:
         inputs = [x, codes, matrix.scales]
         if not matrix.symmetric:
             inputs.append(self._zero_points(matrix))
-        attributes = {"K": width, "N": rows, "bits": matrix.bits, "block_size": block}
+        attributes: dict[str, Any] = {"K": width, "N": rows, "bits": matrix.bits, "block_size": block}
         return [op("MatMulNBits", inputs, domain=MS, accuracy_level=self.accuracy_level, **attributes)]
 
     def lower_head(self) -> None:
         """Logits only for the rows that are asked for."""
         rows = ir.val("rows", ir.DataType.INT64, ["R"])
         self.graph.inputs.insert(1, rows)
-        norm = self.graph.initializers["final_norm.weight"].uses()[0].node
+        norm = next(iter(self.graph.initializers["final_norm.weight"].uses())).node
         norm.replace_input_with(0, self.rewriter.op("Gather", [norm.inputs[0], rows], axis=0))
         self.graph.insert_before(norm, self.rewriter._take())
         reshape = self.graph.outputs[0].producer()
@@ -262,7 +262,13 @@ class _Lowering:
         if existing is not None:
             return existing
         view = ir.ExternalTensor(
-            tensor.location, tensor.offset, tensor.length, dtype, shape=ir.Shape(shape), name=name, base_dir=tensor.base_dir
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            dtype,
+            shape=ir.Shape(shape),
+            name=name,
+            base_dir=tensor.base_dir,
         )
         new = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=view)
         self.graph.register_initializer(new)

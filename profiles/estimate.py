@@ -1,0 +1,299 @@
+"""Predicted latency of a model on a device that is not here: a roofline for each kind of operation.
+
+Each takes the longer of its bytes over the bandwidth and its operations over the arithmetic, and every kernel a fixed
+cost on top (Williams, Waterman and Patterson, Roofline, CACM 52(4), 2009). What share of either a device reaches is
+assumed, once, in ASSUMPTIONS, with a band; the low and high ends of every predicted time come from that band.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError
+from .device import DeviceProfile
+from .fit import PREFILL_CHUNK, check_fit
+from .shape import CACHE_ELEMENT_BYTES, READ_IN_FULL, ModelShape
+from .shape import bytes_per_token as bytes_per_token
+
+SCHEMA = 1
+ENDS = ("slow", "expected", "fast")
+
+
+@dataclass(frozen=True)
+class Band:
+    """An assumed figure: what is expected, and the ends between which the truth is thought to lie (slow to fast)."""
+
+    slow: float
+    expected: float
+    fast: float
+
+    def at(self, end: str) -> float:
+        value: float = getattr(self, end)
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What share of its bandwidth and arithmetic a kind of device reaches, and how many kernels a layer takes."""
+
+    bandwidth_share: Band
+    flops_share: Band
+    kernels_per_layer: Band
+    source: str
+
+
+_GPU = Assumptions(
+    bandwidth_share=Band(0.30, 0.60, 0.85),
+    flops_share=Band(0.15, 0.40, 0.70),
+    kernels_per_layer=Band(28, 14, 8),
+    source="assumed, not measured: chosen so that published decode rates (tokens/s) of Qwen3-30B-A3B on an RTX 4090 "
+    "(196), on Jetson Thor (81) and of DeepSeek-V2-Lite on an RTX 3090 (180) lie in the band; those are other engines",
+)
+ASSUMPTIONS: dict[str, Assumptions] = {
+    "gpu": _GPU,
+    "jetson": _GPU,
+    "cpu": Assumptions(
+        bandwidth_share=Band(0.60, 0.90, 1.00),
+        flops_share=Band(0.20, 0.40, 0.60),
+        kernels_per_layer=Band(100, 40, 25),
+        source="onnxruntime 1.31 on two cores of an EPYC: OLMoE-1B-7B int4 decodes at 37.5 of the 45 tokens/s that its "
+        "bytes allow and takes a prompt at 65 to 112 tokens/s; QMoE alone reads at 72% of the bandwidth",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of operation over all layers: bytes read, operations done, and the precision they are done in."""
+
+    name: str
+    bytes: float
+    flops: float
+    precision: str
+
+
+def estimate(
+    manifest: Mapping[str, Any],
+    device: DeviceProfile,
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 64,
+    batch: int = 1,
+    max_seq_len: int | None = None,
+) -> dict[str, Any]:
+    """A prediction with the keys of `moedge bench --json`, `measured` false, and null for what cannot be known.
+
+    `ttft_ms` and `itl_ms` have `p50` (expected), `low` and `high` (the band); `decode_tokens_per_s` counts all
+    sequences of the batch. The inter-token latency is that in the middle of the new tokens. Added: `fit`, `fits`,
+    `per_op`, `assumptions`.
+
+    Raises:
+        UsageError: a count below 1, or more tokens than the model has positions.
+        BundleError: the manifest lacks what every bundle has.
+    """
+    shape = ModelShape.from_manifest(manifest)
+    length = max_seq_len or prompt_tokens + new_tokens
+    _check_counts(shape, prompt_tokens, new_tokens, batch, length)
+    context = prompt_tokens + new_tokens // 2
+    element = CACHE_ELEMENT_BYTES[device.target]
+    quantized = _is_quantized(manifest)
+    step = decode_work(shape, device, batch, context, quantized)
+    prefill = prefill_work(shape, device, batch, prompt_tokens, quantized)
+    itl = {end: 1e3 * step_seconds(step, shape, device, end) for end in ENDS}
+    ttft = {end: 1e3 * sum(step_seconds(chunk, shape, device, end) for chunk in prefill) for end in ENDS}
+    count = bytes_per_token(manifest, context, batch, element)
+    seconds = itl["expected"] / 1e3
+    fit = check_fit(manifest, device, batch, length)
+    return {
+        **_described(manifest, device),
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "threads": device.cores,
+        "repeat": None,
+        "load_s": None,
+        "ttft_ms": _percentiles(ttft),
+        "itl_ms": _percentiles(itl),
+        "prefill_tokens_per_s": batch * prompt_tokens / (ttft["expected"] / 1e3),
+        "decode_tokens_per_s": batch / seconds,
+        "peak_memory_bytes": fit.total_bytes,
+        "bundle_bytes": sum(entry["bytes"] for entry in manifest["files"].values()) if "files" in manifest else None,
+        "bytes_per_token": count,
+        "bandwidth_bytes_per_s": count / seconds,
+        "bandwidth_limit_bytes_per_s": device.bandwidth_bytes_per_s,
+        "fraction_of_limit": count / seconds / device.bandwidth_bytes_per_s,
+        "energy_j_per_token": None,
+        "measured": False,
+        "fits": fit.fits,
+        "fit": fit.to_json(),
+        "per_op": _per_op(step, device),
+        "usd_per_million_tokens": _price(device, batch / seconds),
+        "assumptions": ASSUMPTIONS[device.kind].source,
+    }
+
+
+def decode_work(shape: ModelShape, device: DeviceProfile, batch: int, context: int, quantized: bool) -> list[Work]:
+    """One decode step: a token for each of `batch` sequences with `context` tokens in the cache."""
+    linear, attention = _precisions(device, quantized)
+    element = CACHE_ELEMENT_BYTES[device.target]
+    return [
+        Work("embedding", batch * shape.embedding_row_bytes, 0, linear),
+        *_dense_work(shape, batch, linear),
+        Work(
+            "attention over the cache",
+            batch * shape.cache_bytes(context, element),
+            batch * context * shape.layers * shape.attention_flops_per_row,
+            attention,
+        ),
+        Work("experts", shape.expert_bytes(batch), _expert_flops(shape, batch, shape.experts_per_token), linear),
+        Work("head", shape.sizes.get("head", 0), 2 * batch * shape.vocab_size * shape.hidden_size, linear),
+    ]
+
+
+def prefill_work(
+    shape: ModelShape, device: DeviceProfile, batch: int, prompt_tokens: int, quantized: bool
+) -> list[list[Work]]:
+    """The prompts of `batch` sequences, one after the other in chunks; only the last token of each takes the head.
+
+    TensorRT's prompt form evaluates every expert for every token; onnxruntime's the chosen ones.
+    """
+    linear, attention = _precisions(device, quantized)
+    element = CACHE_ELEMENT_BYTES[device.target]
+    dense_experts = device.target != "onnxruntime"
+    chunks = []
+    for start in range(0, prompt_tokens, PREFILL_CHUNK):
+        tokens = min(PREFILL_CHUNK, prompt_tokens - start)
+        pairs = tokens * start + tokens * (tokens + 1) / 2  # (query, key) pairs that a causal mask leaves
+        evaluated = shape.experts if dense_experts else shape.experts_per_token
+        read = float(shape.sizes.get("experts", 0)) if dense_experts else shape.expert_bytes(tokens)
+        chunks.append(
+            [
+                Work("embedding", tokens * shape.embedding_row_bytes, 0, linear),
+                *_dense_work(shape, tokens, linear),
+                Work(
+                    "attention over the cache",
+                    shape.cache_bytes(start + tokens, element),
+                    pairs * shape.layers * shape.attention_flops_per_row,
+                    attention,
+                ),
+                Work("experts", read, _expert_flops(shape, tokens, evaluated), linear),
+            ]
+        )
+    chunks[-1].append(Work("head", shape.sizes.get("head", 0), 2 * shape.vocab_size * shape.hidden_size, linear))
+    return chunks * batch
+
+
+def step_seconds(work: list[Work], shape: ModelShape, device: DeviceProfile, end: str = "expected") -> float:
+    """Seconds of one pass over the layers, at one end of the assumed band (`slow`, `expected`, `fast`)."""
+    assumed = ASSUMPTIONS[device.kind]
+    kernels = assumed.kernels_per_layer.at(end) * shape.layers
+    return sum(_seconds(each, device, end) for each in work) + kernels * device.launch_overhead_us * 1e-6
+
+
+def _seconds(work: Work, device: DeviceProfile, end: str) -> float:
+    assumed = ASSUMPTIONS[device.kind]
+    peak = device.flops.get(work.precision, device.flops["fp32"])
+    return max(
+        work.bytes / (device.bandwidth_bytes_per_s * assumed.bandwidth_share.at(end)),
+        work.flops / (peak * assumed.flops_share.at(end)),
+    )
+
+
+def _dense_work(shape: ModelShape, tokens: int, precision: str) -> list[Work]:
+    """What every token goes through, apart from the attention's cache, the experts and the head."""
+    hidden, sizes = shape.hidden_size, shape.sizes
+    parameters = {
+        "norm": 0,
+        "attention": shape.layers * shape.attention_parameters,
+        "dense_mlp": shape.dense_layers * 3 * hidden * shape.dense_width,
+        "router": shape.moe_layers * shape.experts * hidden,
+        "shared_experts": shape.moe_layers * 3 * hidden * shape.shared_width,
+    }
+    assert set(parameters) | {"head"} == set(READ_IN_FULL)
+    return [
+        Work(name, sizes.get(name, 0), 2 * tokens * count, "fp32" if name == "router" else precision)
+        for name, count in parameters.items()
+    ]
+
+
+def _expert_flops(shape: ModelShape, tokens: int, experts: int) -> float:
+    return 2.0 * tokens * shape.moe_layers * experts * 3 * shape.hidden_size * shape.expert_width
+
+
+def _precisions(device: DeviceProfile, quantized: bool) -> tuple[str, str]:
+    """(linear layers, attention): int8 dot products on a CPU with quantized weights, fp16 tensor cores on a GPU."""
+    if device.target == "onnxruntime":
+        return ("int8" if quantized else "fp32"), "fp32"
+    return "fp16", "fp16"
+
+
+def _is_quantized(manifest: Mapping[str, Any]) -> bool:
+    return str((manifest.get("quantization") or {}).get("weights", "")).startswith("int")
+
+
+def _check_counts(shape: ModelShape, prompt_tokens: int, new_tokens: int, batch: int, length: int) -> None:
+    counts = {"prompt tokens": prompt_tokens, "new tokens": new_tokens, "batch": batch}
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{name} is {count}; at least 1 is needed")
+    if length < prompt_tokens + new_tokens:
+        raise UsageError(
+            f"max_seq_len is {length}, less than {prompt_tokens} prompt and {new_tokens} new tokens; "
+            f"ask for at least {prompt_tokens + new_tokens}"
+        )
+    if length > shape.max_positions:
+        raise UsageError(
+            f"{length} tokens are more than {shape.name} has positions ({shape.max_positions}); ask for fewer prompt "
+            "or new tokens, or a smaller --max-seq-len"
+        )
+
+
+def _percentiles(times: Mapping[str, float]) -> dict[str, float | None]:
+    return {"p50": times["expected"], "p90": None, "p99": None, "low": times["fast"], "high": times["slow"]}
+
+
+def _per_op(step: list[Work], device: DeviceProfile) -> list[dict[str, Any]]:
+    def row(work: Work) -> dict[str, Any]:
+        milliseconds = 1e3 * _seconds(work, device, "expected")
+        return {"op": work.name, "bytes": round(work.bytes), "flops": round(work.flops), "ms": milliseconds}
+
+    return [row(work) for work in step]
+
+
+def _price(device: DeviceProfile, tokens_per_s: float) -> float | None:
+    """US dollars a million decoded tokens, the device busy all the time."""
+    if device.price_usd_per_hour is None:
+        return None
+    return device.price_usd_per_hour / (tokens_per_s * 3600) * 1e6
+
+
+def _described(manifest: Mapping[str, Any], device: DeviceProfile) -> dict[str, Any]:
+    """What was predicted: schema, model, device, quantization, date and version."""
+    from .. import __version__
+
+    quantization = manifest.get("quantization") or {}
+    model = manifest.get("model") or {}
+    config = manifest["config"]
+    moe = config.get("moe") or {}
+    return {
+        "schema": SCHEMA,
+        "model": str(model.get("name", "model")),
+        "profile": device.name,
+        "backend": device.target,
+        "device": device.title,
+        "weights": quantization.get("weights"),
+        "group_size": quantization.get("group_size"),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"moedge": __version__},
+        "model_info": {
+            "family": model.get("family"),
+            "parameters": model.get("parameters"),
+            "active_parameters": model.get("active_parameters"),
+            "layers": config["num_hidden_layers"],
+            "experts": moe.get("num_experts"),
+            "experts_per_token": moe.get("num_experts_per_tok"),
+        },
+    }

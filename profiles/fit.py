@@ -1,0 +1,277 @@
+"""Does a model fit a device: weights, KV cache, workspace and runtime against memory, and what to change when not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ProfileError
+from .device import DeviceProfile, list_profiles, load_profile
+from .shape import CACHE_ELEMENT_BYTES, ModelShape
+
+# Assumptions. The prompt goes through in chunks of this many tokens; only one chunk's activations are alive.
+PREFILL_CHUNK = 256
+# What the process and its libraries take beside the model: the CUDA context and TensorRT's libraries, or onnxruntime's.
+RUNTIME_BYTES = {"gpu": 600 << 20, "jetson": 900 << 20, "cpu": 200 << 20}
+# Scratch beyond the large activations. TensorRT's build log says, for one layer of Qwen3-30B-A3B and of
+# DeepSeek-V2-Lite at chunks of 256 to 1024 tokens, between 0.95 and 0.99 times what these two make of it.
+_SCRATCH_FACTOR, _SCRATCH_BYTES = 1.04, 8 << 20
+
+# Bits of one weight with its group's fp32 scale and its zero point, by dtype; `group` is the group size.
+_BITS: dict[str, Callable[[int], float]] = {
+    "float32": lambda group: 32.0,
+    "float16": lambda group: 16.0,
+    "bfloat16": lambda group: 16.0,
+    "uint8": lambda group: 8.0 + 40.0 / group,
+    "int8": lambda group: 8.0 + 32.0 / group,
+    "uint4": lambda group: 4.0 + 36.0 / group,
+    "int4": lambda group: 4.0 + 32.0 / group,
+}
+_NARROWER = {"fp16": "float16", "int8": "uint8", "int4": "uint4"}
+_STAY_INT8 = ("embedding", "head")
+_SMALLEST_CONTEXT = 256
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One change that makes it fit by itself; `option` is how to ask for it, `total_bytes` what is then needed."""
+
+    change: str
+    option: str
+    total_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"change": self.change, "option": self.option, "total_bytes": self.total_bytes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """The memory a model needs on a device at `max_batch` sequences of up to `max_seq_len` tokens, in bytes."""
+
+    model: str
+    profile: str
+    device: str
+    max_batch: int
+    max_seq_len: int
+    weight_bytes: int
+    cache_bytes: int
+    workspace_bytes: int
+    runtime_bytes: int
+    memory_bytes: int
+    reserved_bytes: int
+    suggestions: tuple[Suggestion, ...] = ()
+    devices_that_fit: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes + self.workspace_bytes + self.runtime_bytes
+
+    @property
+    def available_bytes(self) -> int:
+        return self.memory_bytes - self.reserved_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.available_bytes
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """(what, bytes, remark) for a table, the sum and the room last."""
+        return [
+            ("weights", self.weight_bytes, "all experts, scales included"),
+            ("KV cache", self.cache_bytes, f"{self.max_batch} x {self.max_seq_len} tokens"),
+            ("workspace", self.workspace_bytes, f"estimated, prompt in chunks of {PREFILL_CHUNK} tokens"),
+            ("runtime", self.runtime_bytes, "libraries and context, assumed"),
+            ("needed", self.total_bytes, ""),
+            ("available", self.available_bytes, f"of {size(self.memory_bytes)}, {size(self.reserved_bytes)} reserved"),
+        ]
+
+    def explain(self) -> str:
+        """One line: whether it fits, the figures, and when not, what to change."""
+        need = (
+            f"needs {size(self.total_bytes)} (weights {size(self.weight_bytes)}, KV cache {size(self.cache_bytes)} at "
+            f"{self.max_batch} x {self.max_seq_len} tokens, workspace {size(self.workspace_bytes)}, runtime "
+            f"{size(self.runtime_bytes)}), {self.profile} has {size(self.available_bytes)}"
+        )
+        if self.fits:
+            return f"{self.model} fits {self.profile}: it {need}"
+        return f"{self.model} does not fit {self.profile}: it {need}; {self._remedy()}"
+
+    def _remedy(self) -> str:
+        if self.suggestions:
+            first, *others = [f"{each.option} ({each.change}, {size(each.total_bytes)})" for each in self.suggestions]
+            return f"it fits with {first}" + "".join(f", or with {other}" for other in others)
+        if self.devices_that_fit:
+            return f"no single change of weights, context or batch helps; it fits: {', '.join(self.devices_that_fit)}"
+        return "no single change of weights, context or batch helps, nor a larger known device: take a smaller model"
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure in bytes."""
+        names = (
+            "model profile device max_batch max_seq_len weight_bytes cache_bytes workspace_bytes runtime_bytes "
+            "total_bytes memory_bytes reserved_bytes available_bytes fits"
+        ).split()
+        document: dict[str, Any] = {name: getattr(self, name) for name in names}
+        document["suggestions"] = [each.to_json() for each in self.suggestions]
+        document["devices_that_fit"] = list(self.devices_that_fit)
+        return document
+
+
+def check_fit(
+    manifest: Mapping[str, Any],
+    device: DeviceProfile,
+    max_batch: int = 1,
+    max_seq_len: int = 2048,
+    *,
+    cache_bytes_per_element: int | None = None,
+    workspace_bytes: int | None = None,
+) -> Fit:
+    """Memory of a bundle's model on a device, and when it does not fit the single changes that make it.
+
+    `cache_bytes_per_element` is the target's own unless given; `workspace_bytes` replaces the estimate (a build log
+    knows).
+
+    Raises:
+        BundleError: the manifest lacks what every bundle has.
+    """
+    question = _Question(manifest, ModelShape.from_manifest(manifest), cache_bytes_per_element, workspace_bytes)
+    fit = question.ask(device, max_batch, max_seq_len)
+    if fit.fits:
+        return fit
+    return question.ask(
+        device,
+        max_batch,
+        max_seq_len,
+        suggestions=_suggestions(question, device, fit),
+        devices_that_fit=_devices_that_fit(question, device, fit),
+    )
+
+
+def estimate_workspace(shape: ModelShape, target: str, max_batch: int, max_seq_len: int) -> int:
+    """Bytes of activations alive at once: the widest layer of one prompt chunk, attention scores and the logits.
+
+    TensorRT's prompt chunk goes through every expert (three expert widths a token in fp16), onnxruntime's through the
+    chosen ones in fp32.
+    """
+    tokens = max(min(PREFILL_CHUNK, max_seq_len), max_batch)
+    if target == "onnxruntime":
+        element, experts = 4, shape.experts_per_token
+    else:
+        element, experts = 2, shape.experts
+    sparse = 3 * (experts * shape.expert_width + shape.shared_width) if shape.moe_layers else 0
+    widest = max(sparse, 3 * shape.dense_width if shape.dense_layers else 0, 4 * shape.hidden_size)
+    scores = 2 * shape.heads * min(PREFILL_CHUNK, max_seq_len) * max_seq_len * element
+    logits = max_batch * shape.vocab_size * 4
+    return round(_SCRATCH_FACTOR * tokens * widest * element) + scores + logits + _SCRATCH_BYTES
+
+
+def size(count: float) -> str:
+    """Bytes for a reader: `3.2 GiB`, `640 MiB`."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            value = count / unit
+            return f"{value:.1f} {name}" if value < 100 else f"{value:.0f} {name}"
+    return f"{count:.0f} B"
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One model with the caller's overrides, to be asked of several devices and settings."""
+
+    manifest: Mapping[str, Any]
+    shape: ModelShape
+    cache_element_bytes: int | None
+    workspace_bytes: int | None
+
+    def ask(
+        self,
+        device: DeviceProfile,
+        max_batch: int,
+        max_seq_len: int,
+        *,
+        weight_bytes: int | None = None,
+        suggestions: tuple[Suggestion, ...] = (),
+        devices_that_fit: tuple[str, ...] = (),
+    ) -> Fit:
+        workspace = self.workspace_bytes
+        if workspace is None:
+            workspace = estimate_workspace(self.shape, device.target, max_batch, max_seq_len)
+        return Fit(
+            model=self.shape.name,
+            profile=device.name,
+            device=device.title,
+            max_batch=max_batch,
+            max_seq_len=max_seq_len,
+            weight_bytes=self.shape.weight_bytes if weight_bytes is None else weight_bytes,
+            cache_bytes=self.shape.cache_bytes(
+                max_batch * max_seq_len, self.cache_element_bytes or CACHE_ELEMENT_BYTES[device.target]
+            ),
+            workspace_bytes=workspace,
+            runtime_bytes=RUNTIME_BYTES[device.kind],
+            memory_bytes=device.memory_bytes,
+            reserved_bytes=device.memory_reserved_bytes,
+            suggestions=suggestions,
+            devices_that_fit=devices_that_fit,
+        )
+
+
+def _suggestions(question: _Question, device: DeviceProfile, fit: Fit) -> tuple[Suggestion, ...]:
+    """Fewer bits, shorter context, smaller batch: each alone, in this order, where it is enough."""
+    found = []
+    for option in _NARROWER:
+        weights = narrower_weight_bytes(question.manifest, option)
+        narrower = question.ask(device, fit.max_batch, fit.max_seq_len, weight_bytes=weights)
+        if weights < fit.weight_bytes and narrower.fits:
+            found.append(Suggestion("fewer bits", f"moedge export --weights {option}", narrower.total_bytes))
+            break
+    context = _largest(lambda length: question.ask(device, fit.max_batch, length).fits, fit.max_seq_len)
+    context = context // _SMALLEST_CONTEXT * _SMALLEST_CONTEXT
+    if context:
+        total = question.ask(device, fit.max_batch, context).total_bytes
+        found.append(Suggestion("shorter context", f"--max-seq-len {context}", total))
+    batch = _largest(lambda count: question.ask(device, count, fit.max_seq_len).fits, fit.max_batch)
+    if batch:
+        total = question.ask(device, batch, fit.max_seq_len).total_bytes
+        found.append(Suggestion("smaller batch", f"--max-batch {batch}", total))
+    return tuple(found)
+
+
+def _largest(fits: Callable[[int], bool], below: int) -> int:
+    """The largest n in 1..below-1 with `fits(n)`, by halving; 0 where there is none. Needs grow with n."""
+    low, high = 0, below
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def narrower_weight_bytes(manifest: Mapping[str, Any], option: str) -> int:
+    """Bytes of all weights when exported with `--weights option`; classes as narrow already, or never quantized, stay.
+
+    Embedding and head stop at int8.
+    """
+    classes = (manifest.get("quantization") or {}).get("classes") or {}
+    total = 0.0
+    for name, count in manifest["sizes"].items():
+        entry = classes.get(name) or {}
+        bits = _BITS.get(str(entry.get("dtype")))
+        if bits is None or name in ("norm", "router"):
+            total += count
+            continue
+        group = entry.get("group_size") or 128
+        wanted = "uint8" if option == "int4" and name in _STAY_INT8 else _NARROWER[option]
+        total += count * min(1.0, _BITS[wanted](group) / bits(group))
+    return round(total)
+
+
+def _devices_that_fit(question: _Question, device: DeviceProfile, fit: Fit) -> tuple[str, ...]:
+    """Known devices of the same target that hold the model as asked, the smallest first."""
+    enough = []
+    for name in list_profiles():
+        with contextlib.suppress(ProfileError):  # a broken file of the user's is no answer, and not the question
+            other = load_profile(name)
+            same = other.target == device.target and other.name != device.name
+            if same and question.ask(other, fit.max_batch, fit.max_seq_len).fits:
+                enough.append(other)
+    return tuple(other.name for other in sorted(enough, key=lambda other: (other.available_bytes, other.name)))

@@ -1,0 +1,135 @@
+"""What a bundle's manifest says of the model, in the numbers that fit, prediction and benchmark share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BundleError
+
+# Tensor classes of the manifest's `sizes` that every decode step reads in full; `embedding` and `experts` it reads in
+# part.
+READ_IN_FULL = ("norm", "attention", "dense_mlp", "router", "shared_experts", "head")
+
+# Bytes of one KV cache element by target: onnxruntime computes in fp32 on a CPU, TensorRT in fp16.
+CACHE_ELEMENT_BYTES = {"onnxruntime": 4, "tensorrt_rtx": 2, "tensorrt": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a model; `sizes` in bytes by tensor class, widths in channels, `moe_layers`, `dense_layers` counted."""
+
+    name: str
+    sizes: Mapping[str, int]
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    max_positions: int
+    dense_layers: int
+    dense_width: int
+    moe_layers: int
+    experts: int
+    experts_per_token: int
+    expert_width: int
+    shared_width: int
+    heads: int
+    cache_width: int
+    attention_parameters: int
+    attention_flops_per_row: int
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> ModelShape:
+        """The shape in a `moedge.json`.
+
+        Raises:
+            BundleError: a key that every bundle has is missing.
+        """
+        try:
+            return _shape(manifest)
+        except (KeyError, TypeError) as cause:
+            raise BundleError(f"moedge.json lacks or misstates {cause}; export the checkpoint again") from cause
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights, scales and zero points included."""
+        return sum(self.sizes.values())
+
+    @property
+    def embedding_row_bytes(self) -> float:
+        """One token's row; a tied embedding is counted with the head."""
+        return (self.sizes.get("embedding") or self.sizes.get("head", 0)) / self.vocab_size
+
+    def cache_bytes(self, tokens: int, element_bytes: int) -> int:
+        """The KV cache of `tokens` tokens over all layers."""
+        return tokens * self.cache_width * element_bytes
+
+    def distinct_experts(self, tokens: int) -> float:
+        """Expected number of distinct experts a layer that `tokens` tokens call on, each on k of E at random.
+
+        E * (1 - (1 - k/E)^tokens), the expected number of occupied cells in the occupancy problem (W. Feller, An
+        Introduction to Probability Theory and Its Applications, vol. 1, 3rd ed. 1968, IV.2). Trained routers are less
+        even than random ones: they call on fewer.
+        """
+        if not self.experts:
+            return 0.0
+        return self.experts * (1.0 - (1.0 - self.experts_per_token / self.experts) ** tokens)
+
+    def expert_bytes(self, tokens: int) -> float:
+        """Bytes of the experts that `tokens` tokens call on, all layers."""
+        return self.sizes.get("experts", 0) * self.distinct_experts(tokens) / self.experts if self.experts else 0.0
+
+
+def bytes_per_token(
+    manifest: Mapping[str, Any], context: int, batch: int = 1, cache_bytes_per_element: int = 4
+) -> int:
+    """The fewest bytes that one decode step reads: one token for each of `batch` sequences of `context` cached tokens.
+
+    Weights that every token uses once, the expected distinct experts of the batch, one embedding row and the KV cache
+    of each sequence.
+    """
+    shape = ModelShape.from_manifest(manifest)
+    weights = sum(shape.sizes.get(name, 0) for name in READ_IN_FULL)
+    rows = batch * shape.embedding_row_bytes
+    cache = batch * shape.cache_bytes(context, cache_bytes_per_element)
+    return round(weights + rows + shape.expert_bytes(batch) + cache)
+
+
+def _shape(manifest: Mapping[str, Any]) -> ModelShape:
+    config = manifest["config"]
+    moe = config.get("moe") or {}
+    moe_layers = len(moe.get("layers", ()))
+    parameters, per_row = _attention(config)
+    return ModelShape(
+        name=str(manifest.get("model", {}).get("name", "model")),
+        sizes=dict(manifest["sizes"]),
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        max_positions=config["max_position_embeddings"],
+        dense_layers=config["num_hidden_layers"] - moe_layers,
+        dense_width=config["intermediate_size"],
+        moe_layers=moe_layers,
+        experts=moe["num_experts"] if moe_layers else 0,
+        experts_per_token=moe["num_experts_per_tok"] if moe_layers else 0,
+        expert_width=moe["intermediate_size"] if moe_layers else 0,
+        shared_width=moe.get("shared_intermediate_size") or 0,
+        heads=config["num_attention_heads"],
+        cache_width=sum(entry["width"] for entry in manifest["cache"]),
+        attention_parameters=parameters,
+        attention_flops_per_row=per_row,
+    )
+
+
+def _attention(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(parameters, operations for each cached row and query token) of one layer's attention."""
+    hidden, attention = config["hidden_size"], config["attention"]
+    if attention["kind"] == "gqa":
+        heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+        return hidden * dim * (2 * heads + 2 * kv_heads), 4 * heads * dim
+    heads, rank, rope = attention["num_heads"], attention["kv_lora_rank"], attention["qk_rope_head_dim"]
+    nope, value, q_rank = attention["qk_nope_head_dim"], attention["v_head_dim"], attention["q_lora_rank"]
+    query = heads * (nope + rope) * (q_rank or hidden) + (hidden * q_rank if q_rank else 0)
+    parameters = query + hidden * (rank + rope) + heads * rank * (nope + value) + heads * value * hidden
+    # Absorbed form (DeepSeek-V2, arXiv:2405.04434, 2.1): scores over latent and rope, then a sum of latents.
+    return parameters, 2 * heads * (2 * rank + rope)

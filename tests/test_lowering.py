@@ -1,0 +1,116 @@
+"""Target onnxruntime: the lowered graph against the canonical one, and what it must not do."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from checkpoints import CONFIGURATIONS, make_model, save_model
+
+import moedge
+from moedge.bundle import Bundle
+from moedge.profiles.targets import onnxruntime as target
+from moedge.profiles.targets._canonical import load_canonical
+
+LENGTH = 40
+
+
+class Lowered:
+    """A lowered graph with its cache kept as plain arrays."""
+
+    def __init__(self, bundle: Path, accuracy_level: int) -> None:
+        model, _ = load_canonical(Bundle.open(bundle))
+        self.cache = target.lower(model, accuracy_level=accuracy_level)
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
+        self.proto = ir.to_proto(model)
+        self.session = ort.InferenceSession(self.proto.SerializeToString(), options)
+        self.past = {name: np.zeros((0, width), np.float32) for name, width in self.cache}
+
+    def step(self, ids: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        feeds = {"input_ids": ids, "rows": np.arange(len(ids))}
+        feeds |= {f"past.{name}": rows for name, rows in self.past.items()}
+        names = [output.name for output in self.session.get_outputs()]
+        result = dict(zip(names, self.session.run(None, feeds), strict=True))
+        self.past = {name: np.concatenate([rows, result[f"new.{name}"]]) for name, rows in self.past.items()}
+        return result
+
+
+@pytest.mark.parametrize("weights", ["fp32", "fp16", "int4"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_lowered_equals_canonical_whole_chunked_and_step_by_step(name: str, weights: str, tmp_path: Path) -> None:
+    model = make_model(200, **CONFIGURATIONS[name])
+    moedge.export(save_model(model, tmp_path / "c"), tmp_path / "b", weights=weights, group_size=16, verify=False)
+    ids = np.random.default_rng(200).integers(0, 320, LENGTH)
+    canonical = ort.InferenceSession(str(tmp_path / "b" / "model.onnx"))
+    (expected,) = canonical.run(None, {"input_ids": ids[None]})
+    whole = Lowered(tmp_path / "b", 0).step(ids)["logits"]
+    np.testing.assert_allclose(whole, expected[0], rtol=0, atol=1e-4)
+    lowered = Lowered(tmp_path / "b", 0)
+    chunks = [lowered.step(part)["logits"] for part in np.split(ids, [13, 14, *range(15, LENGTH)])]
+    np.testing.assert_allclose(np.concatenate(chunks), expected[0], rtol=0, atol=1e-4)
+
+
+def test_int8_activations_stay_near(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """accuracy_level 4 rounds activations to int8; the canonical graph does not. Wiring faults are far larger."""
+    for weights in ("int4", "int8"):
+        moedge.export(tiny_checkpoint, tmp_path / weights, weights=weights, group_size=32, verify=False)
+        ids = np.random.default_rng(8).integers(0, 320, LENGTH)
+        (expected,) = ort.InferenceSession(str(tmp_path / weights / "model.onnx")).run(None, {"input_ids": ids[None]})
+        actual = Lowered(tmp_path / weights, target.ACCURACY_LEVEL).step(ids)["logits"]
+        # The median: where a rounding flips an expert, a random model goes its own way.
+        assert np.median(np.abs(actual - expected[0])) < 0.15 * np.abs(expected).std()
+
+
+def test_weights_are_those_of_the_canonical_graph(tiny_bundle: Path) -> None:
+    def places(path: Path) -> set[tuple[str, str]]:
+        model = onnx.load(path, load_external_data=False)
+        externals = [{e.key: e.value for e in tensor.external_data} for tensor in model.graph.initializer]
+        return {(external["offset"], external["length"]) for external in externals if external}
+
+    engine = tiny_bundle / "engines" / "cpu" / "model.onnx"
+    assert places(engine) <= places(tiny_bundle / "model.onnx")
+    assert engine.stat().st_size < 100_000
+    assert sorted(path.name for path in engine.parent.iterdir()) == ["engine.json", "model.onnx"]
+
+
+def test_the_graph_never_copies_the_cache(tiny_bundle: Path) -> None:
+    """The past is only ever the right-hand side of a product, and its outputs are rows of new tokens alone."""
+    graph = onnx.load(tiny_bundle / "engines" / "cpu" / "model.onnx", load_external_data=False).graph
+    users = collections.defaultdict(list)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name.startswith("past."):
+                users[name].append((node.op_type, place))
+    assert sorted(users) == [f"past.latent.{layer}" for layer in range(3)]
+    products = {("FusedMatMul", 1), ("MatMul", 1)}
+    assert set(users["past.latent.0"]) == products | {("Shape", 0)}
+    assert all(set(uses) == products for name, uses in users.items() if name != "past.latent.0")
+    outputs = {output.name: output.type.tensor_type.shape.dim[0].dim_param for output in graph.output}
+    assert all(first == "S" for name, first in outputs.items() if name.startswith("new."))
+
+
+def test_experts_and_matrices_run_in_the_quantized_kernels(tiny_bundle: Path) -> None:
+    graph = onnx.load(tiny_bundle / "engines" / "cpu" / "model.onnx", load_external_data=False).graph
+    counts = collections.Counter(node.op_type for node in graph.node)
+    assert counts["QMoE"] == 2
+    assert counts["DequantizeLinear"] == 1  # the embedding's few rows
+    assert counts["MatMulNBits"] == 3 * 4 + 2 + 2 * 2 + 1
+    for node in graph.node:
+        if node.op_type in ("QMoE", "MatMulNBits"):
+            attributes = {attribute.name: attribute.i for attribute in node.attribute}
+            assert attributes["accuracy_level"] == 4
+
+
+def test_the_cache_holds_the_latent_not_keys_and_values(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    attention = bundle.config["attention"]
+    model, _ = load_canonical(bundle)
+    widths = dict(target.lower(model))
+    assert set(widths.values()) == {attention["kv_lora_rank"] + attention["qk_rope_head_dim"]}
