@@ -9,9 +9,7 @@ import click
 
 from ..bundle import MANIFEST, Bundle
 from ..progress import console_progress
-from .layout import WEIGHTS_CHOICES
-from .pipeline import export_checkpoint
-from .quantization import ALGORITHMS, GROUP_SIZES
+from .options import ALGORITHMS, GROUP_SIZES, WEIGHTS_CHOICES
 
 
 @click.command("export")
@@ -43,6 +41,8 @@ def export_command(
 
     SOURCE is a Hugging Face checkpoint folder: config.json and safetensors.
     """
+    from .pipeline import export_checkpoint
+
     with console_progress() as progress:
         bundle = export_checkpoint(
             source,

@@ -15,7 +15,6 @@ from .weights import Weight
 
 ALIGNMENT = 64
 Dtype = Literal["float32", "float16", "uint8", "uint4"]
-WEIGHTS_CHOICES = ("fp32", "fp16", "int8", "int4")
 _BITS = {"float32": 32, "float16": 16, "uint8": 8, "uint4": 4}
 
 

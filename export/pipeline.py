@@ -26,9 +26,10 @@ from .config import MoEConfig
 from .families import find_family
 from .functions import DOMAIN
 from .graph import build_canonical_graph, save_graph
-from .layout import WEIGHTS_CHOICES, Layout, plan_layout
+from .layout import Layout, plan_layout
+from .options import GROUP_SIZES, WEIGHTS_CHOICES
 from .parity import check_parity
-from .quantization import GROUP_SIZES, find_algorithm
+from .quantization import find_algorithm
 from .weights import check_sources, check_unused
 from .writer import ClassError, write_weights
 

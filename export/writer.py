@@ -64,7 +64,7 @@ def write_weights(
                 _write_part(stream, stored, part, algorithm, error)
                 done += part.values.size
                 if progress is not None:
-                    progress(f"writing {stored.weight.name}", done, total)
+                    progress("writing weights", done, total)
     return errors
 
 

@@ -9,11 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...errors import CheckpointError
+from ..options import ALGORITHMS, GROUP_SIZES
 
 Array = np.ndarray[Any, Any]
 
-ALGORITHMS = ("rtn",)
-GROUP_SIZES = (128, 64, 32, 16)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,7 @@
+"""What an export can be asked for; imports nothing, so that `--help` costs nothing."""
+
+from __future__ import annotations
+
+WEIGHTS_CHOICES = ("fp32", "fp16", "int8", "int4")
+GROUP_SIZES = (128, 64, 32, 16)  # what QMoE and MatMulNBits take, largest first
+ALGORITHMS = ("rtn",)

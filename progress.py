@@ -1,0 +1,75 @@
+"""Progress of long work on the console: a bar on a terminal, a line now and then elsewhere; always on stderr.
+
+Library functions take `progress: Progress | None` and call it as `progress(what, done, total)`: `what` names the phase
+(a new text begins a new phase), `done` of `total` are its units, whatever they are. They never print.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+Progress = Callable[[str, int, int], None]
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@contextmanager
+def console_progress() -> Iterator[Progress]:
+    """Shows what the yielded function is called with, until the block is left."""
+    if sys.stderr.isatty():
+        with _bar() as progress:
+            yield progress
+    else:
+        yield Lines(sys.stderr)
+
+
+class Lines:
+    """Progress as lines: one when a phase begins, one every few seconds, one at its end if it took a second or more."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self.stream = stream
+        self.clock = clock
+        self.what: str | None = None
+        self.began = self.printed = 0.0
+        self.finished = False
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = self.clock()
+        if what != self.what:
+            self.what, self.began, self.printed, self.finished = what, now, now, False
+            self._line(what)
+        if self.finished:
+            return
+        if done >= total > 0:
+            self.finished = True
+            if now - self.began >= 1.0:
+                self._line(f"{what}: done in {now - self.began:.1f} s")
+        elif now - self.printed >= SECONDS_BETWEEN_LINES:
+            self.printed = now
+            self._line(f"{what}: {100 * done // total}%" if total > 0 else f"{what}: {now - self.began:.0f} s")
+
+    def _line(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=None)
+            # A total of 0 is unknown: rich then draws a pulsing bar.
+            bars.update(tasks[what], completed=done, total=total or None)
+
+        yield progress
