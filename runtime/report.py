@@ -1,0 +1,362 @@
+"""The latency report: devices as rows, out of `moedge bench` results (measured) and `moedge estimate` ones (predicted).
+
+`load_results` reads and checks the JSON, `write_report` writes HTML, Markdown, CSV or PNG by suffix, `render_table` is
+the table for a terminal.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..bundle import staged_file
+from ..errors import ReportError
+from ..profiles.fit import size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+SCHEMA = 1
+SUFFIXES = (".html", ".md", ".csv", ".png")
+
+_PERCENTILES = ("p50", "p90", "p99")
+_BAND = ("low", "high")
+# The contract's keys in its order: what each must be. A figure may be null where it is not known.
+_TEXTS = ("model", "profile", "backend", "device")
+_COUNTS = ("batch", "prompt_tokens", "new_tokens")
+_FIGURES = (
+    "threads repeat load_s prefill_tokens_per_s decode_tokens_per_s peak_memory_bytes bundle_bytes bytes_per_token "
+    "bandwidth_bytes_per_s bandwidth_limit_bytes_per_s fraction_of_limit energy_j_per_token group_size"
+).split()
+_OPTIONAL = ("usd_per_million_tokens",)
+_TIMES = ("ttft_ms", "itl_ms")
+CSV_COLUMNS = (
+    "schema model profile backend device weights group_size batch prompt_tokens new_tokens threads repeat load_s "
+    "ttft_ms.p50 ttft_ms.p90 ttft_ms.p99 ttft_ms.low ttft_ms.high itl_ms.p50 itl_ms.p90 itl_ms.p99 itl_ms.low "
+    "itl_ms.high prefill_tokens_per_s decode_tokens_per_s peak_memory_bytes bundle_bytes bytes_per_token "
+    "bandwidth_bytes_per_s "
+    "bandwidth_limit_bytes_per_s fraction_of_limit energy_j_per_token usd_per_million_tokens fits measured created"
+).split()
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds: percentiles where measured; of a prediction the expected value as `p50`, and its band."""
+
+    p50: float
+    p90: float | None
+    p99: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def known(self) -> list[float]:
+        return [value for value in (self.p50, self.p90, self.p99, self.low, self.high) if value is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One result as the report shows it; figures that are not known are None. `raw` is the result itself."""
+
+    device: str
+    profile: str
+    backend: str
+    weights: str
+    workload: str
+    measured: bool
+    fits: bool
+    ttft: Times
+    itl: Times
+    decode: float | None
+    prefill: float | None
+    memory: float | None
+    bytes_per_token: float | None
+    fraction: float | None
+    energy: float | None
+    usd: float | None
+    raw: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return "measured" if self.measured else "predicted"
+
+
+def load_results(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
+    """The results in JSON files, each one document or a list of them.
+
+    Raises:
+        ReportError: not readable, not JSON, not a result, another schema version, fields missing or of no sense, or
+        more than
+            one model; names the file.
+    """
+    results: list[dict[str, Any]] = []
+    origins: list[str] = []
+    for path in map(Path, paths):
+        found = _read(path)
+        for index, document in enumerate(found):
+            origin = str(path) if len(found) == 1 else f"{path}[{index}]"
+            check_result(document, origin)
+            results.append(document)
+            origins.append(origin)
+    _check_one_model(results, origins)
+    return results
+
+
+def check_result(document: Any, origin: str) -> None:
+    """Raises ReportError where `document`, from `origin`, is no result of this schema."""
+    made_by = "make results with `moedge bench --json` or `moedge estimate --json`"
+    if not isinstance(document, dict) or "schema" not in document:
+        raise ReportError(f"{origin}: no bench result (it has no schema); {made_by}")
+    if document["schema"] != SCHEMA:
+        raise ReportError(
+            f"{origin}: result of schema {document['schema']!r}, this version reads schema {SCHEMA}; measure again "
+            "with this version's `moedge bench --json`"
+        )
+    required = [*_TEXTS, "weights", *_COUNTS, *_FIGURES, *_TIMES, "measured"]
+    missing = [key for key in required if key not in document]
+    if missing:
+        raise ReportError(f"{origin}: {', '.join(missing)} missing; {made_by}")
+    for key in _TEXTS:
+        if not isinstance(document[key], str):
+            raise ReportError(f"{origin}: {key} is {document[key]!r}; a text was expected")
+    if not isinstance(document["measured"], bool):
+        raise ReportError(f"{origin}: measured is {document['measured']!r}; true or false was expected")
+    for key in _COUNTS:
+        _check_figure(document[key], f"{origin}: {key}")
+    for key in (*_FIGURES, *_OPTIONAL):
+        _check_figure(document.get(key), f"{origin}: {key}", may_be_null=True)
+    for key in _TIMES:
+        _check_times(document[key], f"{origin}: {key}")
+
+
+def write_report(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Writes the report of `results` as `path`'s suffix says (.html, .md, .csv, .png); a failure leaves nothing behind.
+
+    Raises:
+        ReportError: another suffix, no results, a result that is none, mixed models, or the place cannot be written.
+        DependencyError: a PNG without matplotlib.
+    """
+    target = Path(path)
+    suffix = target.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ReportError(f"{target}: the report's format is its suffix; known: {', '.join(SUFFIXES)}")
+    for index, result in enumerate(results):
+        check_result(result, f"result {index}")
+    _check_one_model(results, [f"result {index}" for index in range(len(results))])
+    if suffix == ".html":
+        from .report_html import render_html
+
+        content = render_html(results).encode()
+    elif suffix == ".png":
+        from .report_png import render_png
+
+        content = render_png(results)
+    else:
+        content = (render_markdown(results) if suffix == ".md" else render_csv(results)).encode()
+    with staged_file(target, error=ReportError) as staged:
+        staged.write_bytes(content)
+
+
+def make_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The results as rows: measured ones first, each kind in the order given."""
+    return sorted(map(_row, results), key=lambda row: not row.measured)
+
+
+def render_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """A table for a terminal: devices as rows; predictions are marked and dim."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = make_rows(results)
+    # Narrow on purpose: 80 columns hold it, so names are the profiles' and each row has a second line.
+    title = Text(f"{results[0]['model']}: {headline(rows)}")
+    table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0), show_lines=True, show_edge=False)
+    table.add_column("device", no_wrap=True)
+    for heading in ("TTFT ms", "ITL ms", "tokens\n/s", "memory", "read a\nstep", "of\nlimit"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        name = Text(row.profile)
+        name.append(f"\n{row.kind}", "bold green" if row.measured else "italic yellow")
+        if not row.fits:
+            name.append(": no fit", "red")
+        figures = (number(row.decode), bytes_text(row.memory), bytes_text(row.bytes_per_token), percent(row.fraction))
+        table.add_row(name, *(_two_lines(times) for times in (row.ttft, row.itl)), *map(Text, figures))
+    table.caption = Text("TTFT: first token, ITL: between tokens; p50 over p99, or over the band")
+    return table
+
+
+def render_markdown(results: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown document with one table."""
+    rows = make_rows(results)
+    headings = (
+        "device | | weights | TTFT ms p50 | p90 | p99 | ITL ms p50 | p90 | p99 | decode tokens/s | prefill tokens/s "
+        "| memory | read a step | of limit"
+    ).split("|")
+    lines = [
+        f"# Latency report: {_markdown(results[0]['model'])}",
+        "",
+        _markdown(headline(rows)),
+        "",
+        _markdown_row(headings),
+        _markdown_row(["---"] * 3 + ["---:"] * (len(headings) - 3)),
+    ]
+    for row in rows:
+        cells = [_markdown(row.device), row.kind if row.measured else f"*{row.kind}*", _markdown(row.weights)]
+        for times in (row.ttft, row.itl):
+            cells += [number(times.p50), *_spread(times)]
+        cells += [number(row.decode), number(row.prefill), bytes_text(row.memory), bytes_text(row.bytes_per_token)]
+        lines.append(_markdown_row([*cells, percent(row.fraction)]))
+    lines += ["", "TTFT: time to first token. ITL: time between tokens. *predicted* rows: expected, low and high."]
+    return "\n".join(lines) + "\n"
+
+
+def render_csv(results: Sequence[Mapping[str, Any]]) -> str:
+    """CSV_COLUMNS with a header line: figures as in the JSON, empty where not known, nested keys with a dot."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for row in make_rows(results):
+        writer.writerow([_csv_cell(row.raw, column) for column in CSV_COLUMNS])
+    return out.getvalue()
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """What was asked of the devices, where it is the same for all, and how many rows are of which kind."""
+    workloads = list(dict.fromkeys(row.workload for row in rows))
+    measured = sum(row.measured for row in rows)
+    what = workloads[0] if len(workloads) == 1 else f"{len(workloads)} workloads"
+    return f"{what}; {measured} measured, {len(rows) - measured} predicted"
+
+
+def number(value: float | None) -> str:
+    """Three digits, thousands apart; a dash where not known."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(digits, 4)}f}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%" if value >= 0.1 else f"{100 * value:.1f}%"
+
+
+def bytes_text(value: float | None) -> str:
+    return "-" if value is None else size(value)
+
+
+def _read(path: Path) -> list[Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReportError(f"{path}: no such file; make results with `moedge bench --json {path}`") from None
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as cause:
+        raise ReportError(f"{path}: not readable as JSON ({str(cause).splitlines()[0]})") from None
+    return document if isinstance(document, list) else [document]
+
+
+def _check_one_model(results: Sequence[Mapping[str, Any]], origins: Sequence[str]) -> None:
+    if not results:
+        raise ReportError("no results to report; make some with `moedge bench --json` or `moedge estimate --json`")
+    first: dict[str, str] = {}
+    for result, origin in zip(results, origins, strict=True):
+        first.setdefault(result["model"], origin)
+    if len(first) > 1:
+        models = ", ".join(f"{model} ({origin})" for model, origin in first.items())
+        raise ReportError(f"results of {len(first)} models in one report: {models}; make one report for each model")
+
+
+def _check_times(times: Any, where: str) -> None:
+    if not isinstance(times, dict):
+        raise ReportError(f"{where} is {times!r}; percentiles p50, p90, p99 were expected")
+    for key in _PERCENTILES:
+        if key not in times:
+            raise ReportError(f"{where}.{key} missing; measure again with this version's `moedge bench --json`")
+        _check_figure(times[key], f"{where}.{key}", may_be_null=key != "p50")
+    for key in _BAND:
+        _check_figure(times.get(key), f"{where}.{key}", may_be_null=True)
+    for keys in (_PERCENTILES, ("low", "p50", "high")):
+        known = [times[key] for key in keys if times.get(key) is not None]
+        if known != sorted(known):
+            raise ReportError(f"{where}: {', '.join(keys)} do not grow ({', '.join(map(str, known))}); measure again")
+
+
+def _check_figure(value: Any, where: str, *, may_be_null: bool = False) -> None:
+    if value is None and may_be_null:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        null = " or null" if may_be_null else ""
+        raise ReportError(f"{where} is {value!r}; a number of 0 or more{null} was expected")
+
+
+def _row(result: Mapping[str, Any]) -> Row:
+    ttft, itl = (Times(*(result[key].get(name) for name in (*_PERCENTILES, *_BAND))) for key in _TIMES)
+    group = result["group_size"]
+    weights = str(result["weights"] or "-")
+    return Row(
+        device=result["device"],
+        profile=result["profile"],
+        backend=result["backend"],
+        weights=f"{weights}, group {group}" if group else weights,
+        workload=f"{result['prompt_tokens']} prompt and {result['new_tokens']} new tokens, batch {result['batch']}",
+        measured=result["measured"],
+        fits=result.get("fits") is not False,
+        ttft=ttft,
+        itl=itl,
+        decode=result["decode_tokens_per_s"],
+        prefill=result["prefill_tokens_per_s"],
+        memory=result["peak_memory_bytes"],
+        bytes_per_token=result["bytes_per_token"],
+        fraction=result["fraction_of_limit"],
+        energy=result["energy_j_per_token"],
+        usd=result.get("usd_per_million_tokens"),
+        raw=result,
+    )
+
+
+def _two_lines(times: Times) -> Text:
+    from rich.text import Text
+
+    under = ""
+    if times.p99 is not None:
+        under = f"\n{number(times.p99)}"
+    elif times.low is not None and times.high is not None:
+        under = f"\n{number(times.low)}-{number(times.high)}"
+    return Text(number(times.p50)).append(under, "dim")
+
+
+def _spread(times: Times) -> tuple[str, str]:
+    """p90 and p99, or the ends of a prediction's band."""
+    if times.p90 is None and times.p99 is None and times.low is not None:
+        return f"*low {number(times.low)}*", f"*high {number(times.high)}*"
+    return number(times.p90), number(times.p99)
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.strip() for cell in cells) + " |"
+
+
+def _markdown(text: Any) -> str:
+    """Text that is neither markup nor the end of a cell."""
+    plain = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
+    return "".join(f"\\{letter}" if letter in "|*_`[]#" else letter for letter in plain)
+
+
+def _csv_cell(result: Mapping[str, Any], column: str) -> str:
+    value: Any = result
+    for key in column.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value) if isinstance(value, float) else str(value)

@@ -1,0 +1,166 @@
+"""Predictions recomputed by independent arithmetic, and held against published rates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from model_manifests import deepseek_v2_lite, olmoe
+
+from moedge.errors import UsageError
+from moedge.profiles.device import load_profile
+from moedge.profiles.device_commands import estimate_command
+from moedge.profiles.estimate import bytes_per_token, estimate
+from moedge.profiles.shape import ModelShape
+from moedge.runtime.report import check_result
+
+CONTRACT_KEYS = (
+    "schema model profile backend device weights group_size batch prompt_tokens new_tokens threads repeat load_s "
+    "ttft_ms itl_ms prefill_tokens_per_s decode_tokens_per_s peak_memory_bytes bundle_bytes bytes_per_token "
+    "bandwidth_bytes_per_s bandwidth_limit_bytes_per_s fraction_of_limit energy_j_per_token measured"
+).split()
+
+
+def test_bytes_of_a_step_by_hand() -> None:
+    manifest = deepseek_v2_lite()
+    sizes = manifest["sizes"]
+    always = sum(sizes[name] for name in ("attention", "dense_mlp", "router", "norm", "shared_experts", "head"))
+    one = always + sizes["experts"] * 6 / 64 + sizes["embedding"] / 102400 + 1000 * 27 * 576 * 4
+    assert bytes_per_token(manifest, 1000) == round(one)
+    assert bytes_per_token(manifest, 0) == round(one - 1000 * 27 * 576 * 4)
+    distinct = 64 * (1 - (58 / 64) ** 5)
+    five = always + sizes["experts"] * distinct / 64 + 5 * sizes["embedding"] / 102400 + 5 * 1000 * 27 * 576 * 2
+    assert bytes_per_token(manifest, 1000, batch=5, cache_bytes_per_element=2) == round(five)
+
+
+def test_a_tied_embedding_is_read_with_the_head() -> None:
+    manifest = deepseek_v2_lite()
+    untied = bytes_per_token(manifest, 0)
+    manifest["sizes"]["embedding"] = 0
+    assert bytes_per_token(manifest, 0) == untied  # one row of the same bytes, out of the head
+
+
+def test_distinct_experts_against_chance() -> None:
+    """E * (1 - (1 - k/E)^B) is what drawing k of E at random B times gives; 8 tokens of OLMoE's 8 of 64 read 42."""
+    shape = ModelShape.from_manifest(olmoe())
+    random = np.random.default_rng(0)
+    for tokens in (1, 2, 8, 32):
+        choices = [[random.choice(64, 8, replace=False) for _ in range(tokens)] for _ in range(300)]
+        drawn = [len(set(np.concatenate(chosen).tolist())) for chosen in choices]
+        assert shape.distinct_experts(tokens) == pytest.approx(np.mean(drawn), rel=0.03)
+    assert shape.distinct_experts(1) == pytest.approx(8)
+    assert round(shape.distinct_experts(8)) == 42
+
+
+def test_decode_step_by_hand() -> None:
+    """One token's step on an RTX 4090 is bound by bandwidth throughout: bytes over 60% of it, 14 launches a layer."""
+    manifest = deepseek_v2_lite()
+    result = estimate(manifest, load_profile("rtx4090"), prompt_tokens=512, new_tokens=64)
+    count = bytes_per_token(manifest, 512 + 32, 1, 2)
+    expected = count / (1008e9 * 0.6) + 27 * 14 * 2.5e-6
+    assert result["itl_ms"]["p50"] == pytest.approx(1e3 * expected, rel=1e-6)
+    assert result["itl_ms"]["low"] == pytest.approx(1e3 * (count / (1008e9 * 0.85) + 27 * 8 * 2.5e-6), rel=1e-6)
+    assert result["itl_ms"]["high"] == pytest.approx(1e3 * (count / (1008e9 * 0.3) + 27 * 28 * 2.5e-6), rel=1e-6)
+    assert result["bytes_per_token"] == count
+    assert result["decode_tokens_per_s"] == pytest.approx(1 / expected)
+    assert result["bandwidth_bytes_per_s"] == pytest.approx(count / expected)
+    assert result["fraction_of_limit"] == pytest.approx(count / expected / 1008e9)
+    assert result["usd_per_million_tokens"] == pytest.approx(0.34 / 3600 * expected * 1e6)
+    assert sum(part["bytes"] for part in result["per_op"]) == pytest.approx(count, abs=10)
+
+
+def test_prompt_by_hand() -> None:
+    """On TensorRT all experts are evaluated for each token, bound by arithmetic; the rest by its own bound."""
+    result = estimate(deepseek_v2_lite(), load_profile("rtx4090"), prompt_tokens=256, new_tokens=1)
+    sizes = deepseek_v2_lite()["sizes"]
+    peak, bandwidth = 165.2e12 * 0.4, 1008e9 * 0.6
+    attention = 2048 * 16 * 192 + 2048 * 576 + 16 * 512 * 256 + 16 * 128 * 2048
+    seconds = [
+        2 * 256 * 26 * 64 * 3 * 2048 * 1408 / peak,
+        max(2 * 256 * 27 * attention / peak, sizes["attention"] / bandwidth),
+        max(2 * 256 * 26 * 3 * 2048 * 2816 / peak, sizes["shared_experts"] / bandwidth),
+        max(2 * 256 * 3 * 2048 * 10944 / peak, sizes["dense_mlp"] / bandwidth),
+        max(2 * 256 * 26 * 64 * 2048 / (82.6e12 * 0.4), sizes["router"] / bandwidth),
+        max(256 * 257 / 2 * 27 * 2 * 16 * (2 * 512 + 64) / peak, 256 * 27 * 576 * 2 / bandwidth),
+        (sizes["norm"] + sizes["head"] + 256 * sizes["embedding"] / 102400) / bandwidth,
+        27 * 14 * 2.5e-6,
+    ]
+    assert result["ttft_ms"]["p50"] == pytest.approx(1e3 * sum(seconds), rel=1e-6)
+    assert result["prefill_tokens_per_s"] == pytest.approx(256 / sum(seconds), rel=1e-6)
+
+
+def test_onnxruntime_evaluates_the_chosen_experts_only() -> None:
+    """On a CPU a prompt token goes through k experts a layer, not E."""
+    device = load_profile("x86-laptop")
+    result = estimate(olmoe(), device, prompt_tokens=256, new_tokens=1)
+    experts = 2 * 256 * 16 * 8 * 3 * 2048 * 1024 / (2867e9 * 0.4)
+    others = 2 * 256 * 16 * 4 * 2048 * 2048 / (2867e9 * 0.4)
+    assert 1e3 * (experts + others) < result["ttft_ms"]["p50"] < 1.3e3 * (experts + others)
+
+
+def test_batch_reuses_experts_and_no_more() -> None:
+    """OLMoE at batch 8 reads 42 of 64 experts a layer instead of 8: the rate at most doubles or so on a CPU."""
+    device = load_profile("cpu").with_bandwidth(28.5e9, "a test")
+    one, eight = (estimate(olmoe(), device, prompt_tokens=1, new_tokens=1, batch=batch) for batch in (1, 8))
+    assert 1.3 < eight["decode_tokens_per_s"] / one["decode_tokens_per_s"] < 2.6
+    assert eight["itl_ms"]["p50"] > one["itl_ms"]["p50"]
+
+
+@pytest.mark.parametrize("profile", ["cpu", "rtx4090", "a100-80gb", "jetson-agx-orin-64gb", "jetson-orin-nano-8gb"])
+def test_result_is_a_bench_result_that_says_it_is_predicted(profile: str) -> None:
+    result = estimate(deepseek_v2_lite(), load_profile(profile), prompt_tokens=128, new_tokens=32)
+    assert list(result)[:6] == CONTRACT_KEYS[:6] and set(CONTRACT_KEYS) <= set(result)
+    assert result["measured"] is False
+    assert [key for key in CONTRACT_KEYS if result[key] is None and key != "threads"] == [
+        "repeat", "load_s", "energy_j_per_token",
+    ]  # fmt: skip
+    for times in (result["ttft_ms"], result["itl_ms"]):
+        assert times["low"] < times["p50"] < times["high"] and times["p90"] is times["p99"] is None
+    assert result["fits"] == (profile != "jetson-orin-nano-8gb")
+    assert result["peak_memory_bytes"] == result["fit"]["total_bytes"]
+    check_result(json.loads(json.dumps(result)), "estimate")
+
+
+def test_a_published_rate_lies_in_the_band() -> None:
+    """RTX 3090, DeepSeek-V2-Lite Q4_0 under llama.cpp: about 180 tokens/s (another engine: the band)."""
+    times = estimate(deepseek_v2_lite(), load_profile("rtx-3090"), prompt_tokens=128, new_tokens=64)["itl_ms"]
+    assert times["low"] < 1e3 / 180 < times["high"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"prompt_tokens": 0}, "prompt tokens is 0; at least 1 is needed"),
+        ({"batch": -1}, "batch is -1; at least 1 is needed"),
+        (
+            {"max_seq_len": 100},
+            "max_seq_len is 100, less than 512 prompt and 64 new tokens; ask for at least 576",
+        ),
+        (
+            {"prompt_tokens": 4090},
+            "4154 tokens are more than OLMoE-1B-7B has positions (4096); ask for fewer prompt or new tokens, or a "
+            "smaller --max-seq-len",
+        ),
+    ],
+)
+def test_counts_out_of_range(asked: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        estimate(olmoe(), load_profile("rtx4090"), **asked)
+    assert str(raised.value) == told
+
+
+def test_command(tmp_path: Path) -> None:
+    (tmp_path / "moedge.json").write_text(json.dumps(deepseek_v2_lite()))
+    one = json.loads(CliRunner().invoke(estimate_command, [str(tmp_path), "--profile", "rtx4090", "--json"]).stdout)
+    assert one["profile"] == "rtx4090" and one["measured"] is False
+    arguments = [str(tmp_path), "--profile", "rtx4090", "--profile", "jetson-orin-nano-8gb"]
+    two = json.loads(CliRunner().invoke(estimate_command, [*arguments, "--json"]).stdout)
+    assert [result["profile"] for result in two] == ["rtx4090", "jetson-orin-nano-8gb"]
+    shown = CliRunner().invoke(estimate_command, arguments, env={"COLUMNS": "120"})
+    assert shown.exit_code == 0
+    assert "predicted: no fit" in shown.stdout and "KV cache" in shown.stdout
+    assert "DeepSeek-V2-Lite does not fit jetson-orin-nano-8gb: it needs" in shown.stdout
