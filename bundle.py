@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, MoedgeError
+from .progress import Progress as Progress
 
 FORMAT = 1
 MANIFEST = "moedge.json"
@@ -23,8 +24,6 @@ MODEL = "model.onnx"
 WEIGHTS = "weights.bin"
 ENGINES = "engines"
 ENGINE_MANIFEST = "engine.json"
-
-Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 _HASH_CHUNK = 1 << 20
 

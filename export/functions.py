@@ -9,11 +9,11 @@ from __future__ import annotations
 
 DOMAIN = "moedge"
 VERSION = 1
-OPSET = 24
+OPSET = 23
 
 # input_ids int64 [B, S] -> positions int64 [B, S]
 POSITIONS = """
-<domain: "moedge", opset_import: ["" : 24]>
+<domain: "moedge", opset_import: ["" : 23]>
 Positions (input_ids) => (positions)
 {
     shape = Shape (input_ids)
@@ -29,7 +29,7 @@ Positions (input_ids) => (positions)
 
 # positions int64 [B, S], inv_freq float32 [d/2] -> cos, sin float32 [B, S, d/2]
 ROTARY_ANGLES = """
-<domain: "moedge", opset_import: ["" : 24]>
+<domain: "moedge", opset_import: ["" : 23]>
 RotaryAngles <attention_factor> (positions, inv_freq) => (cos, sin)
 {
     last = Constant <value_ints = [-1]> ()
@@ -47,7 +47,7 @@ RotaryAngles <attention_factor> (positions, inv_freq) => (cos, sin)
 # q [T, n*(nope+rope)], latent [T, r], k_rope [T, rope], cos/sin [B, S, rope/2], k_up [n, nope, r], v_up [n, v, r]
 # -> y [T, n*v]. Keys and values are expanded from the latent (arXiv:2405.04434, eq. 9-19); causal within S.
 LATENT_ATTENTION = """
-<domain: "moedge", opset_import: ["" : 24]>
+<domain: "moedge", opset_import: ["" : 23]>
 LatentAttention <num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, scale, interleaved>
     (q, latent, k_rope, cos, sin, k_up, v_up) => (y)
 {
@@ -97,7 +97,7 @@ LatentAttention <num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_l
 
 # gate_up [T, 2I], the gate's half first -> y [T, I]
 SWIGLU = """
-<domain: "moedge", opset_import: ["" : 24]>
+<domain: "moedge", opset_import: ["" : 23]>
 SwiGLU (gate_up) => (y)
 {
     gate, up = Split <axis = -1, num_outputs = 2> (gate_up)
@@ -111,7 +111,7 @@ SwiGLU (gate_up) => (y)
 # -> y [T, H]. Few tokens: only the chosen experts are gathered; many: every expert over all tokens, weighted by 0
 # where it was not chosen, which is as exact and never gathers more than the stack.
 EXPERTS = """
-<domain: "moedge", opset_import: ["" : 24]>
+<domain: "moedge", opset_import: ["" : 23]>
 Experts (x, experts, weights, gate_up, down) => (y)
 {
     first = Constant <value_ints = [0]> ()

@@ -45,7 +45,7 @@ def gate_model(nodes: list[Any], functions: list[Any]) -> onnx.ModelProto:
         helper.make_tensor_value_info("experts", TensorProto.INT64, ["T", "k"]),
         helper.make_tensor_value_info("weights", TensorProto.FLOAT, ["T", "k"]),
     ]
-    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("moedge", 1)]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("moedge", 1)]
     graph = helper.make_graph(nodes, "gate", inputs, outputs)
     return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=11)
 

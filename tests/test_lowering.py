@@ -26,7 +26,8 @@ class Lowered:
 
     def __init__(self, bundle: Path, accuracy_level: int) -> None:
         model, _ = load_canonical(Bundle.open(bundle))
-        self.cache = target.lower(model, accuracy_level=accuracy_level)
+        fused = target.has_router_weights()
+        self.cache = target.lower(model, accuracy_level=accuracy_level, fused_experts=fused)
         options = ort.SessionOptions()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
         self.proto = ir.to_proto(model)
@@ -92,15 +93,16 @@ def test_the_graph_never_copies_the_cache(tiny_bundle: Path) -> None:
     products = {("FusedMatMul", 1), ("MatMul", 1)}
     assert set(users["past.latent.0"]) == products | {("Shape", 0)}
     assert all(set(uses) == products for name, uses in users.items() if name != "past.latent.0")
-    outputs = {output.name: output.type.tensor_type.shape.dim[0].dim_param for output in graph.output}
+    outputs: dict[str, str] = {output.name: output.type.tensor_type.shape.dim[0].dim_param for output in graph.output}
     assert all(first == "S" for name, first in outputs.items() if name.startswith("new."))
 
 
 def test_experts_and_matrices_run_in_the_quantized_kernels(tiny_bundle: Path) -> None:
     graph = onnx.load(tiny_bundle / "engines" / "cpu" / "model.onnx", load_external_data=False).graph
     counts = collections.Counter(node.op_type for node in graph.node)
-    assert counts["QMoE"] == 2
-    assert counts["DequantizeLinear"] == 1  # the embedding's few rows
+    if target.has_router_weights():
+        assert counts["QMoE"] == 2
+        assert counts["DequantizeLinear"] == 1  # the embedding's few rows
     assert counts["MatMulNBits"] == 3 * 4 + 2 + 2 * 2 + 1
     for node in graph.node:
         if node.op_type in ("QMoE", "MatMulNBits"):
@@ -114,3 +116,27 @@ def test_the_cache_holds_the_latent_not_keys_and_values(tiny_bundle: Path) -> No
     model, _ = load_canonical(bundle)
     widths = dict(target.lower(model))
     assert set(widths.values()) == {attention["kv_lora_rank"] + attention["qk_rope_head_dim"]}
+
+
+def test_the_interface_is_what_sessions_bind(tiny_bundle: Path) -> None:
+    graph = onnx.load(tiny_bundle / "engines" / "cpu" / "model.onnx", load_external_data=False).graph
+    pasts = [f"past.latent.{layer}" for layer in range(3)]
+    assert [value.name for value in graph.input] == ["input_ids", "rows", *pasts]
+    routing = {f"{kind}.{layer}" for kind in ("experts", "weights") for layer in (1, 2)}
+    assert {value.name for value in graph.output} == {"logits", *(f"new.latent.{i}" for i in range(3)), *routing}
+
+
+def test_experts_without_the_kernel_run_as_their_function(tiny_bundle: Path) -> None:
+    """What an older onnxruntime gets: no `QMoE`, the same logits."""
+    ids = np.random.default_rng(9).integers(0, 320, LENGTH)
+    (expected,) = ort.InferenceSession(str(tiny_bundle / "model.onnx")).run(None, {"input_ids": ids[None]})
+    model, _ = load_canonical(Bundle.open(tiny_bundle))
+    cache = target.lower(model, accuracy_level=0, fused_experts=False)
+    assert not [node for node in model.graph if node.op_type == "QMoE"]
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(tiny_bundle))
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    feeds = {"input_ids": ids, "rows": np.arange(LENGTH)}
+    feeds |= {f"past.{name}": np.zeros((0, width), np.float32) for name, width in cache}
+    (logits,) = session.run(["logits"], feeds)
+    np.testing.assert_allclose(logits, expected[0], rtol=0, atol=1e-4)

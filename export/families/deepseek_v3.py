@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
 from ..config import (
@@ -128,7 +126,8 @@ def _plan_moe(config: MoEConfig, layer: int) -> list[Weight]:
         expert_stack(f"{ours}.experts.down.weight", down, (hidden, inner)),
     ]
     if shared:
-        one, role = f"{theirs}.shared_experts", cast(Role, "shared_experts")
+        one = f"{theirs}.shared_experts"
+        role: Role = "shared_experts"
         gate_up_names = (f"{one}.gate_proj.weight", f"{one}.up_proj.weight")
         plan += [
             stacked_rows(f"{ours}.shared.gate_up.weight", gate_up_names, (shared, hidden), role),

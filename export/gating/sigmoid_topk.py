@@ -20,7 +20,7 @@ ATTRIBUTES = ("top_k", "n_group", "topk_group", "norm_topk_prob", "routed_scalin
 
 # logits float32 [T, E], bias float32 [E] -> experts int64 [T, k], weights float32 [T, k]
 FUNCTION = """
-<domain: "moedge", opset_import: ["" : 24]>
+<domain: "moedge", opset_import: ["" : 23]>
 SigmoidTopKGate <top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor> (logits, bias) => (experts, weights)
 {
     flat = Constant <value_ints = [-1]> ()

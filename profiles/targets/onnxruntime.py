@@ -42,7 +42,8 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     if progress is not None:
         progress("lowering to onnxruntime", 0, 1)
     model, config = load_canonical(request.bundle)
-    cache = lower(model, accuracy_level=ACCURACY_LEVEL)
+    fused = has_router_weights()
+    cache = lower(model, accuracy_level=ACCURACY_LEVEL, fused_experts=fused)
     (folder / MODEL).write_bytes(ir.to_proto(model).SerializeToString())
     if progress is not None:
         progress("lowering to onnxruntime", 1, 1)
@@ -56,17 +57,30 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         "max_batch": 1,
         "max_seq_len": request.max_seq_len,
         "cache": [{"name": name, "width": width, "dtype": "float32"} for name, width in cache],
-        "session": {"moe_layers": list(config.moe.layers)},
+        "session": {"moe_layers": list(config.moe.layers), "fused_experts": fused},
     }
 
 
-def lower(model: ir.Model, *, accuracy_level: int = ACCURACY_LEVEL) -> list[tuple[str, int]]:
+def has_router_weights() -> bool:
+    """Whether the installed onnxruntime's `QMoE` takes the routing weights apart from the selection.
+
+    Older ones (1.23 is the last for Python 3.10) do not, and are wrong for int4 in blocks of 64 and more: there the
+    experts run as the function's own body, slower and right.
+    """
+    state = require("onnxruntime.capi.onnxruntime_pybind11_state", "cpu")
+    schemas = [schema for schema in state.get_all_operator_schema() if schema.name == "QMoE" and schema.domain == MS]
+    return any(value.name == "router_weights" for schema in schemas for value in schema.inputs)
+
+
+def lower(
+    model: ir.Model, *, accuracy_level: int = ACCURACY_LEVEL, fused_experts: bool = True
+) -> list[tuple[str, int]]:
     """Rewrite a canonical model in place; returns (name, width) of each cache tensor.
 
     Afterwards: inputs input_ids int64 [S], rows int64 [R], past.NAME float32 [P, width]; outputs logits float32
     [R, vocab], new.NAME float32 [S, width], experts.LAYER int64 and weights.LAYER float32 [S, k].
     """
-    lowering = _Lowering(model, accuracy_level)
+    lowering = _Lowering(model, accuracy_level, fused_experts)
     lowering.lower_positions()
     for call in find_calls(model, "LatentAttention"):
         lowering.lower_latent_attention(call)
@@ -79,11 +93,12 @@ def lower(model: ir.Model, *, accuracy_level: int = ACCURACY_LEVEL) -> list[tupl
 
 
 class _Lowering:
-    def __init__(self, model: ir.Model, accuracy_level: int) -> None:
+    def __init__(self, model: ir.Model, accuracy_level: int, fused_experts: bool) -> None:
         self.model = model
         self.graph = model.graph
         self.rewriter = Rewriter(model)
         self.accuracy_level = accuracy_level
+        self.fused_experts = fused_experts
         self.cache: list[tuple[str, int]] = []
         self.mask: ir.Value | None = None
         self.split_sizes: ir.Value | None = None
@@ -165,18 +180,19 @@ class _Lowering:
                 layer = _layer_of(call)
                 experts, weights = gate.lower(self.rewriter, call.inputs, attributes_of(call))
                 choices = attributes_of(call)["top_k"]
-                experts.name, weights.name = f"experts.{layer}", f"weights.{layer}"
                 experts.dtype, experts.shape = ir.DataType.INT64, ir.Shape(["S", choices])
                 weights.dtype, weights.shape = ir.DataType.FLOAT, ir.Shape(["S", choices])
                 self.rewriter.replace(call, [experts, weights])
+                # After the replacement, which hands on the names of what it replaces.
+                experts.name, weights.name = f"experts.{layer}", f"weights.{layer}"
                 self.graph.outputs.extend([experts, weights])
 
     def lower_experts(self, call: ir.Node) -> list[ir.Value]:
-        """`QMoE` for quantized experts; the function's own body otherwise."""
+        """`QMoE` for quantized experts where it is there; the function's own body otherwise."""
         x, experts, weights = call.inputs[:3]
         gate_up, down = find_matrix(call.inputs[3]), find_matrix(call.inputs[4])
         op = self.rewriter.op
-        if not gate_up.bits:
+        if not gate_up.bits or not self.fused_experts:
             inputs = [x, experts, weights, *call.inputs[3:]]
             return [op("Experts", inputs, domain=call.domain)]
         count = gate_up.shape[0]

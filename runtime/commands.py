@@ -1,0 +1,209 @@
+"""`moedge generate`, `bench`, `inspect` and `verify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..bundle import Bundle, staged_file
+from ..errors import MoedgeError, UsageError
+from ..progress import console_progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .generation import Generation
+
+_BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+_PROFILE = click.option("--profile", metavar="NAME", help="Engine. [default: the best that runs on this machine]")
+_THREADS = click.option("--threads", type=click.IntRange(1), help="Threads that compute. [default: physical cores]")
+
+NEW_TOKENS = 128
+
+
+@click.command("generate")
+@_BUNDLE
+@click.option("-p", "--prompt", required=True, metavar="TEXT", help="The prompt; - reads it from stdin.")
+@_PROFILE
+@click.option("-n", "--max-new-tokens", type=int, metavar="N", help=f"[default: {NEW_TOKENS}, or what has room]")
+@click.option("--temperature", type=float, metavar="T", help="0 is greedy. [default: the model's own, else greedy]")
+@click.option("--top-k", type=int, metavar="K", help="Only the K most likely tokens; 0 is off.")
+@click.option("--top-p", type=float, metavar="P", help="Only the most likely tokens that together reach P.")
+@click.option("--min-p", type=float, metavar="P", help="Only tokens at least P times as likely as the best.")
+@click.option("--seed", type=int, metavar="N", help="Makes sampling repeat exactly.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Ends the text (and is left out); can be repeated.")
+@click.option("--chat", is_flag=True, help="The prompt is a message: use the model's chat template.")
+@_THREADS
+@click.option("--max-seq-len", type=click.IntRange(1), metavar="N", help="Room in the context, below the engine's own.")
+@_JSON
+def generate_command(
+    bundle: Path,
+    prompt: str,
+    profile: str | None,
+    max_new_tokens: int | None,
+    threads: int | None,
+    max_seq_len: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Text that goes on from a prompt, streamed as it comes."""
+    from .engine import load
+
+    text = _read_stdin() if prompt == "-" else prompt
+    with load(bundle, profile, threads=threads, max_seq_len=max_seq_len) as engine:
+        generation = engine.generate(text, max_new_tokens=max_new_tokens, **options)
+        if max_new_tokens is None:
+            generation.limit = min(NEW_TOKENS, generation.room)
+        if as_json:
+            pieces = list(generation)
+            click.echo(json.dumps(_generation_json(generation, "".join(pieces), engine.profile), ensure_ascii=False))
+            return
+        try:
+            for piece in generation:
+                click.echo(piece, nl=False)
+        finally:
+            click.echo()  # an error or a Ctrl-C begins on a line of its own
+
+
+def _generation_json(generation: Generation, text: str, profile: str) -> dict[str, Any]:
+    count = len(generation.tokens)
+    decoding = generation.seconds - generation.prompt_seconds
+    return {
+        "text": text,
+        "tokens": generation.tokens,
+        "prompt_tokens": generation.prompt_tokens,
+        "new_tokens": count,
+        "finish_reason": generation.finish_reason,
+        "seed": None if generation.sampling.temperature == 0 else generation.seed,
+        "temperature": generation.sampling.temperature,
+        "profile": profile,
+        "seconds": generation.seconds,
+        "ttft_s": generation.prompt_seconds,
+        "decode_tokens_per_s": (count - 1) / decoding if count > 1 and decoding > 0 else None,
+    }
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt on stdin is not UTF-8 (byte {error.start}); convert it first") from None
+
+
+@click.command("bench")
+@_BUNDLE
+@_PROFILE
+@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences decoded at once.")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs, after one to warm up.")
+@_THREADS
+@click.option("--samples", is_flag=True, help="Keep every single time in the JSON.")
+@click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="One JSON document, on stdout or in FILE.",
+)
+def bench_command(bundle: Path, json_file: str | None, **options: Any) -> None:
+    """Measures one engine on this machine: latency, rates, memory, and the share of the memory bandwidth it uses."""
+    from .bench import bench
+
+    with console_progress() as progress:
+        result = bench(bundle, progress=progress, **options)
+    text = json.dumps(result, indent=1)
+    if json_file == "-":
+        click.echo(text)
+        return
+    if json_file is not None:
+        with staged_file(Path(json_file)) as staged:
+            staged.write_text(text + "\n", encoding="utf-8")
+    from .tables import bench_table
+
+    _print(bench_table(result))
+
+
+@click.command("inspect")
+@_BUNDLE
+@_JSON
+def inspect_command(bundle: Path, as_json: bool) -> None:
+    """What is in a bundle: model, gating, quantization, sizes, engines, provenance."""
+    opened = Bundle.open(bundle)
+    document = _inspection(opened)
+    if as_json:
+        click.echo(json.dumps(document, indent=1))
+        return
+    from .tables import engines_table, model_table, sizes_table
+
+    _print(model_table(document), sizes_table(document), engines_table(document))
+
+
+def _inspection(bundle: Bundle) -> dict[str, Any]:
+    from .preflight import cannot_run, read_engine
+
+    engines = []
+    for profile in bundle.engines():
+        try:
+            info = read_engine(bundle, profile)
+            reason = cannot_run(bundle, info)
+        except MoedgeError as error:
+            engines.append({"profile": profile, "status": "damaged", "runs_here": False, "reason": str(error)})
+            continue
+        engines.append(
+            {
+                "profile": profile,
+                "status": info.status,
+                "backend": info.backend,
+                "backend_version": info.backend_version,
+                "compute_capability": info.compute_capability,
+                "precision": info.precision,
+                "max_batch": info.max_batch,
+                "max_seq_len": info.max_seq_len,
+                "bytes": info.bytes,
+                "runs_here": reason is None,
+                "reason": reason,
+            }
+        )
+    manifest = bundle.manifest
+    keys = ("format", "model", "config", "gating", "quantization", "sizes", "cache", "provenance", "files")
+    return {"bundle": str(bundle.path), **{key: manifest.get(key) for key in keys}, "engines": engines}
+
+
+@click.command("verify")
+@_BUNDLE
+@_JSON
+def verify_command(bundle: Path, as_json: bool) -> None:
+    """Checks every checksum, every expert, and the engines' preflight on this machine."""
+    from .verify import verify
+
+    opened = Bundle.open(bundle)
+    with console_progress() as progress:
+        verdict = verify(opened, progress)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle), **verdict.to_json()}, indent=1))
+    else:
+        files = f"{verdict.files} files ({verdict.bytes / 2**20:,.1f} MiB)"
+        click.echo(f"{files}, {verdict.experts} experts, {len(verdict.engines)} engines")
+        for profile, state in verdict.engines.items():
+            told = "runs here" if state["runs_here"] else state["reason"]
+            click.echo(f"engine {profile}: {'ok' if state['ok'] else 'damaged'}; {told}")
+        for line in verdict.unchecked:
+            click.echo(f"not checked: {line}")
+        for line in verdict.faults:
+            click.echo(f"fault: {line}")
+    verdict.raise_for_faults()
+
+
+def _print(*tables: Table) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for table in tables:
+        console.print(table)

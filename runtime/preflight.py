@@ -1,0 +1,259 @@
+"""Preflight: what an engine was built from, for and with, compared with this bundle and this machine before it loads.
+
+Every mismatch is one line that ends with the command that mends it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import ENGINE_MANIFEST, Bundle, Progress, read_json, sha256_file
+from ..errors import EngineError
+from . import machine
+from .sessions import Backend, Findings, backend_module
+
+ENGINE_FORMAT = 1
+
+# Files up to this size are hashed at every load (a fraction of a second); larger ones only by `moedge verify`.
+HASHED_AT_LOAD = 64 << 20
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One tensor of the KV cache: `width` elements of `dtype` for each token."""
+
+    name: str
+    width: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """engine.json. What a backend alone knows stands in `session`."""
+
+    profile: str
+    target: str
+    backend: str
+    backend_version: str
+    compute_capability: tuple[int, int] | None
+    precision: str
+    max_batch: int
+    max_seq_len: int
+    bytes: int
+    files: dict[str, dict[str, Any]]
+    made_from: dict[str, str]
+    status: str
+    vocab_size: int = 0
+    layers: int = 0
+    moe_layers: tuple[int, ...] = ()
+    num_experts_per_tok: int = 0
+    num_experts: int = 0
+    cache: tuple[CacheEntry, ...] = ()
+    session: dict[str, Any] = field(default_factory=dict)
+
+
+def read_engine(bundle: Bundle, profile: str) -> EngineInfo:
+    """Read engines/`profile`/engine.json.
+
+    Raises:
+        EngineError: there is no such engine, or its engine.json cannot be read.
+    """
+    build = f"moedge build {bundle.path} --profile {profile}"
+    known = bundle.engines()
+    if profile not in known:
+        if not known:
+            raise EngineError(f"{bundle.path} has no engines; build one: {build}")
+        raise EngineError(f"{bundle.path} has no engine '{profile}', it has {', '.join(known)}; build it: {build}")
+    path = bundle.engine_dir(profile) / ENGINE_MANIFEST
+    document = read_json(path, EngineError)
+    found = document.get("format")
+    if found != ENGINE_FORMAT:
+        raise EngineError(f"{path}: engine format {found}, this version reads {ENGINE_FORMAT}; build it again: {build}")
+    try:
+        info = _parse(document)
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        what = f"missing {error}" if isinstance(error, KeyError) else str(error)
+        raise EngineError(f"{path}: not a valid engine.json ({what}); build it again: {build}") from None
+    if info.profile != profile:
+        raise EngineError(f"{path} is of profile '{info.profile}', not '{profile}'; build it: {build}")
+    return info
+
+
+def choose_profile(bundle: Bundle) -> str:
+    """The profile of the best engine that this machine can run; among engines alike, `cpu`.
+
+    Raises:
+        EngineError: there is none; says what there is and why each cannot run.
+    """
+    reasons = []
+    for profile in sorted(bundle.engines(), key=lambda name: (name != "cpu", name)):
+        try:
+            info = read_engine(bundle, profile)
+            reason = cannot_run(bundle, info)
+        except EngineError as error:
+            reason = str(error)
+        if reason is None:
+            return profile
+        reasons.append(reason)
+    build = f"moedge build {bundle.path} --profile cpu"
+    if not reasons:
+        raise EngineError(f"{bundle.path} has no engines; build one: {build}")
+    raise EngineError(
+        f"no engine in {bundle.path} runs on this machine ({'; '.join(reasons)}); build one that does: {build}"
+    )
+
+
+def cannot_run(bundle: Bundle, info: EngineInfo) -> str | None:
+    """Why this machine cannot run the engine whatever its files are; None when it can."""
+    label = f"engine '{info.profile}'"
+    if info.status != "ready":
+        return (
+            f"{label} is {info.status}, not built: finish it on the device it is for: "
+            f"moedge build {bundle.engine_dir(info.profile)}"
+        )
+    if info.compute_capability is not None:
+        wanted = _dotted(info.compute_capability)
+        gpus = machine.gpus()
+        if not gpus:
+            return f"{label} needs a GPU of compute capability {wanted}, and this machine has no GPU with a driver"
+        if info.compute_capability not in [gpu.compute_capability for gpu in gpus]:
+            here = ", ".join(f"{gpu.name} ({_dotted(gpu.compute_capability)})" for gpu in gpus)
+            return f"{label} needs a GPU of compute capability {wanted}, and this machine has {here}"
+    reason = backend_module(info.backend).cannot_run(info)
+    return f"{label} cannot run: {reason}" if reason else None
+
+
+def check_engine(bundle: Bundle, info: EngineInfo) -> None:
+    """The preflight of a load: everything but the checksums of large files.
+
+    Raises:
+        EngineError: the first fault, and how many more there are.
+    """
+    reason = cannot_run(bundle, info)
+    if reason:
+        raise EngineError(f"{reason}; {_alternative(bundle, info)}")
+    findings = inspect_engine(bundle, info)
+    if findings.faults:
+        others = len(findings.faults) - 1
+        raise EngineError(findings.faults[0] + (f" ({others} more: moedge verify {bundle.path})" if others else ""))
+
+
+def inspect_engine(
+    bundle: Bundle, info: EngineInfo, *, whole: bool = False, progress: Progress | None = None
+) -> Findings:
+    """All faults of the engine's files, origin and versions; `whole` also hashes large files and asks the backend.
+
+    The bundle's own files are compared by presence and size; `Bundle`'s checksums are `moedge verify`'s affair.
+    """
+    folder = bundle.engine_dir(info.profile)
+    label = f"engine '{info.profile}'"
+    rebuild = f"build it again: moedge build {bundle.path} --profile {info.profile}"
+    findings = Findings()
+    for name, entry in info.files.items():
+        fault = _file_fault(folder / name, entry, whole, progress)
+        if fault:
+            findings.faults.append(f"{label}: {fault}; {rebuild}")
+    for name, digest in info.made_from.items():
+        entry = bundle.manifest["files"].get(name)
+        if entry is None or entry["sha256"] != digest:
+            findings.faults.append(f"{label} was made from another {name} than this bundle's; {rebuild}")
+            continue
+        fault = _size_fault(bundle.file(name), entry)
+        if fault:
+            findings.faults.append(f"{fault}; export the bundle again: moedge export ... --force")
+    backend = backend_module(info.backend)
+    _check_version(info, backend, rebuild, findings)
+    if whole and not findings.faults and info.status == "ready":
+        deeper = backend.check(folder, info)
+        findings.faults += [f"{fault}; {rebuild}" for fault in deeper.faults]
+        findings.unchecked += deeper.unchecked
+    return findings
+
+
+def _check_version(info: EngineInfo, backend: Backend, rebuild: str, findings: Findings) -> None:
+    if info.status != "ready":
+        return  # its device's own version will build it
+    here = backend.version()
+    if here is None:
+        findings.unchecked.append(
+            f"engine '{info.profile}': its version ({info.backend} {info.backend_version}; none is installed)"
+        )
+    elif here != info.backend_version:
+        findings.faults.append(
+            f"engine '{info.profile}' was built with {info.backend} {info.backend_version}, "
+            f"and {here} is installed; {rebuild}"
+        )
+
+
+def _file_fault(path: Path, entry: dict[str, Any], whole: bool, progress: Progress | None) -> str | None:
+    fault = _size_fault(path, entry)
+    if fault:
+        return fault
+    if (whole or entry["bytes"] <= HASHED_AT_LOAD) and sha256_file(path, progress) != entry["sha256"]:
+        return f"{path} is damaged (its checksum is not the one it was built with)"
+    return None
+
+
+def _size_fault(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    return f"{path} has {size} bytes instead of {entry['bytes']}" if size != entry["bytes"] else None
+
+
+def _alternative(bundle: Bundle, info: EngineInfo) -> str:
+    """What the user can do instead on this machine."""
+    runnable = []
+    for profile in bundle.engines():
+        try:
+            other = read_engine(bundle, profile)
+            if cannot_run(bundle, other) is None:
+                runnable.append(profile)
+        except EngineError:
+            continue
+    if runnable:
+        return f"what runs here: {', '.join(runnable)} (--profile {runnable[0]})"
+    return f"build one that runs here: moedge build {bundle.path} --profile cpu"
+
+
+def _parse(document: dict[str, Any]) -> EngineInfo:
+    capability = document["compute_capability"]
+    cache = tuple(_cache_entry(entry) for entry in document.get("cache", []))
+    files = {str(name): {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in document["files"].items()}
+    return EngineInfo(
+        profile=str(document["profile"]),
+        target=str(document["target"]),
+        backend=str(document["backend"]),
+        backend_version=str(document["backend_version"]),
+        compute_capability=None if capability is None else (int(capability[0]), int(capability[1])),
+        precision=str(document["precision"]),
+        max_batch=int(document["max_batch"]),
+        max_seq_len=int(document["max_seq_len"]),
+        bytes=int(document["bytes"]),
+        files=files,
+        made_from={str(name): str(digest) for name, digest in document["made_from"].items()},
+        status=str(document["status"]),
+        vocab_size=int(document.get("vocab_size", 0)),
+        layers=int(document.get("layers", 0)),
+        moe_layers=tuple(int(layer) for layer in document.get("moe_layers", [])),
+        num_experts_per_tok=int(document.get("num_experts_per_tok", 0)),
+        num_experts=int(document.get("num_experts", 0)),
+        cache=cache,
+        session=dict(document.get("session", {})),
+    )
+
+
+def _cache_entry(entry: dict[str, Any]) -> CacheEntry:
+    parsed = CacheEntry(str(entry["name"]), int(entry["width"]), str(entry["dtype"]))
+    if parsed.width <= 0:
+        raise ValueError(f"cache entry {parsed.name} has width {parsed.width}")
+    np.dtype(parsed.dtype)  # TypeError: no such type
+    return parsed
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

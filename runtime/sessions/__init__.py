@@ -1,0 +1,121 @@
+"""Sessions: what executes an engine, one file per backend, chosen by the engine's "backend" (table BACKENDS).
+
+A backend's module has
+    version() -> str | None                           the installed version of what it runs on; None: not installed
+    check(folder, info) -> Findings                   what is wrong with the engine's files, found without running them
+    cannot_run(info) -> str | None                    why this machine cannot run the engine
+    open_session(bundle, info, options) -> Session
+and imports what it runs on only inside these.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import EngineError
+
+if TYPE_CHECKING:
+    from ...bundle import Bundle
+    from ..preflight import EngineInfo
+
+# Backend as engine.json names it -> module of this package.
+BACKENDS = {
+    "onnxruntime": "onnxruntime_cpu",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt_rtx",
+}
+
+
+class Routing(NamedTuple):
+    """Where tokens went: L = MoE layers, S = tokens, k = experts per token."""
+
+    experts: NDArray[np.int64]  # [L, S, k]
+    weights: NDArray[np.float32]  # [L, S, k]
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a session is opened. `threads` None: the physical cores this process may use."""
+
+    threads: int | None = None
+    max_seq_len: int | None = None  # None: what the engine was built for
+
+
+@dataclass
+class Findings:
+    """What a check without running found: `faults` must be mended, `unchecked` could not be looked at here and why."""
+
+    faults: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+
+class Session(Protocol):
+    """One sequence and its KV cache in an engine. Not thread-safe."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the cache has room for."""
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+
+    @property
+    def routing(self) -> Routing:
+        """The experts of the last step's tokens, in MoE layers' order; valid until the next step."""
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Append `input_ids` [S] to the cache and return the logits [R, vocab] after the tokens at `rows` [R] of them.
+
+        They are written to `out` (C-contiguous) where it is given; else they are valid until the next step.
+
+        Raises:
+            EngineError: there is no room for them, or memory is short; the cache is then what it was.
+        """
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens; costs nothing."""
+
+    def close(self) -> None:
+        """Free the weights and the cache."""
+
+
+class Backend(Protocol):
+    """The functions of a backend's module."""
+
+    def version(self) -> str | None: ...
+
+    def check(self, folder: Path, info: EngineInfo) -> Findings: ...
+
+    def cannot_run(self, info: EngineInfo) -> str | None: ...
+
+    def open_session(self, bundle: Bundle, info: EngineInfo, options: SessionOptions) -> Session: ...
+
+
+def backend_module(name: str) -> Backend:
+    """The module of the backend that engine.json calls `name`.
+
+    Raises:
+        EngineError: no such backend.
+    """
+    if name not in BACKENDS:
+        known = ", ".join(sorted(BACKENDS))
+        raise EngineError(
+            f"unknown backend {name!r}; this version of moedge knows {known}: upgrade moedge, or build the engine again"
+        )
+    return cast(Backend, importlib.import_module(f".{BACKENDS[name]}", __name__))

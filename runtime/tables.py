@@ -1,0 +1,115 @@
+"""What `moedge bench` and `moedge inspect` print for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def bench_table(result: dict[str, Any]) -> Table:
+    """A bench result, a line for each figure."""
+    title = f"{result['model']} {result['weights']} on {result['device']} ({result['profile']}, {result['backend']})"
+    table = _plain(title)
+    repeats = f"{result['repeat']} runs of {result['prompt_tokens']} prompt and {result['new_tokens']} new tokens"
+    table.add_row("measured", f"{repeats}, batch {result['batch']}, {result['threads']} threads, 1 to warm up")
+    table.add_row("load", f"{result['load_s']:.2f} s")
+    table.add_row("time to first token", _percentiles(result["ttft_ms"]))
+    table.add_row("inter-token latency", _percentiles(result["itl_ms"]))
+    table.add_row("prefill", f"{result['prefill_tokens_per_s']:,.1f} tokens/s")
+    table.add_row("decode", f"{result['decode_tokens_per_s']:,.1f} tokens/s")
+    peak = result["peak_memory_bytes"]
+    table.add_row("peak memory", "unknown" if peak is None else size(peak))
+    table.add_row("bundle", size(result["bundle_bytes"]))
+    table.add_row("least read for a token", size(result["bytes_per_token"]))
+    used, limit = result["bandwidth_bytes_per_s"] / 1e9, result["bandwidth_limit_bytes_per_s"] / 1e9
+    share = f"{used:.1f} of {limit:.1f} GB/s measured here: {100 * result['fraction_of_limit']:.0f}%"
+    table.add_row("memory bandwidth", share)
+    if result["limit_note"]:
+        table.add_row("", result["limit_note"])
+    energy = result["energy_j_per_token"]
+    table.add_row("energy", result["energy_reason"] if energy is None else f"{energy:.3f} J/token")
+    return table
+
+
+def model_table(document: dict[str, Any]) -> Table:
+    """Model, gating, quantization and provenance of an inspected bundle."""
+    model, config, quantization = document["model"] or {}, document["config"], document["quantization"] or {}
+    table = _plain(f"{model.get('name', document['bundle'])} ({model.get('family', 'unknown family')})")
+    table.add_row("parameters", f"{model.get('parameters', 0):,}, active {model.get('active_parameters', 0):,}")
+    attention = config.get("attention", {}).get("kind", "unknown")
+    layers = f"{config.get('num_hidden_layers')} of width {config.get('hidden_size')}, attention {attention}"
+    table.add_row("layers", layers)
+    table.add_row("vocabulary, positions", f"{config.get('vocab_size'):,}, {config.get('max_position_embeddings'):,}")
+    moe = config.get("moe") or {}
+    if moe.get("layers"):
+        experts = f"{moe['num_experts']}, {moe['num_experts_per_tok']} for each token, in {len(moe['layers'])} layers"
+        table.add_row("experts", experts)
+    for gate in document["gating"] or []:
+        attributes = ", ".join(f"{name} {value}" for name, value in gate["attributes"].items())
+        table.add_row("gate", f"{gate['op']} ({attributes})")
+    algorithm = quantization.get("algorithm")
+    how = f", group {quantization.get('group_size')}, {algorithm}" if algorithm else ""
+    table.add_row("weights", f"{quantization.get('weights')}{how}")
+    source = document["provenance"] or {}
+    table.add_row("made from", f"{source.get('source')}, {source.get('created')}, moedge {source.get('moedge')}")
+    return table
+
+
+def sizes_table(document: dict[str, Any]) -> Table:
+    """Bytes of the weights by class, with how each is stored where the manifest says so."""
+    table = Table(title="weights", title_justify="left")
+    for name in ("class", "stored as", "error", "size", "share"):
+        table.add_column(name, justify="left" if name in ("class", "stored as") else "right")
+    classes = (document["quantization"] or {}).get("classes") or {}
+    total = sum(document["sizes"].values())
+    for name, count in document["sizes"].items():
+        if not count:
+            continue
+        stored = classes.get(name, {})
+        error = stored.get("relative_error")
+        group = f", group {stored['group_size']}" if stored.get("group_size") else ""
+        kind = f"{stored.get('dtype', '')}{group}"
+        share = f"{100 * count / total:.1f}%"
+        table.add_row(name, kind, "" if error is None else f"{100 * error:.2f}%", size(count), share)
+    table.add_row("all", "", "", size(total), "", style="bold")
+    return table
+
+
+def engines_table(document: dict[str, Any]) -> Table:
+    """The engines of an inspected bundle, and which of them run on this machine."""
+    table = Table(title="engines", title_justify="left")
+    for name in ("profile", "status", "backend", "context", "size", "here"):
+        table.add_column(name, justify="right" if name in ("context", "size") else "left")
+    for engine in document["engines"]:
+        here = "runs" if engine["runs_here"] else engine["reason"]
+        if "backend" in engine:
+            backend = f"{engine['backend']} {engine['backend_version']}"
+            table.add_row(
+                engine["profile"], engine["status"], backend, str(engine["max_seq_len"]), size(engine["bytes"]), here
+            )
+        else:
+            table.add_row(engine["profile"], engine["status"], "", "", "", here)
+    if not document["engines"]:
+        table.add_row("none", "", "", "", "", f"moedge build {document['bundle']} --profile cpu")
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
+
+
+def _plain(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    return table
+
+
+def _percentiles(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:,.2f}" for name, value in values.items()) + " ms"

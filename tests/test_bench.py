@@ -1,0 +1,119 @@
+"""The benchmark: its keys, its arithmetic against the raw samples, its errors; and what is read of the machine."""
+
+from __future__ import annotations
+
+import json
+
+import fake_engine
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from moedge.bundle import Bundle
+from moedge.errors import EngineError, UsageError
+from moedge.profiles.shape import bytes_per_token
+from moedge.runtime import machine
+from moedge.runtime.bench import bench
+from moedge.runtime.commands import bench_command
+
+CONTRACT_KEYS = (
+    "schema model profile backend device weights group_size batch prompt_tokens new_tokens threads repeat load_s "
+    "ttft_ms itl_ms prefill_tokens_per_s decode_tokens_per_s peak_memory_bytes bundle_bytes bytes_per_token "
+    "bandwidth_bytes_per_s bandwidth_limit_bytes_per_s fraction_of_limit energy_j_per_token measured"
+).split()
+
+
+@pytest.fixture(scope="session")
+def fake_bundle(tmp_path_factory):
+    return fake_engine.write_bundle(tmp_path_factory.mktemp("bench") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def result(fake_bundle):
+    return bench(fake_bundle, prompt_tokens=20, new_tokens=12, repeat=3, threads=1, samples=True)
+
+
+def test_keys_of_the_contract(result):
+    assert list(result)[: len(CONTRACT_KEYS)] == CONTRACT_KEYS
+    assert result["measured"] is True and result["schema"] == 1 and result["threads"] == 1
+    json.dumps(result, allow_nan=False)
+
+
+def test_figures_follow_from_the_samples(result, fake_bundle):
+    ttft, itl = result["samples"]["ttft_ms"], result["samples"]["itl_ms"]
+    assert len(ttft) == 3 and [len(row) for row in itl] == [11, 11, 11]
+    for name, values in (("ttft_ms", ttft), ("itl_ms", np.concatenate(itl))):
+        wanted = np.percentile(values, [50, 90, 99])
+        np.testing.assert_allclose([result[name][key] for key in ("p50", "p90", "p99")], wanted)
+    np.testing.assert_allclose(result["decode_tokens_per_s"], 1e3 / np.mean(itl))
+    np.testing.assert_allclose(result["prefill_tokens_per_s"], 20e3 / np.median(ttft))
+    manifest = Bundle.open(fake_bundle).manifest
+    assert result["bytes_per_token"] == bytes_per_token(manifest, 26, 1, 4)
+    achieved = result["bytes_per_token"] * result["decode_tokens_per_s"]
+    np.testing.assert_allclose(result["bandwidth_bytes_per_s"], achieved)
+    np.testing.assert_allclose(result["fraction_of_limit"], achieved / result["bandwidth_limit_bytes_per_s"])
+    assert result["bundle_bytes"] == sum(entry["bytes"] for entry in manifest["files"].values())
+
+
+def test_memory_bandwidth_and_machine_are_plausible(result):
+    assert 1e9 < result["bandwidth_limit_bytes_per_s"] < 1e13
+    assert 10 << 20 < result["peak_memory_bytes"] < machine.memory_bytes()
+    assert result["machine"]["cpu"] == machine.cpu_name() == result["device"]
+    assert result["machine"]["cores"] >= 1
+    assert "fit into the last-level cache" in (result["limit_note"] or "fit into the last-level cache")
+    assert (result["energy_j_per_token"] is None) == bool(result["energy_reason"])
+
+
+def test_errors(fake_bundle):
+    with pytest.raises(EngineError) as caught:
+        bench(fake_bundle, prompt_tokens=60, new_tokens=10)
+    assert str(caught.value) == (
+        "context is full: 60 prompt and 10 new tokens need room for 69, engine 'cpu' has 64; use a smaller "
+        "--prompt-tokens or --new-tokens, or build it for more: "
+        f"moedge build {fake_bundle} --profile cpu --max-seq-len 69"
+    )
+    with pytest.raises(EngineError, match="engine 'cpu' was built for batch 1 and cannot run 2; use --batch 1"):
+        bench(fake_bundle, batch=2)
+    with pytest.raises(UsageError, match="new_tokens is 1; it must be at least 2"):
+        bench(fake_bundle, new_tokens=1)
+
+
+def test_command(fake_bundle, tmp_path):
+    options = [str(fake_bundle), "--prompt-tokens", "8", "--new-tokens", "4", "--repeat", "1"]
+    shown = CliRunner().invoke(bench_command, [*options, "--json"])
+    assert json.loads(shown.stdout)["prompt_tokens"] == 8
+    assert "samples" not in json.loads(shown.stdout)
+    written = CliRunner().invoke(bench_command, [*options, "--json", str(tmp_path / "result.json"), "--samples"])
+    assert written.exit_code == 0 and "inter-token latency" in written.stdout
+    assert len(json.loads((tmp_path / "result.json").read_text())["samples"]["ttft_ms"]) == 1
+
+
+def test_energy_counters(tmp_path):
+    meter = machine.EnergyMeter(tmp_path)
+    assert meter.joules() is None and meter.reason == "this machine shows no RAPL energy counters (/sys/class/powercap)"
+    for zone in ("intel-rapl:0", "intel-rapl:0:0", "intel-rapl:1"):
+        (tmp_path / zone).mkdir()
+        (tmp_path / zone / "energy_uj").write_text("900\n")
+        (tmp_path / zone / "max_energy_range_uj").write_text("1000\n")
+    meter = machine.EnergyMeter(tmp_path)
+    meter.start()
+    (tmp_path / "intel-rapl:0/energy_uj").write_text("100\n")  # wrapped
+    (tmp_path / "intel-rapl:1/energy_uj").write_text("950\n")
+    assert meter.reason is None
+    assert meter.joules() == pytest.approx((200 + 50) / 1e6)
+    (tmp_path / "intel-rapl:0/energy_uj").unlink()
+    assert "is not readable by this user" in machine.EnergyMeter(tmp_path).reason
+
+
+def test_threads_count_cores_once_and_heed_the_quota(monkeypatch):
+    monkeypatch.setattr(machine, "_affinity", lambda: {0, 1, 2, 3})
+    texts = {"cpu0": "0,2", "cpu1": "1,3", "cpu2": "0,2", "cpu3": "1,3"}
+
+    def read(path):
+        return "150000 100000" if path.name == "cpu.max" and quota else texts.get(path.parent.parent.name)
+
+    monkeypatch.setattr(machine, "_read", read)
+    quota = False
+    assert machine.default_threads() == 2
+    quota = True
+    assert machine.default_threads() == 1
