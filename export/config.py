@@ -47,6 +47,31 @@ class LatentAttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupedAttentionConfig:
+    """Multi-head attention whose heads share keys and values in groups (Ainslie et al. 2023, arXiv:2305.13245).
+
+    `qk_norm`: RMSNorm of queries and keys over each head, or over the full width, before the rotation.
+    `clip`: the largest magnitude of queries, keys and values. `windows`: for each layer how many tokens are attended
+    to, the current one included; 0 for all. `sinks`: a learned logit a head that takes part in the softmax only.
+    """
+
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    scale: float
+    windows: tuple[int, ...]
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    clip: float | None = None
+    sinks: bool = False
+    kind: Literal["gqa"] = "gqa"
+
+
+AttentionConfig = LatentAttentionConfig | GroupedAttentionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateConfig:
     """A gating op of the moedge domain with its attributes; `bias`: it takes a correction bias [num_experts]."""
 
@@ -57,7 +82,11 @@ class GateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoELayersConfig:
-    """The sparse layers: which they are, their experts, and their gate."""
+    """The sparse layers: which they are, their experts, and their gate.
+
+    `shared_gate`: the shared expert's output is weighed by a sigmoid of its own. `activation` "clamped_swiglu" is
+    gpt-oss's; `expert_bias` and `router_bias`: the experts' matrices and the router's have biases.
+    """
 
     layers: tuple[int, ...]
     num_experts: int
@@ -65,6 +94,10 @@ class MoELayersConfig:
     intermediate_size: int
     shared_intermediate_size: int
     gate: GateConfig
+    shared_gate: bool = False
+    activation: Literal["swiglu", "clamped_swiglu"] = "swiglu"
+    expert_bias: bool = False
+    router_bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,32 +112,47 @@ class MoEConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    attention: LatentAttentionConfig
+    attention: AttentionConfig
     rope: RopeConfig
     moe: MoELayersConfig
+    norm: Literal["rms", "layer"] = "rms"
+    head_bias: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
     notes: tuple[str, ...] = field(default=())
 
     def cache_entries(self) -> list[tuple[str, int]]:
         """(name, width) of each tensor of the KV cache; a token has one row of `width` elements in each."""
-        entries = []
-        for layer in range(self.num_hidden_layers):
-            entries.append((f"latent.{layer}", self.attention.kv_lora_rank))
-            entries.append((f"rope.{layer}", self.attention.qk_rope_head_dim))
-        return entries
+        attention = self.attention
+        if isinstance(attention, LatentAttentionConfig):
+            rows = {"latent": attention.kv_lora_rank, "rope": attention.qk_rope_head_dim}
+        else:
+            width = attention.num_key_value_heads * attention.head_dim
+            rows = {"key": width, "value": width}
+        return [(f"{name}.{layer}", width) for layer in range(self.num_hidden_layers) for name, width in rows.items()]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, for the manifest."""
         document: dict[str, Any] = _plain(dataclasses.asdict(self))
-        document["num_attention_heads"] = self.attention.num_heads
-        document["num_key_value_heads"] = self.attention.num_heads
-        document["head_dim"] = self.attention.qk_head_dim
+        attention = self.attention
+        document["num_attention_heads"] = attention.num_heads
+        if isinstance(attention, LatentAttentionConfig):
+            document["num_key_value_heads"], document["head_dim"] = attention.num_heads, attention.qk_head_dim
+        else:
+            document["num_key_value_heads"], document["head_dim"] = attention.num_key_value_heads, attention.head_dim
         return document
 
 
 def moe_config_from_json(document: dict[str, Any]) -> MoEConfig:
     """The inverse of `MoEConfig.to_json`."""
     fields = {key: value for key, value in document.items() if key in MoEConfig.__dataclass_fields__}
-    attention = LatentAttentionConfig(**fields["attention"])
+    attention: AttentionConfig
+    if fields["attention"]["kind"] == "mla":
+        attention = LatentAttentionConfig(**fields["attention"])
+    else:
+        given = fields["attention"]
+        attention = GroupedAttentionConfig(**{**given, "windows": tuple(given["windows"])})
     rope = RopeConfig(**{**fields["rope"], "inv_freq": tuple(fields["rope"]["inv_freq"])})
     moe = dict(fields["moe"])
     gate = GateConfig(**moe.pop("gate"))
@@ -172,8 +220,8 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def read_rope(config: HfConfig, dim: int, *, interleaved: bool) -> RopeConfig:
-    """Rotary frequencies from `rope_theta` and `rope_scaling`, equal to transformers' `modeling_rope_utils`.
+def read_rope(config: HfConfig, dim: int, *, interleaved: bool, theta: float = 10000.0) -> RopeConfig:
+    """Rotary frequencies from `rope_theta` (default: the family's) and `rope_scaling`, as transformers computes them.
 
     Raises:
         CheckpointError: a rope type that is not known here, or parameters that are missing.
@@ -188,7 +236,7 @@ def read_rope(config: HfConfig, dim: int, *, interleaved: bool) -> RopeConfig:
     if kind not in _ROPE_KINDS:
         known = ", ".join(sorted(_ROPE_KINDS))
         raise CheckpointError(f"{config.where}: rope type {kind!r} is not known; known: {known}")
-    theta = config.number("rope_theta", 10000.0)
+    theta = config.number("rope_theta", theta)
     # float32 as in the reference: long contexts multiply the rounding of each frequency by the position.
     inv_freq = (1.0 / (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))).astype(np.float32)
     inv_freq, attention_factor = _ROPE_KINDS[kind](config, rope, inv_freq, theta)

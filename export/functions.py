@@ -2,7 +2,7 @@
 
 A target replaces the calls by what is fast there; a runtime that knows nothing of moedge runs the bodies.
 T = tokens (batch x sequence), B = batch, S = sequence, E = experts, k = experts per token, H = hidden size,
-I = intermediate size, n = heads, r = kv_lora_rank.
+I = intermediate size, n = heads, d = head size, r = kv_lora_rank.
 """
 
 from __future__ import annotations
@@ -95,6 +95,54 @@ LatentAttention <num_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_l
 }
 """
 
+# q [T, n*d], k and v [T, g*d], cos/sin [B, S, d/2] -> y [T, n*d]; g key and value heads serve n query heads
+# (arXiv:2305.13245). A query attends to itself and what is before it, `window` tokens in all where that is not 0.
+GROUPED_ATTENTION = """
+<domain: "moedge", opset_import: ["" : 23]>
+GroupedAttention <num_heads, num_key_value_heads, head_dim, scale, interleaved, window> (q, k, v, cos, sin) => (y)
+{
+    flat = Constant <value_ints = [-1]> ()
+    first = Constant <value_ints = [0]> ()
+    second = Constant <value_ints = [1]> ()
+    heads_scalar = Constant <value_int: int = @num_heads> ()
+    heads = Reshape (heads_scalar, flat)
+    groups_scalar = Constant <value_int: int = @num_key_value_heads> ()
+    groups = Reshape (groups_scalar, flat)
+    dim_scalar = Constant <value_int: int = @head_dim> ()
+    dim = Reshape (dim_scalar, flat)
+    batch_sequence = Shape <start = 0, end = 2> (cos)
+    q_shape = Concat <axis = 0> (batch_sequence, heads, dim)
+    k_shape = Concat <axis = 0> (batch_sequence, groups, dim)
+    q_rows = Reshape (q, q_shape)
+    k_rows = Reshape (k, k_shape)
+    v_rows = Reshape (v, k_shape)
+    q_heads = Transpose <perm = [0, 2, 1, 3]> (q_rows)
+    k_heads = Transpose <perm = [0, 2, 1, 3]> (k_rows)
+    value = Transpose <perm = [0, 2, 1, 3]> (v_rows)
+    query = RotaryEmbedding <interleaved: int = @interleaved> (q_heads, cos, sin)
+    key = RotaryEmbedding <interleaved: int = @interleaved> (k_heads, cos, sin)
+    length_1d = Shape <start = 1, end = 2> (cos)
+    length = Squeeze (length_1d, first)
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    steps = Range (zero, length, one)
+    query_steps = Unsqueeze (steps, second)
+    key_steps = Unsqueeze (steps, first)
+    distance = Sub (query_steps, key_steps)
+    window = Constant <value_int: int = @window> ()
+    no_window = Equal (window, zero)
+    reach = Where (no_window, length, window)
+    not_ahead = GreaterOrEqual (distance, zero)
+    within = Less (distance, reach)
+    allowed = And (not_ahead, within)
+    attended = Attention <scale: float = @scale> (query, key, value, allowed)
+    rows = Transpose <perm = [0, 2, 1, 3]> (attended)
+    width = Mul (heads, dim)
+    y_shape = Concat <axis = 0> (flat, width)
+    y = Reshape (rows, y_shape)
+}
+"""
+
 # gate_up [T, 2I], the gate's half first -> y [T, I]
 SWIGLU = """
 <domain: "moedge", opset_import: ["" : 23]>
@@ -174,6 +222,7 @@ FUNCTIONS = {
     "Positions": POSITIONS,
     "RotaryAngles": ROTARY_ANGLES,
     "LatentAttention": LATENT_ATTENTION,
+    "GroupedAttention": GROUPED_ATTENTION,
     "SwiGLU": SWIGLU,
     "Experts": EXPERTS,
 }

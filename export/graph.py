@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from ..bundle import WEIGHTS
-from .config import MoEConfig
+from .config import GroupedAttentionConfig, LatentAttentionConfig, MoEConfig
 from .functions import DOMAIN, FUNCTIONS, OPSET, VERSION
 from .gating import list_gates
 from .layout import Layout, Slot
@@ -81,29 +81,66 @@ class _GraphBuilder:
     def decoder_layer(self, layer: int, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
         """x [T, H] -> [T, H], named layers.N.output, which is where the parity check cuts the graph."""
         prefix = f"layers.{layer}"
-        attended = self.latent_attention(f"{prefix}.attn", self.norm(x, f"{prefix}.attn_norm.weight"), cos, sin)
-        x = self.op("Add", [x, attended], name=f"{prefix}.attn.output")
+        h = self.norm(x, f"{prefix}.attn_norm.weight")
+        attention = self.config.attention
+        if isinstance(attention, LatentAttentionConfig):
+            attended = self.latent_attention(attention, f"{prefix}.attn", h, cos, sin)
+        else:
+            attended = self.grouped_attention(attention, layer, h, cos, sin)
+        x = self.op("Add", [x, self.scaled(attended, "residual_multiplier")], name=f"{prefix}.attn.output")
         h = self.norm(x, f"{prefix}.mlp_norm.weight")
         if layer in self.config.moe.layers:
             mlp = self.mixture(prefix, h)
         else:
             mlp = self.gated_mlp(f"{prefix}.mlp", h)
+        mlp = self.scaled(mlp, "residual_multiplier")
         return self.hidden(self.op("Add", [x, mlp], name=f"{prefix}.output"))
+
+    def scaled(self, x: ir.Value, multiplier: str) -> ir.Value:
+        """x times one of the config's multipliers; 1, as in most models, costs no node."""
+        factor = float(getattr(self.config, multiplier))
+        if factor == 1:
+            return x
+        return self.op("Mul", [x, self.constant(multiplier, np.array(factor, np.float32))])
 
     def hidden(self, x: ir.Value) -> ir.Value:
         """Type a value between layers: the parity check makes graph inputs of these."""
         x.dtype, x.shape = ir.DataType.FLOAT, ir.Shape(["tokens", self.config.hidden_size])
         return x
 
-    def latent_attention(self, prefix: str, h: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
-        attention = self.config.attention
+    def grouped_attention(
+        self, attention: GroupedAttentionConfig, layer: int, h: ir.Value, cos: ir.Value, sin: ir.Value
+    ) -> ir.Value:
+        prefix = f"layers.{layer}.attn"
+        q, k, v = (self.linear(h, f"{prefix}.{name}.weight") for name in ("q", "k", "v"))
+        if attention.qk_norm != "none":
+            per_head = attention.head_dim if attention.qk_norm == "head" else 0
+            q = self.norm(q, f"{prefix}.q_norm.weight", head_dim=per_head)
+            k = self.norm(k, f"{prefix}.k_norm.weight", head_dim=per_head)
+        if attention.clip is not None:
+            low, high = (self.constant(f"clip.{s}", np.array(s * attention.clip, np.float32)) for s in (-1, 1))
+            q, k, v = (self.op("Clip", [value, low, high]) for value in (q, k, v))
+        attributes = {
+            "num_heads": attention.num_heads,
+            "num_key_value_heads": attention.num_key_value_heads,
+            "head_dim": attention.head_dim,
+            "scale": float(attention.scale),
+            "interleaved": int(self.config.rope.interleaved),
+            "window": attention.windows[layer],
+        }
+        attended = self.call("GroupedAttention", [q, k, v, cos, sin], attributes, name=prefix)
+        return self.linear(attended, f"{prefix}.o.weight")
+
+    def latent_attention(
+        self, attention: LatentAttentionConfig, prefix: str, h: ir.Value, cos: ir.Value, sin: ir.Value
+    ) -> ir.Value:
         if attention.q_lora_rank is None:
             q = self.linear(h, f"{prefix}.q.weight")
         else:
-            q_a = self.linear(h, f"{prefix}.q_a.weight", bias=f"{prefix}.q_a.bias")
+            q_a = self.linear(h, f"{prefix}.q_a.weight")
             q_a = self.norm(q_a, f"{prefix}.q_a_norm.weight", attention.lora_norm_eps)
             q = self.linear(q_a, f"{prefix}.q_b.weight")
-        kv_a = self.linear(h, f"{prefix}.kv_a.weight", bias=f"{prefix}.kv_a.bias")
+        kv_a = self.linear(h, f"{prefix}.kv_a.weight")
         sizes = self.ints("split.kv_a", [attention.kv_lora_rank, attention.qk_rope_head_dim])
         latent, k_rope = self.op_many("Split", [kv_a, sizes], 2, axis=-1)
         latent = self.norm(latent, f"{prefix}.kv_a_norm.weight", attention.lora_norm_eps)
@@ -119,7 +156,7 @@ class _GraphBuilder:
         k_up, v_up = self.weight(f"{prefix}.k_up.weight"), self.weight(f"{prefix}.v_up.weight")
         inputs = [q, latent, k_rope, cos, sin, k_up, v_up]
         attended = self.call("LatentAttention", inputs, attributes, name=prefix)
-        return self.linear(attended, f"{prefix}.o.weight", bias=f"{prefix}.o.bias")
+        return self.linear(attended, f"{prefix}.o.weight")
 
     def gated_mlp(self, prefix: str, h: ir.Value) -> ir.Value:
         gate_up = self.linear(h, f"{prefix}.gate_up.weight")
@@ -134,21 +171,32 @@ class _GraphBuilder:
         stacks = [self.weight(f"{prefix}.experts.gate_up.weight"), self.weight(f"{prefix}.experts.down.weight")]
         y = self.call("Experts", [h, experts, weights, *stacks], name=f"{prefix}.experts")
         if f"{prefix}.shared.down.weight" in self.layout:
-            y = self.op("Add", [y, self.gated_mlp(f"{prefix}.shared", h)])
+            shared = self.gated_mlp(f"{prefix}.shared", h)
+            if self.config.moe.shared_gate:
+                shared = self.op("Mul", [shared, self.op("Sigmoid", [self.linear(h, f"{prefix}.shared.gate.weight")])])
+            y = self.op("Add", [y, shared])
         return y
 
     # weights
 
-    def linear(self, x: ir.Value, name: str, bias: str | None = None) -> ir.Value:
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
         """x [T, in] times the transpose of a weight [out, in], plus a bias where the checkpoint has one."""
         y = self.op("MatMul", [x, self.op("Transpose", [self.weight(name)], perm=[1, 0])])
-        if bias is not None and bias in self.layout:
+        bias = name.removesuffix(".weight") + ".bias"
+        # A gate's correction bias is not the router's own: it goes into the gate.
+        if bias in self.layout and not name.endswith(".router.weight"):
             y = self.op("Add", [y, self.weight(bias)])
         return y
 
-    def norm(self, x: ir.Value, name: str, epsilon: float | None = None) -> ir.Value:
+    def norm(self, x: ir.Value, name: str, epsilon: float | None = None, head_dim: int = 0) -> ir.Value:
+        """RMSNorm over the last axis of x [T, H]; over each `head_dim` of it where that is given."""
         epsilon = self.config.rms_norm_eps if epsilon is None else epsilon
-        return self.op("RMSNormalization", [x, self.weight(name)], axis=-1, epsilon=float(epsilon))
+        if head_dim:
+            x = self.op("Reshape", [x, self.ints(f"shape.heads.{head_dim}", [0, -1, head_dim])])
+        x = self.op("RMSNormalization", [x, self.weight(name)], axis=-1, epsilon=float(epsilon))
+        if head_dim:
+            x = self.op("Reshape", [x, self.ints("shape.rows", [0, -1])])
+        return x
 
     def weight(self, name: str) -> ir.Value:
         """A canonical tensor in float32, dequantized or cast where it is stored otherwise."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import MoEConfig
+from .config import GroupedAttentionConfig, LatentAttentionConfig, MoEConfig
 from .gating import list_gates
 
 Array = np.ndarray[Any, Any]
@@ -28,14 +28,22 @@ def run_layer(config: MoEConfig, weights: Weights, layer: int, x: Array) -> Arra
     """One decoder layer over a whole sequence from position 0: float32 [T, H] -> [T, H]."""
     prefix = f"layers.{layer}"
     h = rms_norm(x, weights(f"{prefix}.attn_norm.weight"), config.rms_norm_eps)
-    x = x + latent_attention(config, weights, f"{prefix}.attn", h)
+    attention = config.attention
+    if isinstance(attention, LatentAttentionConfig):
+        attended = latent_attention(config, attention, weights, f"{prefix}.attn", h)
+    else:
+        attended = grouped_attention(config, attention, weights, layer, h)
+    x = x + np.float32(config.residual_multiplier) * attended
     h = rms_norm(x, weights(f"{prefix}.mlp_norm.weight"), config.rms_norm_eps)
     if layer not in config.moe.layers:
-        return x + gated_mlp(weights, f"{prefix}.mlp", h)
+        return x + np.float32(config.residual_multiplier) * gated_mlp(weights, f"{prefix}.mlp", h)
     y = mixture(config, weights, prefix, h)
     if config.moe.shared_intermediate_size:
-        y = y + gated_mlp(weights, f"{prefix}.shared", h)
-    return x + y
+        shared = gated_mlp(weights, f"{prefix}.shared", h)
+        if config.moe.shared_gate:
+            shared = shared / (1 + np.exp(-(h @ weights(f"{prefix}.shared.gate.weight").T)))
+        y = y + shared
+    return x + np.float32(config.residual_multiplier) * y
 
 
 def run_head(config: MoEConfig, weights: Weights, x: Array) -> Array:
@@ -67,6 +75,11 @@ def mixture(config: MoEConfig, weights: Weights, prefix: str, h: Array) -> Array
     inputs = [weights(f"{prefix}.router.bias")] if gate.bias else []
     logits = h @ weights(f"{prefix}.router.weight").T
     experts, shares = list_gates()[gate.op].reference(logits, *inputs, **gate.attributes)
+    return run_experts(config, weights, prefix, h, experts, shares)
+
+
+def run_experts(config: MoEConfig, weights: Weights, prefix: str, h: Array, experts: Array, shares: Array) -> Array:
+    """The sum of each token's chosen experts by their shares [T, k]; the parity check also chooses for itself."""
     gate_up, down = weights(f"{prefix}.experts.gate_up.weight"), weights(f"{prefix}.experts.down.weight")
     y = np.zeros_like(h)
     for expert in range(config.moe.num_experts):
@@ -78,18 +91,49 @@ def mixture(config: MoEConfig, weights: Weights, prefix: str, h: Array) -> Array
     return y
 
 
-def latent_attention(config: MoEConfig, weights: Weights, prefix: str, h: Array) -> Array:
+def grouped_attention(
+    config: MoEConfig, attention: GroupedAttentionConfig, weights: Weights, layer: int, h: Array
+) -> Array:
+    """Attention one query head after the other; queries and keys normed and clipped as the config says."""
+    prefix, dim, tokens = f"layers.{layer}.attn", attention.head_dim, len(h)
+    parts = {name: _linear(weights, f"{prefix}.{name}", h, attention.qkv_bias) for name in ("q", "k", "v")}
+    for name in ("q", "k") if attention.qk_norm != "none" else ():
+        x = parts[name].reshape(tokens, -1, dim) if attention.qk_norm == "head" else parts[name]
+        normed = rms_norm(x, weights(f"{prefix}.{name}_norm.weight"), config.rms_norm_eps)
+        parts[name] = normed.reshape(tokens, -1)
+    if attention.clip is not None:
+        parts = {name: np.clip(x, -attention.clip, attention.clip) for name, x in parts.items()}
+    distance = np.arange(tokens)[:, None] - np.arange(tokens)
+    allowed = (distance >= 0) & (distance < (attention.windows[layer] or tokens))
+    shared = attention.num_heads // attention.num_key_value_heads
+    outputs = []
+    for head in range(attention.num_heads):
+        place = slice(head // shared * dim, (head // shared + 1) * dim)
+        query = rotate(config, parts["q"][:, head * dim : (head + 1) * dim])
+        scores = query @ rotate(config, parts["k"][:, place]).T * np.float32(attention.scale)
+        outputs.append(softmax(np.where(allowed, scores, -np.inf)) @ parts["v"][:, place])
+    return _linear(weights, f"{prefix}.o", np.concatenate(outputs, axis=-1).astype(np.float32), attention.o_bias)
+
+
+def softmax(scores: Array) -> Array:
+    shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares: Array = shifted / shifted.sum(axis=-1, keepdims=True)
+    return shares
+
+
+def latent_attention(
+    config: MoEConfig, attention: LatentAttentionConfig, weights: Weights, prefix: str, h: Array
+) -> Array:
     """DeepSeek-V2's attention (arXiv:2405.04434, section 2.1), keys and values expanded by head."""
-    attention = config.attention
     tokens, heads, nope = len(h), attention.num_heads, attention.qk_nope_head_dim
     if attention.q_lora_rank is None:
         q = h @ weights(f"{prefix}.q.weight").T
     else:
-        q_a = _linear(config, weights, f"{prefix}.q_a", h)
+        q_a = _linear(weights, f"{prefix}.q_a", h, attention.bias)
         q = rms_norm(q_a, weights(f"{prefix}.q_a_norm.weight"), attention.lora_norm_eps)
         q = q @ weights(f"{prefix}.q_b.weight").T
     q = q.reshape(tokens, heads, attention.qk_head_dim)
-    kv_a = _linear(config, weights, f"{prefix}.kv_a", h)
+    kv_a = _linear(weights, f"{prefix}.kv_a", h, attention.bias)
     latent = rms_norm(
         kv_a[:, : attention.kv_lora_rank], weights(f"{prefix}.kv_a_norm.weight"), attention.lora_norm_eps
     )
@@ -100,15 +144,14 @@ def latent_attention(config: MoEConfig, weights: Weights, prefix: str, h: Array)
     for head in range(heads):
         query = np.concatenate([q[:, head, :nope], rotate(config, q[:, head, nope:])], axis=-1)
         key = np.concatenate([latent @ k_up[head].T, k_rope], axis=-1)
-        scores = np.where(causal, query @ key.T * np.float32(attention.scale), -np.inf)
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        outputs.append(scores / scores.sum(axis=-1, keepdims=True) @ (latent @ v_up[head].T))
-    return _linear(config, weights, f"{prefix}.o", np.concatenate(outputs, axis=-1).astype(np.float32))
+        shares = softmax(np.where(causal, query @ key.T * np.float32(attention.scale), -np.inf))
+        outputs.append(shares @ (latent @ v_up[head].T))
+    return _linear(weights, f"{prefix}.o", np.concatenate(outputs, axis=-1).astype(np.float32), attention.bias)
 
 
-def _linear(config: MoEConfig, weights: Weights, name: str, x: Array) -> Array:
+def _linear(weights: Weights, name: str, x: Array, bias: bool) -> Array:
     y: Array = x @ weights(f"{name}.weight").T
-    return y + weights(f"{name}.bias") if config.attention.bias else y
+    return y + weights(f"{name}.bias") if bias else y
 
 
 def rotate(config: MoEConfig, x: Array) -> Array:

@@ -24,11 +24,15 @@ HASHED_AT_LOAD = 64 << 20
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One tensor of the KV cache: `width` elements of `dtype` for each token."""
+    """One tensor of the KV cache: `width` elements of `dtype` for each token.
+
+    `heads` 0: rows [capacity, width], the past bound as a view. Else one buffer [1, heads, capacity, width / heads].
+    """
 
     name: str
     width: int
     dtype: str
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -248,9 +252,9 @@ def _parse(document: dict[str, Any]) -> EngineInfo:
 
 
 def _cache_entry(entry: dict[str, Any]) -> CacheEntry:
-    parsed = CacheEntry(str(entry["name"]), int(entry["width"]), str(entry["dtype"]))
-    if parsed.width <= 0:
-        raise ValueError(f"cache entry {parsed.name} has width {parsed.width}")
+    parsed = CacheEntry(str(entry["name"]), int(entry["width"]), str(entry["dtype"]), int(entry.get("heads", 0)))
+    if parsed.width <= 0 or parsed.heads < 0 or (parsed.heads and parsed.width % parsed.heads):
+        raise ValueError(f"cache entry {parsed.name} has width {parsed.width} and {parsed.heads} heads")
     np.dtype(parsed.dtype)  # TypeError: no such type
     return parsed
 

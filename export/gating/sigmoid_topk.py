@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import GraphBuilder
+from ._groups import find_group_fault, keep_best_groups, mask_groups
 
 OP = "SigmoidTopKGate"
 ATTRIBUTES = ("top_k", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
@@ -71,16 +72,7 @@ SigmoidTopKGate <top_k, n_group, topk_group, norm_topk_prob, routed_scaling_fact
 
 
 def find_fault(attributes: dict[str, int | float], num_experts: int) -> str | None:
-    top_k, groups, kept = attributes["top_k"], attributes["n_group"], attributes["topk_group"]
-    if top_k > num_experts:
-        return f"num_experts_per_tok {top_k} exceeds the {num_experts} experts"
-    if num_experts % groups:
-        return f"n_group {groups} does not divide the {num_experts} experts"
-    if kept > groups:
-        return f"topk_group {kept} exceeds n_group {groups}"
-    if kept * (num_experts // groups) < top_k:
-        return f"{kept} groups of {num_experts // groups} experts hold fewer than num_experts_per_tok {top_k}"
-    return None
+    return find_group_fault(attributes, num_experts)
 
 
 def reference(
@@ -94,14 +86,9 @@ def reference(
     routed_scaling_factor: float,
 ) -> tuple[Any, Any]:
     """numpy: logits float32 [T, E], bias float32 [E] -> (experts int64 [T, k], weights float32 [T, k])."""
-    tokens, num_experts = logits.shape
     scores = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
-    grouped = (scores + bias).reshape(tokens, n_group, num_experts // n_group)
-    best = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
-    kept = np.argsort(-best, axis=-1, kind="stable")[:, :topk_group]
-    mask = np.zeros((tokens, n_group), bool)
-    np.put_along_axis(mask, kept, True, axis=1)
-    candidates = np.where(mask[..., None], grouped, np.float32(0)).reshape(tokens, num_experts)
+    best = np.sort((scores + bias).reshape(len(scores), n_group, -1), axis=-1)[..., -2:].sum(axis=-1)
+    candidates = keep_best_groups(scores + bias, best, topk_group)
     experts = np.argsort(-candidates, axis=-1, kind="stable")[:, :top_k]
     weights = np.take_along_axis(scores, experts, axis=1)
     if norm_topk_prob:
@@ -119,7 +106,7 @@ def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]
     scores = op("Sigmoid", [logits])
     choice = op("Add", [scores, bias])
     if attributes["topk_group"] < attributes["n_group"]:
-        choice = _mask_groups(build, choice, logits, attributes)
+        choice = mask_groups(build, choice, logits, attributes, best=2)
     _, experts = build.ops("TopK", [choice, build.ints(attributes["top_k"])], 2, axis=-1)
     weights = op("GatherElements", [scores, experts], axis=1)
     if attributes["norm_topk_prob"]:
@@ -130,17 +117,3 @@ def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]
         weights = op("Mul", [weights, build.constant(f"gate.factor.{factor}", np.array(factor, np.float32))])
     return experts, weights
 
-
-def _mask_groups(build: GraphBuilder, choice: Any, logits: Any, attributes: dict[str, Any]) -> Any:
-    """choice [T, E] with 0 outside the `topk_group` best groups."""
-    op, groups, kept = build.op, attributes["n_group"], attributes["topk_group"]
-    grouped = op("Reshape", [choice, build.ints(0, groups, -1)])
-    size = op("Min", [op("Shape", [grouped], start=2, end=3), build.ints(2)])
-    best, _ = build.ops("TopK", [grouped, size], 2, axis=-1)
-    group_scores = op("ReduceSum", [best, build.ints(2)], keepdims=0)
-    _, kept_index = build.ops("TopK", [group_scores, build.ints(kept)], 2, axis=-1)
-    zero, one = (build.constant(f"float.{number}", np.array(number, np.float32)) for number in (0, 1))
-    none, all_kept = op("Expand", [zero, op("Shape", [group_scores])]), op("Expand", [one, op("Shape", [kept_index])])
-    mask = op("ScatterElements", [none, kept_index, all_kept], axis=1)
-    inside = op("Greater", [op("Unsqueeze", [mask, build.ints(2)]), zero])
-    return op("Reshape", [op("Where", [inside, grouped, zero]), op("Shape", [logits])])

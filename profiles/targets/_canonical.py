@@ -125,8 +125,10 @@ class Rewriter:
             value.name = name
         return value
 
-    def ops(self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, **attributes: Any) -> list[ir.Value]:
-        return list(self.tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs))
+    def ops(
+        self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, *, domain: str = "", **attributes: Any
+    ) -> list[ir.Value]:
+        return list(self.tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs, domain=domain))
 
     def constant(self, name: str, array: Array) -> ir.Value:
         """An initializer, made once for a name."""

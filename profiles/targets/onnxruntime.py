@@ -6,6 +6,7 @@ w = r + rope. The weights stay in the bundle's weights.bin; the lowered graph po
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,25 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         "status": "ready",
         "max_batch": 1,
         "max_seq_len": request.max_seq_len,
-        "cache": [{"name": name, "width": width, "dtype": "float32"} for name, width in cache],
+        "cache": [entry.to_json() for entry in cache],
         "session": {"moe_layers": list(config.moe.layers), "fused_experts": fused},
     }
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A tensor of the KV cache: a row of `width` elements a token.
+
+    Without `heads` the graph takes the past rows as a view and gives the new ones, to be put behind. With `heads` it
+    takes and gives the whole buffer [1, heads, capacity, width / heads], updated in place.
+    """
+
+    name: str
+    width: int
+    heads: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "width": self.width, "dtype": "float32", "heads": self.heads}
 
 
 def has_router_weights() -> bool:
@@ -74,16 +91,19 @@ def has_router_weights() -> bool:
 
 def lower(
     model: ir.Model, *, accuracy_level: int = ACCURACY_LEVEL, fused_experts: bool = True
-) -> list[tuple[str, int]]:
-    """Rewrite a canonical model in place; returns (name, width) of each cache tensor.
+) -> list[CacheEntry]:
+    """Rewrite a canonical model in place; returns its cache tensors.
 
     Afterwards: inputs input_ids int64 [S], rows int64 [R], past.NAME float32 [P, width]; outputs logits float32
-    [R, vocab], new.NAME float32 [S, width], experts.LAYER int64 and weights.LAYER float32 [S, k].
+    [R, vocab], new.NAME float32 [S, width], experts.LAYER int64 and weights.LAYER float32 [S, k]. A cache by heads has
+    past.NAME and new.NAME float32 [1, heads, capacity, width / heads], one buffer, and an input length int64 [1]: P.
     """
     lowering = _Lowering(model, accuracy_level, fused_experts)
     lowering.lower_positions()
     for call in find_calls(model, "LatentAttention"):
         lowering.lower_latent_attention(call)
+    for call in find_calls(model, "GroupedAttention"):
+        lowering.lower_grouped_attention(call)
     lowering.lower_gates()
     replace_each(lowering.rewriter, find_calls(model, "Experts"), lowering.lower_experts)
     replace_each(lowering.rewriter, find_linears(model), lowering.lower_linear)
@@ -99,8 +119,9 @@ class _Lowering:
         self.rewriter = Rewriter(model)
         self.accuracy_level = accuracy_level
         self.fused_experts = fused_experts
-        self.cache: list[tuple[str, int]] = []
+        self.cache: list[CacheEntry] = []
         self.mask: ir.Value | None = None
+        self.total: ir.Value | None = None
         self.split_sizes: ir.Value | None = None
 
     def lower_positions(self) -> None:
@@ -111,19 +132,33 @@ class _Lowering:
         old.replace_all_uses_with(tokens)
         self.graph.inputs[0] = tokens
         (call,) = find_calls(self.model, "Positions")
-        attention = find_calls(self.model, "LatentAttention")[0]
-        past = self._past(attention)
-        length, new = op("Shape", [past], start=0, end=1), op("Shape", [tokens])
+        latent = find_calls(self.model, "LatentAttention")
+        if latent:
+            length = op("Shape", [self._past(latent[0])], start=0, end=1)
+        else:
+            length = ir.val("length", ir.DataType.INT64, [1])
+            self.graph.inputs.append(length)
+        new = op("Shape", [tokens])
         zero = self.rewriter.constant("int.0", np.array(0, np.int64))
         one = self.rewriter.constant("int.1", np.array(1, np.int64))
         steps = op("Range", [zero, op("Squeeze", [new, ints(0)]), one])
         positions = op("Unsqueeze", [op("Add", [steps, length]), ints(0)])
+        if latent:
+            self._make_mask(steps, length, new)
+        else:
+            total = op("Cast", [op("Add", [length, new])], to=int(ir.DataType.INT32))
+            self.total = total
+            self.last = op("Sub", [total, self.rewriter.constant("int32.1", np.array([1], np.int32))])
+        self.rewriter.replace(call, [positions])
+
+    def _make_mask(self, steps: ir.Value, length: ir.Value, new: ir.Value) -> None:
+        """Causal mask [S, S] of the new tokens, and how scores split into past and new."""
+        op, ints = self.rewriter.op, self.rewriter.ints
         ahead = op("Less", [op("Unsqueeze", [steps, ints(1)]), op("Unsqueeze", [steps, ints(0)])])
         allowed = self.rewriter.constant("float.0", np.array(0, np.float32))
         never = self.rewriter.constant("float.never", np.array(-np.inf, np.float32))
         self.mask = op("Where", [ahead, never, allowed], name="causal_mask")
         self.split_sizes = op("Concat", [length, new], axis=0, name="past_and_new")
-        self.rewriter.replace(call, [positions])
 
     def _past(self, call: ir.Node) -> ir.Value:
         """The cache input [P, w] of an attention call, made when first asked for."""
@@ -136,8 +171,41 @@ class _Lowering:
                 return value
         past = ir.val(f"past.{name}", ir.DataType.FLOAT, ["P", width])
         self.graph.inputs.append(past)
-        self.cache.append((name, width))
+        self.cache.append(CacheEntry(name, width))
         return past
+
+    def lower_grouped_attention(self, call: ir.Node) -> None:
+        """`GroupQueryAttention`, its cache in place: the buffer goes in as the past and comes out as the present."""
+        op, ints = self.rewriter.op, self.rewriter.ints
+        q, k, v, cos, sin = call.inputs
+        a, layer = attributes_of(call), _layer_of(call)
+        heads, groups, dim = a["num_heads"], a["num_key_value_heads"], a["head_dim"]
+        turned = []
+        for value, count in ((q, heads), (k, groups)):
+            rows = op("Reshape", [value, ints(1, -1, count * dim)])
+            turned.append(op("RotaryEmbedding", [rows, cos, sin], interleaved=a["interleaved"], num_heads=count))
+        values = op("Reshape", [v, ints(1, -1, groups * dim)])
+        pasts = []
+        for name in (f"key.{layer}", f"value.{layer}"):
+            pasts.append(ir.val(f"past.{name}", ir.DataType.FLOAT, [1, groups, "capacity", dim]))
+            self.cache.append(CacheEntry(name, groups * dim, groups))
+        self.graph.inputs.extend(pasts)
+        total = op("Squeeze", [self.total, ints(0)])
+        attended, *presents = self.rewriter.ops(
+            "GroupQueryAttention",
+            [*turned, values, *pasts, self.last, total],
+            3,
+            domain=MS,
+            num_heads=heads,
+            kv_num_heads=groups,
+            scale=float(a["scale"]),
+            local_window_size=a["window"] or -1,
+        )
+        for present, name in zip(presents, (f"new.key.{layer}", f"new.value.{layer}"), strict=True):
+            present.name, present.dtype = name, ir.DataType.FLOAT
+            present.shape = ir.Shape([1, groups, "capacity", dim])
+        self.graph.outputs.extend(presents)
+        self.rewriter.replace(call, [op("Reshape", [attended, ints(-1, heads * dim)])])
 
     def lower_latent_attention(self, call: ir.Node) -> None:
         """Absorbed form (arXiv:2405.04434, section 2.1.2): queries go to the latent's space, the cache stays.

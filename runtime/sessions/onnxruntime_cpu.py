@@ -2,7 +2,8 @@
 
 The graph takes the past of each cache entry as an input [P, width] and gives the rows of the new tokens as an output
 [S, width]. Both are bound to one buffer [capacity, width]: the past as a view of its first P rows, the new rows right
-behind it. So a step writes S rows and copies none, and rewinding is a smaller P.
+behind it. So a step writes S rows and copies none, and rewinding is a smaller P. Attention with key and value heads has
+its cache by heads instead [1, heads, capacity, head size]: one buffer that is the kernel's input and its output.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from . import Findings, Routing, SessionOptions
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
-    from ..preflight import EngineInfo
+    from ..preflight import CacheEntry, EngineInfo
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 _CPU = ("cpu", 0)  # onnxruntime's device type and id
@@ -95,12 +96,18 @@ class OnnxruntimeCpuSession:
         self._cache: dict[str, NDArray[Any]] = {}
         # (name of the past, name of the new rows, width, dtype, address, bytes a row): what each step binds.
         self._entries: list[tuple[str, str, int, type[Any], int, int]] = []
+        self._past = np.zeros(1, np.int64)  # P, for graphs that cannot see it in a cache's shape
         for entry in info.cache:
+            if entry.heads:
+                self._bind_in_place(entry)
+                continue
             buffer = aligned_empty((capacity, entry.width), np.dtype(entry.dtype))
             self._cache[entry.name] = buffer
             row = entry.width * buffer.itemsize
             place = (entry.width, buffer.dtype.type, buffer.ctypes.data, row)
             self._entries.append((f"past.{entry.name}", f"new.{entry.name}", *place))
+        if any(entry.heads for entry in info.cache):
+            self._binding.bind_input("length", *_CPU, np.int64, (1,), self._past.ctypes.data)
         self._token = np.zeros(1, dtype=np.int64)
         self._zero_row = np.zeros(1, dtype=np.int64)
         self._logits = aligned_empty((1, self._vocab), np.dtype(np.float32))
@@ -140,6 +147,7 @@ class OnnxruntimeCpuSession:
             logits = self._bind_one(int(input_ids[0]))
         else:
             logits = self._bind_many(input_ids, rows, out)
+        self._past[0] = past
         bind_input, bind_output = self._binding.bind_input, self._binding.bind_output
         for past_name, new_name, width, kind, address, row in self._entries:
             bind_input(past_name, *_CPU, kind, (past, width), address)
@@ -147,6 +155,15 @@ class OnnxruntimeCpuSession:
         self._run()
         self._length = past + count
         return logits
+
+    def _bind_in_place(self, entry: CacheEntry) -> None:
+        """Bind a cache by heads once: the same buffer as past and as present."""
+        shape = (1, entry.heads, self._capacity, entry.width // entry.heads)
+        buffer = aligned_empty(shape, np.dtype(entry.dtype))
+        self._cache[entry.name] = buffer
+        place = (*_CPU, buffer.dtype.type, shape, buffer.ctypes.data)
+        self._binding.bind_input(f"past.{entry.name}", *place)
+        self._binding.bind_output(f"new.{entry.name}", *place)
 
     def truncate(self, length: int) -> None:
         if not 0 <= length <= self._length:
@@ -230,7 +247,9 @@ def _check_interface(session: Any, info: EngineInfo) -> None:
     has = {value.name: value for value in [*session.get_inputs(), *session.get_outputs()]}
     wanted = ["input_ids", "rows", "logits"]
     wanted += [f"{kind}.{layer}" for kind in ("experts", "weights") for layer in info.moe_layers]
-    widths = {f"{kind}.{entry.name}": entry.width for kind in ("past", "new") for entry in info.cache}
+    widths = {
+        f"{kind}.{entry.name}": entry.width // (entry.heads or 1) for kind in ("past", "new") for entry in info.cache
+    }
     widths["logits"] = info.vocab_size
     widths |= dict.fromkeys(wanted[3:], info.num_experts_per_tok)
     for name in [*wanted, *widths]:

@@ -1,0 +1,47 @@
+"""What group-limited gates share: only experts of the best groups stand for selection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import GraphBuilder
+
+
+def find_group_fault(attributes: dict[str, int | float], num_experts: int) -> str | None:
+    """What contradicts itself, with both figures."""
+    top_k, groups, kept = attributes["top_k"], attributes["n_group"], attributes["topk_group"]
+    if top_k > num_experts:
+        return f"num_experts_per_tok {top_k} exceeds the {num_experts} experts"
+    if num_experts % groups:
+        return f"n_group {groups} does not divide the {num_experts} experts"
+    if kept > groups:
+        return f"topk_group {kept} exceeds n_group {groups}"
+    if kept * (num_experts // groups) < top_k:
+        return f"{kept} groups of {num_experts // groups} experts hold fewer than num_experts_per_tok {top_k}"
+    return None
+
+
+def keep_best_groups(scores: Any, group_scores: Any, topk_group: int) -> Any:
+    """numpy: scores [T, E] with 0 outside the `topk_group` best groups by group_scores [T, n_group]."""
+    tokens, groups = group_scores.shape
+    kept = np.argsort(-group_scores, axis=-1, kind="stable")[:, :topk_group]
+    mask = np.zeros((tokens, groups), bool)
+    np.put_along_axis(mask, kept, True, axis=1)
+    return np.where(mask[..., None], scores.reshape(tokens, groups, -1), np.float32(0)).reshape(scores.shape)
+
+
+def mask_groups(build: GraphBuilder, choice: Any, logits: Any, attributes: dict[str, Any], *, best: int) -> Any:
+    """choice [T, E] with 0 outside the `topk_group` best groups, a group counting as the sum of its `best` largest."""
+    op, groups, kept = build.op, attributes["n_group"], attributes["topk_group"]
+    grouped = op("Reshape", [choice, build.ints(0, groups, -1)])
+    size = op("Min", [op("Shape", [grouped], start=2, end=3), build.ints(best)])
+    largest, _ = build.ops("TopK", [grouped, size], 2, axis=-1)
+    group_scores = op("ReduceSum", [largest, build.ints(2)], keepdims=0)
+    _, kept_index = build.ops("TopK", [group_scores, build.ints(kept)], 2, axis=-1)
+    zero, one = (build.constant(f"float.{number}", np.array(number, np.float32)) for number in (0, 1))
+    none, all_kept = op("Expand", [zero, op("Shape", [group_scores])]), op("Expand", [one, op("Shape", [kept_index])])
+    mask = op("ScatterElements", [none, kept_index, all_kept], axis=1)
+    inside = op("Greater", [op("Unsqueeze", [mask, build.ints(2)]), zero])
+    return op("Reshape", [op("Where", [inside, grouped, zero]), op("Shape", [logits])])
