@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,8 +166,20 @@ def write_report(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
 
 
 def make_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The results as rows: measured ones first, each kind in the order given."""
-    return sorted(map(_row, results), key=lambda row: not row.measured)
+    """The results as rows: measured ones first, each kind in the order given.
+
+    A device that stands there with several kinds of weights has them in its name.
+    """
+    rows = sorted(map(_row, results), key=lambda row: not row.measured)
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        kinds.setdefault(row.profile, set()).add(row.weights)
+    return [_named(row) if len(kinds[row.profile]) > 1 else row for row in rows]
+
+
+def _named(row: Row) -> Row:
+    weights = row.weights.split(",")[0]
+    return replace(row, device=f"{row.device} ({weights})", profile=f"{row.profile} {weights}")
 
 
 def render_table(results: Sequence[Mapping[str, Any]]) -> Table:

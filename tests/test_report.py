@@ -330,3 +330,9 @@ def test_command(tmp_path: Path) -> None:
     assert done.exit_code == 0 and done.stderr == f"wrote {target}\n" and done.stdout == ""
     assert target.read_text().startswith("<!doctype html>")
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_device_with_several_weights_is_told_apart() -> None:
+    rows = make_rows([changed(weights="int4"), changed(weights="int8"), changed(profile="other", device="Other")])
+    assert [row.profile for row in rows] == ["cpu int4", "cpu int8", "other"]
+    assert all(row.device.endswith(end) for row, end in zip(rows, ("(int4)", "(int8)", "Other"), strict=True))
