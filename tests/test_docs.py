@@ -1,0 +1,60 @@
+"""The README's commands and its Python, run as they stand there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def newcomer(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint named as in the README."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    shutil.copytree(tiny_checkpoint, folder / "checkpoint")
+    return folder
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+
+
+def test_commands_of_the_readme(newcomer: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="the README builds an RTX 4090 engine")
+    (script,) = [block for block in blocks("sh") if block.startswith("moedge ")]
+    commands = script.replace("moedge ", f"{sys.executable} -m moedge ")
+    result = run(["bash", "-euo", "pipefail", "-c", commands], newcomer)
+    assert result.returncode == 0, result.stderr
+    assert (newcomer / "bundle" / "engines" / "rtx4090" / "engine.plan").stat().st_size > 10_000
+    assert "<html" in (newcomer / "report.html").read_text()
+
+
+def test_python_of_the_readme(newcomer: Path) -> None:
+    (script,) = blocks("python")
+    shutil.rmtree(newcomer / "bundle", ignore_errors=True)
+    result = run([sys.executable, "-c", script], newcomer)
+    assert result.returncode == 0, result.stderr
+    assert (newcomer / "bundle" / "engines" / "cpu" / "engine.json").is_file()
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("sample/*.md")]
+    for document in documents:
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (document.parent / link).exists(), f"{document.name}: {link}"
