@@ -1,0 +1,213 @@
+"""Does the lowered network compute what the canonical graph computes? Both run on onnxruntime's CPU, no GPU needed.
+
+The network's float32 form runs on chunks (one half of every branch) and on one token (the other half), and each token's
+logits are compared. That says the lowering is right; the rounding that half precision adds is measured beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...bundle import MODEL, Bundle, Progress
+from ...errors import BuildError, ParityError, require
+from ...export.config import MoEConfig
+from ...runtime import machine
+from ._canonical import Array, load_canonical
+from .tensorrt_network import lower_network
+
+TOLERANCE = 1e-4  # of a logit, relative where the largest is above 1
+CHUNKS = (2, 1, 2)  # a chunk at the beginning, one token, a chunk behind others
+# onnxruntime dequantizes every expert in every run, five times the largest matrix at once and seconds for each 100
+# million parameters: a larger model is checked by its first layers.
+MOST_PARAMETERS = 600_000_000
+MOST_PARAMETERS_HALF = 64_000_000
+_COPIES = 5
+_SEEDS = (0, 1)
+_TITLE = "checking the lowered network"
+
+
+def check_numerics(bundle: Bundle, progress: Progress | None = None) -> dict[str, Any]:
+    """Compare the lowered network with the canonical graph; returns what engine.json keeps of it.
+
+    Raises:
+        ParityError: their logits differ.
+    """
+    require("onnxruntime", purpose="check the network that TensorRT is given")
+    layers, total = pick_layers(bundle), int(bundle.config["num_hidden_layers"])
+    if layers == 0:
+        return {"checked": False, "reason": "this machine's memory does not hold a dequantized layer of experts"}
+    worst = math.inf
+    with tempfile.TemporaryDirectory(prefix="moedge-check-") as scratch:
+        # Two routers' scores may lie closer than rounding, so that another order of sums picks another expert: other
+        # tokens then decide. A wrong lowering is wrong for both.
+        for seed in _SEEDS:
+            worst = min(worst, _compare(bundle, layers, Path(scratch), seed, progress))
+            if worst <= TOLERANCE:
+                return {
+                    "checked": True,
+                    "against": "canonical graph on onnxruntime, float32",
+                    "layers": layers,
+                    "of_layers": total,
+                    "difference": worst,
+                    "tolerance": TOLERANCE,
+                }
+    raise ParityError(
+        f"the network lowered for TensorRT differs from the canonical graph by {worst:.2g} over {layers} of {total} "
+        f"layers (at most {TOLERANCE:.0e} was expected); this is a fault of moedge: report it, and build for the "
+        "onnxruntime target meanwhile: moedge build ... --profile cpu"
+    )
+
+
+def pick_layers(bundle: Bundle) -> int:
+    """How many of the first layers the check takes, a mixture among them; 0 where this machine cannot hold one."""
+    model, config = load_canonical(bundle)
+    total = config.num_hidden_layers
+    parameters, largest = [0] * total, 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None and value.name is not None
+        largest = max(largest, int(tensor.size))
+        if value.name.startswith("layers."):
+            parameters[int(value.name.split(".")[1])] += int(tensor.size)
+    memory = machine.memory_bytes() or 8 << 30
+    if 4 * _COPIES * largest > memory // 2:
+        return 0
+    least = min(config.moe.layers, default=0) + 1
+    return max(least, sum(sum(parameters[: layer + 1]) <= MOST_PARAMETERS for layer in range(total)))
+
+
+def keep_layers(model: ir.Model, layers: int, config: MoEConfig) -> None:
+    """Cut a canonical model behind its first `layers` layers; norm and head stay."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    if layers == config.num_hidden_layers:
+        return
+    ends = {value.name: value for node in model.graph for value in node.outputs}
+    last = ends[f"layers.{config.num_hidden_layers - 1}.output"]
+    last.replace_all_uses_with(ends[f"layers.{layers - 1}.output"])
+    RemoveUnusedNodesPass()(model)
+
+
+class NetworkRunner:
+    """A lowered network on onnxruntime, with its cache: what a session does on a GPU."""
+
+    def __init__(self, path: Path) -> None:
+        self.session = open_plain_session(path)
+        self.cache: dict[str, Array] = {}
+        for value in self.session.get_inputs():
+            if value.name.startswith("past."):
+                dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+                self.cache[value.name.removeprefix("past.")] = np.zeros(value.shape, dtype)
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.length = 0
+
+    def step(self, tokens: Sequence[int]) -> dict[str, Array]:
+        """Append tokens to the sequence; every output but the cache: logits float32 [tokens, vocab], routing."""
+        feeds: dict[str, Array] = {f"past.{name}": rows for name, rows in self.cache.items()}
+        feeds["input_ids"] = np.array(tokens, np.int64)
+        feeds["start"] = np.array([self.length], np.int64)
+        feeds["rows"] = np.arange(len(tokens), dtype=np.int64)
+        results: dict[str, Array] = dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
+        self.cache = {name: results.pop(f"present.{name}") for name in self.cache}
+        self.length += len(tokens)
+        return results
+
+
+def open_plain_session(model: Path | bytes, external: Path | None = None) -> Any:
+    """onnxruntime without graph optimizations: what is checked is what was written. `external`: the weights' folder."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = False  # dequantized experts are given back before the next are made
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    if external is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(external.absolute()))
+    source = model if isinstance(model, bytes) else str(model)
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def _compare(bundle: Bundle, layers: int, scratch: Path, seed: int, progress: Progress | None) -> float:
+    """`difference` between the float32 form, run in CHUNKS, and the canonical graph, of the first layers."""
+    model, config = load_canonical(bundle)
+    keep_layers(model, layers, config)
+    network = lower_network(model, config, sum(CHUNKS) + 3, real=ir.DataType.FLOAT)
+    network.weights.write(scratch / network.weights.location)
+    network.save(scratch, MODEL)
+    tokens = draw_tokens(bundle, seed)
+    return _run_both(bundle, layers, NetworkRunner(scratch / MODEL), tokens, _TITLE, progress)[0]
+
+
+def measure_half(bundle: Bundle, folder: Path, progress: Progress | None = None) -> dict[str, Any] | None:
+    """How far the half precision form, as written in `folder`, is from the canonical graph.
+
+    None where this onnxruntime has no half precision kernels for it, or the model is too large to bother.
+
+    Raises:
+        BuildError: half precision overflows.
+    """
+    import onnxruntime as ort
+
+    if bundle.manifest["model"]["parameters"] > MOST_PARAMETERS_HALF:
+        return None
+    layers, tokens = int(bundle.config["num_hidden_layers"]), draw_tokens(bundle, _SEEDS[0])
+    unable = ort.capi.onnxruntime_pybind11_state
+    try:
+        runner = NetworkRunner(folder / MODEL)
+        worst, same = _run_both(bundle, layers, runner, tokens, "measuring half precision", progress)
+    except (unable.NotImplemented, unable.Fail):
+        return None
+    if not math.isfinite(worst):
+        raise BuildError(
+            "the logits overflow in half precision, which this target computes in; build for the onnxruntime target: "
+            "moedge build ... --profile cpu"
+        )
+    return {"difference": worst, "same_choice": same}
+
+
+def _run_both(
+    bundle: Bundle, layers: int, runner: NetworkRunner, tokens: Array, title: str, progress: Progress | None
+) -> tuple[float, float]:
+    """(`difference`, share of tokens whose largest logit is the same) of a lowered network and the canonical graph."""
+    pieces = []
+    for done, length in enumerate(CHUNKS):
+        if progress is not None:
+            progress(title, done, len(CHUNKS) + 1)
+        pieces.append(runner.step(tokens[runner.length : runner.length + length].tolist())["logits"])
+    if progress is not None:
+        progress(title, len(CHUNKS), len(CHUNKS) + 1)
+    found, expected = np.concatenate(pieces), canonical_logits(bundle, layers, tokens)
+    if progress is not None:
+        progress(title, len(CHUNKS) + 1, len(CHUNKS) + 1)
+    same = float((found.argmax(axis=-1) == expected.argmax(axis=-1)).mean())
+    return difference(found, expected), same
+
+
+def draw_tokens(bundle: Bundle, seed: int) -> Array:
+    """int64 [tokens]: random tokens; a wrong lowering is wrong for any."""
+    return np.random.default_rng(seed).integers(0, int(bundle.config["vocab_size"]), sum(CHUNKS))
+
+
+def difference(found: Array, expected: Array) -> float:
+    """The largest difference of a logit over the larger of 1 and the largest logit; infinite where that is NaN."""
+    worst = float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
+    return worst if math.isfinite(worst) else math.inf
+
+
+def canonical_logits(bundle: Bundle, layers: int, tokens: Array) -> Array:
+    """float32 [tokens, vocab] of the canonical graph's first layers."""
+    model, config = load_canonical(bundle)
+    keep_layers(model, layers, config)
+    session = open_plain_session(ir.to_proto(model).SerializeToString(), bundle.path)
+    (logits,) = session.run(["logits"], {"input_ids": tokens[None]})
+    result: Array = logits[0]
+    return result

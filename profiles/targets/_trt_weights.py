@@ -1,0 +1,272 @@
+"""The weights of a TensorRT network: a file of its own, in layouts that TensorRT reads fast, streamed from weights.bin.
+
+TensorRT takes signed INT4 and INT8 with zero point 0: codes are flipped as they pass (XOR 0x88 and 0x80). Every matrix
+has one layout that both optimization profiles read, because a second one is a second copy in the engine.
+N = out, K = in, B = block (inputs that share a scale), E = experts, H = hidden size, I = intermediate size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...bundle import Progress
+from ...errors import BuildError
+from ._canonical import Matrix
+
+Array = np.ndarray[Any, Any]
+Chunks = Callable[[], Iterator[Array]]
+
+ALIGNMENT = 64
+_CHUNK_BYTES = 16 << 20
+_FLIP = {4: 0x88, 8: 0x80}
+_CODES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+_FLOATS: dict[Any, type[np.generic]] = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A lowered matrix: codes with scales and their block, or floating point (`bits` 0)."""
+
+    data: ir.Value
+    scales: ir.Value | None
+    bits: int
+    block: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    value: ir.Value
+    offset: int
+    nbytes: int
+    chunks: Chunks
+
+
+class LoweredWeights:
+    """Plans the file tensor by tensor, then writes it with a bounded part in memory.
+
+    `real`: the floating point type of weights and scales, FLOAT16 for a device and FLOAT for the check.
+    """
+
+    def __init__(self, real: ir.DataType, location: str) -> None:
+        self.real = real
+        self.location = location
+        self.tensors: list[_Tensor] = []
+        self.nbytes = 0
+
+    # what can be stored
+
+    def linear(self, name: str, matrices: list[Matrix]) -> Stored:
+        """Rows of one or more matrices [N, K], one above the other, scales [N, K/B]."""
+        first = matrices[0]
+        width = first.shape[-1]
+        rows = sum(matrix.shape[0] for matrix in matrices)
+        data = [matrix.data for matrix in matrices]
+        if not first.bits:
+            return Stored(self.add(name, self.real, (rows, width), _each_row(data, self._real)), None, 0, 0)
+        block = _split_block(first.block_size, width)
+        codes = self.add(name, _CODES[first.bits], (rows, width), _each_row(data, _flip_of(first)))
+        scale_rows = _each_row(_scales_of(matrices), lambda part: self._scales(part, first.block_size, block, name))
+        scales = self.add(f"{name}.scales", self.real, (rows, width // block), scale_rows)
+        return Stored(codes, scales, first.bits, block)
+
+    def expert_rows(self, name: str, experts: Matrix, shared: Matrix | None) -> Stored:
+        """gate_up [E, 2I, H], rows interleaved, as [E*2I, H] with each expert's gate rows before its up rows.
+
+        `shared` [2*n*I, H] (all gate rows, then all up rows) follows as n more experts.
+        """
+        count, double, width = experts.shape
+        inner = double // 2
+        more = 0 if shared is None else shared.shape[0] // double
+        rows = (count + more) * double
+
+        def place(stack: ir.Value, extra: ir.Value | None, change: Callable[[Array], Array]) -> Iterator[Array]:
+            view = _bytes_or_floats(stack)
+            for expert in range(count):
+                yield change(view[expert].reshape(inner, 2, -1).transpose(1, 0, 2))
+            tail = None if extra is None else _bytes_or_floats(extra)
+            for expert in range(more if tail is not None else 0):
+                assert tail is not None
+                gate = tail[expert * inner : (expert + 1) * inner]
+                up = tail[(more + expert) * inner : (more + expert + 1) * inner]
+                yield change(np.stack([gate, up]))
+
+        return self._stack(name, (rows, width), experts, shared, place)
+
+    def expert_columns(self, name: str, experts: Matrix, shared: Matrix | None) -> Stored:
+        """down [E, H, I] as [H, E*I], so that one product sums over all experts; `shared` [H, n*I] follows."""
+        count, rows, inner = experts.shape
+        more = 0 if shared is None else shared.shape[1] // inner
+
+        def place(stack: ir.Value, extra: ir.Value | None, change: Callable[[Array], Array]) -> Iterator[Array]:
+            view = _bytes_or_floats(stack)
+            tail = None if extra is None else _bytes_or_floats(extra).reshape(rows, more, -1)
+            step = max(1, _CHUNK_BYTES // (count * view.shape[2] * view.itemsize))
+            for start in range(0, rows, step):
+                part = view[:, start : start + step].transpose(1, 0, 2)
+                yield change(part if tail is None else np.concatenate([part, tail[start : start + step]], axis=1))
+
+        return self._stack(name, (rows, (count + more) * inner), experts, shared, place)
+
+    def _stack(
+        self, name: str, shape: tuple[int, int], experts: Matrix, shared: Matrix | None, place: Callable[..., Any]
+    ) -> Stored:
+        """Codes and scales of a stack of experts, `place`d alike; blocks narrowed to what both sources allow."""
+        tail = None if shared is None else shared.data
+        if not experts.bits:
+            data = self.add(name, self.real, shape, lambda: place(experts.data, tail, self._real))
+            return Stored(data, None, 0, 0)
+        matrices = [experts] if shared is None else [experts, shared]
+        block = math.gcd(*[matrix.block_size for matrix in matrices])
+        if shape[1] == block:
+            block = _split_block(block, shape[1])
+        codes = self.add(name, _CODES[experts.bits], shape, lambda: place(experts.data, tail, _flip_of(experts)))
+        narrow = [_Narrowed(matrix, block) for matrix in matrices]
+        scales = self.add(
+            f"{name}.scales",
+            self.real,
+            (shape[0], shape[1] // block),
+            lambda: place(narrow[0], narrow[1] if shared else None, lambda part: self._scales(part, 1, 1, name)),
+        )
+        return Stored(codes, scales, experts.bits, block)
+
+    def heads(self, name: str, matrix: Matrix, *, turned: bool) -> ir.Value:
+        """[heads, a, b] floating point, `turned` to [heads, b, a]."""
+        count, rows, width = matrix.shape
+        shape = (count, width, rows) if turned else (count, rows, width)
+
+        def chunks() -> Iterator[Array]:
+            view = _bytes_or_floats(matrix.data)
+            for head in range(count):
+                yield self._real(view[head].T if turned else view[head])
+
+        return self.add(name, self.real, shape, chunks)
+
+    def take_over(self, graph: ir.Graph) -> None:
+        """Copy what the graph still reads from elsewhere: norms, routers, biases, in float32 as they are."""
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.location != self.location:
+                assert tensor.dtype == ir.DataType.FLOAT and value.name is not None, f"{value} is left unlowered"
+                source = ir.Value(name=value.name, const_value=tensor)
+                new = self.add(value.name, tensor.dtype, _shape_of(tensor), _whole(source))
+                value.const_value = new.const_value
+
+    # the file
+
+    def add(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], chunks: Chunks) -> ir.Value:
+        """A tensor behind the last one; its bytes are made when the file is written."""
+        nbytes = (math.prod(shape) * dtype.bitwidth + 7) // 8
+        tensor = ir.ExternalTensor(self.location, self.nbytes, nbytes, dtype, shape=ir.Shape(shape), name=name)
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+        self.tensors.append(_Tensor(value, self.nbytes, nbytes, chunks))
+        self.nbytes = -(-(self.nbytes + nbytes) // ALIGNMENT) * ALIGNMENT
+        return value
+
+    def write(self, path: Path, progress: Progress | None = None) -> None:
+        """Write all tensors.
+
+        Raises:
+            BuildError: a weight that half precision cannot hold.
+        """
+        with path.open("wb") as stream:
+            for tensor in self.tensors:
+                stream.write(bytes(tensor.offset - stream.tell()))
+                for chunk in tensor.chunks():
+                    stream.write(np.ascontiguousarray(chunk).data)
+                    if progress is not None:
+                        progress("laying out weights", stream.tell(), self.nbytes)
+                written = stream.tell() - tensor.offset
+                assert written == tensor.nbytes, f"{tensor.value.name}: {written} bytes, {tensor.nbytes} planned"
+
+    def _real(self, part: Array) -> Array:
+        values = part.astype(_FLOATS[self.real])
+        if not np.isfinite(values).all():
+            raise BuildError(
+                "a weight exceeds 65504, the largest number of half precision; this target computes in fp16: build for "
+                "a profile of the onnxruntime target (moedge build ... --profile cpu)"
+            )
+        return values
+
+    def _scales(self, part: Array, block: int, narrower: int, name: str) -> Array:
+        """Scales as `real`, each given to every part of its block. Zero is refused by TensorRT, so none underflows."""
+        values = self._real(np.repeat(part, block // narrower, axis=-1))
+        clamped: Array = np.maximum(values, np.finfo(values.dtype).smallest_subnormal)
+        return clamped
+
+
+def check_symmetric(matrix: Matrix, name: str) -> None:
+    """TensorRT knows no zero points.
+
+    Raises:
+        BuildError: the matrix was quantized with zero points of its own.
+    """
+    if not matrix.symmetric:
+        raise BuildError(
+            f"{name} has zero points, which TensorRT does not take; export with an algorithm that makes none: "
+            "moedge export ... --algorithm rtn"
+        )
+
+
+@dataclass(frozen=True)
+class _Narrowed:
+    """Scales of a matrix, repeated for a narrower block; stands for the value of the scales."""
+
+    matrix: Matrix
+    block: int
+
+
+def _split_block(block: int, width: int) -> int:
+    """A single block as wide as the row is not fused by TensorRT (TENSORRT.md, Q6): halve it, the scales repeat."""
+    return block // 2 if block == width else block
+
+
+def _scales_of(matrices: list[Matrix]) -> list[ir.Value]:
+    return [matrix.scales for matrix in matrices if matrix.scales is not None]
+
+
+def _flip_of(matrix: Matrix) -> Callable[[Array], Array]:
+    flip = np.uint8(_FLIP[matrix.bits])
+    return lambda part: part ^ flip
+
+
+def _bytes_or_floats(source: ir.Value | _Narrowed) -> Array:
+    """A mapped view [..., width]: codes as bytes (two INT4 each), floats as they are."""
+    if isinstance(source, _Narrowed):
+        assert source.matrix.scales is not None
+        view = _bytes_or_floats(source.matrix.scales)
+        return np.repeat(view, source.matrix.block_size // source.block, axis=-1)
+    tensor = source.const_value
+    assert isinstance(tensor, ir.ExternalTensor) and tensor.length is not None
+    shape = _shape_of(tensor)
+    dtype: Any = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}.get(tensor.dtype, np.uint8)
+    if tensor.dtype == ir.DataType.UINT4:
+        shape = (*shape[:-1], shape[-1] // 2)
+    return np.memmap(tensor.path, dtype=dtype, mode="r", offset=tensor.offset or 0, shape=shape)
+
+
+def _shape_of(tensor: ir.ExternalTensor) -> tuple[int, ...]:
+    return tuple(int(size) for size in tensor.shape.numpy())
+
+
+def _whole(source: ir.Value) -> Chunks:
+    return lambda: iter([_bytes_or_floats(source)])
+
+
+def _each_row(sources: list[ir.Value], change: Callable[[Array], Array]) -> Chunks:
+    """Rows of [N, width] matrices in order, `change`d."""
+
+    def chunks() -> Iterator[Array]:
+        for source in sources:
+            view = _bytes_or_floats(source)
+            step = max(1, _CHUNK_BYTES // (view.shape[1] * view.itemsize))
+            for start in range(0, len(view), step):
+                yield change(view[start : start + step])
+
+    return chunks
