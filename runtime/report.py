@@ -248,13 +248,13 @@ def headline(rows: Sequence[Row]) -> str:
     return f"{what}; {measured} measured, {len(rows) - measured} predicted"
 
 
-def number(value: float | None) -> str:
-    """Three digits, thousands apart; a dash where not known."""
+def number(value: float | None, significant: int = 3) -> str:
+    """`significant` digits, thousands apart; a dash where not known."""
     if value is None:
         return "-"
     if value == 0:
         return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    digits = max(0, significant - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{min(digits, 4)}f}"
 
 
@@ -342,7 +342,7 @@ def _two_lines(times: Times) -> Text:
     if times.p99 is not None:
         under = f"\n{number(times.p99)}"
     elif times.low is not None and times.high is not None:
-        under = f"\n{number(times.low)}-{number(times.high)}"
+        under = f"\n{number(times.low, 2)}-{number(times.high, 2)}"
     return Text(number(times.p50)).append(under, "dim")
 
 
