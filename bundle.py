@@ -47,7 +47,7 @@ class Bundle:
         if not root.is_dir():
             raise BundleError(f"{root}: no such folder; make a bundle with: moedge export CHECKPOINT -o {root}")
         if not manifest_path.is_file():
-            hint = f"it holds {MANIFEST}"
+            hint = f"it has no {MANIFEST}"
             if (root / "config.json").is_file():
                 raise BundleError(
                     f"{root} is a checkpoint, not a bundle ({hint}); export it first: moedge export {root} -o BUNDLE"

@@ -151,7 +151,7 @@ def inspect_engine(
 ) -> Findings:
     """All faults of the engine's files, origin and versions; `whole` also hashes large files and asks the backend.
 
-    The bundle's own files are compared by presence and size; `Bundle`'s checksums are `moedge verify`'s affair.
+    The bundle's own files are checked likewise unless `whole`: `moedge verify` has hashed them all by then.
     """
     folder = bundle.engine_dir(info.profile)
     label = f"engine '{info.profile}'"
@@ -165,8 +165,8 @@ def inspect_engine(
         entry = bundle.manifest["files"].get(name)
         if entry is None or entry["sha256"] != digest:
             findings.faults.append(f"{label} was made from another {name} than this bundle's; {rebuild}")
-            continue
-        fault = _size_fault(bundle.file(name), entry)
+    for name, entry in bundle.manifest["files"].items() if not whole else ():
+        fault = _file_fault(bundle.file(name), entry, False, progress)
         if fault:
             findings.faults.append(f"{fault}; export the bundle again: moedge export ... --force")
     backend = backend_module(info.backend)
@@ -198,7 +198,7 @@ def _file_fault(path: Path, entry: dict[str, Any], whole: bool, progress: Progre
     if fault:
         return fault
     if (whole or entry["bytes"] <= HASHED_AT_LOAD) and sha256_file(path, progress) != entry["sha256"]:
-        return f"{path} is damaged (its checksum is not the one it was built with)"
+        return f"{path} is damaged (its checksum is not the one it was made with)"
     return None
 
 

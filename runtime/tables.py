@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 
 def bench_table(result: dict[str, Any]) -> Table:
@@ -77,12 +78,12 @@ def sizes_table(document: dict[str, Any]) -> Table:
 
 
 def engines_table(document: dict[str, Any]) -> Table:
-    """The engines of an inspected bundle, and which of them run on this machine."""
+    """The engines of an inspected bundle, and which of them run on this machine; the reasons stand below."""
     table = Table(title="engines", title_justify="left")
     for name in ("profile", "status", "backend", "context", "size", "here"):
         table.add_column(name, justify="right" if name in ("context", "size") else "left")
     for engine in document["engines"]:
-        here = "runs" if engine["runs_here"] else engine["reason"]
+        here = "runs" if engine["runs_here"] else "no"
         if "backend" in engine:
             backend = f"{engine['backend']} {engine['backend_version']}"
             table.add_row(
@@ -92,6 +93,10 @@ def engines_table(document: dict[str, Any]) -> Table:
             table.add_row(engine["profile"], engine["status"], "", "", "", here)
     if not document["engines"]:
         table.add_row("none", "", "", "", "", f"moedge build {document['bundle']} --profile cpu")
+    reasons = [engine["reason"] for engine in document["engines"] if not engine["runs_here"]]
+    if reasons:
+        table.caption = Text("\n".join(reasons))
+        table.caption_justify = "left"
     return table
 
 

@@ -91,7 +91,7 @@ def test_damaged_engine_files(bundle):
     content = model.read_bytes()
     model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     where = "engine 'cpu': BUNDLE/engines/cpu/model.onnx"
-    assert refusal(bundle) == f"{where} is damaged (its checksum is not the one it was built with); {AGAIN}"
+    assert refusal(bundle) == f"{where} is damaged (its checksum is not the one it was made with); {AGAIN}"
     model.write_bytes(content[:100])
     assert refusal(bundle) == f"{where} has 100 bytes instead of {len(content)}; {AGAIN}"
     model.unlink()
@@ -299,3 +299,12 @@ def test_places_are_those_that_onnx_reads(bundle):
     (bundle / "model.onnx").write_bytes(b"\xff" * 10)
     with pytest.raises(BundleError, match="model.onnx is not a readable ONNX file"):
         read_placed(bundle / "model.onnx")
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "model.onnx", "tokenizer.json"])
+def test_a_flipped_byte_of_the_bundle_is_never_loaded(bundle, name):
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    again = "export the bundle again: moedge export ... --force"
+    assert refusal(bundle) == f"BUNDLE/{name} is damaged (its checksum is not the one it was made with); {again}"
