@@ -115,7 +115,7 @@ def generate_text(bundle: Bundle) -> None:
     heading("Generate on this machine (cpu engine)")
     with load(bundle, "cpu") as engine:
         click.echo(PROMPT, nl=False)
-        for piece in engine.generate(PROMPT, max_new_tokens=80, temperature=0.6, top_p=0.9, seed=3):
+        for piece in engine.generate(PROMPT, max_new_tokens=100, temperature=0.7, top_p=0.95, seed=1):
             click.echo(piece, nl=False)
     click.echo()
 
