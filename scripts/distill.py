@@ -36,7 +36,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample"
-PROMPTS = ("def __init__(self", "import os\nimport sys\n\ndef main(", "    def read(self, size=-1):\n")
+SAMPLING = {"temperature": 0.7, "top_p": 0.95}
+PROMPTS = ("    def __init__(self", "import os\nimport sys\n\ndef main(", "class Queue:\n    def put(self, item")
 
 
 @dataclass(frozen=True)
@@ -144,16 +145,19 @@ def check_student(folder: Path, model: Decoder, ids: Stream) -> float:
     return difference
 
 
-def completions(folder: Path) -> list[dict[str, str]]:
+def completions(folder: Path, seed: int) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        attend = torch.ones_like(ids)
-        out = model.generate(ids, attention_mask=attend, max_new_tokens=96, do_sample=False, pad_token_id=0)
-        rows.append({"prompt": prompt, "greedy": tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)})
-    return rows
+        row = {"prompt": prompt}
+        for kind, how in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, **SAMPLING})):
+            torch.manual_seed(seed)
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, pad_token_id=0, **how)
+            row[kind] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        rows.append(row)
+    return {"seed": seed, **SAMPLING, "rows": rows}
 
 
 def describe(model: Decoder, plan: Plan, run: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +236,7 @@ class Workshop:
             "largest_logit_difference_to_transformers": check_student(folder, student, self.held[:1024]),
             "model_bytes": (folder / "model.safetensors").stat().st_size,
             "config": config,
-            "completions": completions(folder),
+            "completions": completions(folder, self.args.seed),
         }
 
 
@@ -282,7 +286,9 @@ def run(args: argparse.Namespace) -> None:
     student, facts["models"]["student"] = shop.train("student", teacher)
     release(shop, student, facts)
     # The same student without its teacher, for the card alone.
-    _, facts["models"]["undistilled"] = shop.train("undistilled", None)
+    _, undistilled = shop.train("undistilled", None)
+    facts = json.loads((args.out / "training.json").read_text(encoding="utf-8"))
+    facts["models"]["undistilled"] = undistilled
     record(args.out, facts)
     say("done")
 

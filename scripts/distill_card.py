@@ -83,6 +83,8 @@ def sizes(facts: dict[str, Any]) -> str:
 
 {table(head, rows)}
 
+{facts.get("remark", "")}
+
 The student's loss is {1 - plan["soft_share"]:g} x cross-entropy + {plan["soft_share"]:g} x T^2 x KL from the teacher \
 at temperature T = {plan["temperature"]:g}. The student without distillation starts from the same weights and sees \
 the same batches in the same order. The load of the experts is balanced by moving the correction bias alone, \
@@ -128,11 +130,17 @@ Each expert's share of the assignments on the held-out files; {1 / count:.1%} wo
 
 
 def completions(facts: dict[str, Any]) -> str:
-    shown = "\n\n".join(f"```python\n{row['prompt']}⟨{row['greedy']}⟩\n```" for row in facts["completions"])
+    made = facts["completions"]
+    shown = "\n\n".join(
+        f"{kind.capitalize()}:\n\n```python\n{row['prompt']}⟨{row[kind].rstrip()}⟩\n```"
+        for row in made["rows"]
+        for kind in ("greedy", "sampled")
+    )
     return f"""\
 ## Completions
 
-Greedy; what the model wrote stands between ⟨ and ⟩.
+What the model wrote stands between ⟨ and ⟩. Sampled: temperature {made["temperature"]:g}, top-p {made["top_p"]:g}, \
+seed {made["seed"]}.
 
 {shown}"""
 
