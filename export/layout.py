@@ -7,14 +7,16 @@ input dimension, so that one offset serves `DequantizeLinear`, `MatMulNBits` and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from .quantization import pick_group_size
+from .options import BY_CHANNEL, GROUP_SIZES
+from .quantization import Integers, pick_group_size
 from .weights import Weight
 
 ALIGNMENT = 64
 Dtype = Literal["float32", "float16", "uint8", "uint4"]
+_FINE = 32  # group size where 8 bits stand in for integers that cannot be kept
 _BITS = {"float32": 32, "float16": 16, "uint8": 8, "uint4": 4}
 
 
@@ -42,6 +44,7 @@ class Stored:
     zero_points: Slot | None = None
     group_size: int = 0
     shared_zero_points: bool = False
+    by_channel: bool = False  # one scale a row, repeated for each group: kernels know no longer groups
 
     @property
     def bits(self) -> int:
@@ -79,46 +82,116 @@ class Layout:
         return sizes
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How a tensor is stored: `group_size` 0 is floating point; `zero_points`: its own, not the shared middle."""
+
+    dtype: Dtype
+    group_size: int = 0
+    zero_points: bool = False
+    by_channel: bool = False
+
+
 def plan_layout(plan: list[Weight], weights: str, group_size: int, *, zero_points: bool) -> Layout:
-    """Give each tensor its dtype, group size and place. `zero_points`: the algorithm makes its own for int4."""
+    """Give each tensor its dtype, group size and place. `zero_points`: the algorithm makes its own for int4.
+
+    `group_size`: the largest; `BY_CHANNEL` for one scale a row. Integers that a quantized checkpoint brings are kept as
+    they are, whatever `weights` and `group_size` say.
+    """
     allocator = _Allocator()
     symmetric: dict[Dtype, int] = {}
-    choices = [(weight, *_choose(weight, weights, group_size)) for weight in plan]
-    for weight, dtype, group in choices:
-        if group and not _owns_zero_points(dtype, zero_points):
-            symmetric[dtype] = max(symmetric.get(dtype, 0), math.prod(weight.shape) // group)
+    brought = _gather_brought(plan)
+    choices = [(weight, _choose(weight, brought, weights, group_size, zero_points)) for weight in plan]
+    for weight, choice in choices:
+        if choice.group_size and not choice.zero_points:
+            count = math.prod(weight.shape) // choice.group_size
+            symmetric[choice.dtype] = max(symmetric.get(choice.dtype, 0), count)
     constants = {dtype: allocator.take(f"symmetric.{dtype}", dtype, (count,)) for dtype, count in symmetric.items()}
-    stored = {}
-    for weight, dtype, group in choices:
-        data = allocator.take(weight.name, dtype, weight.shape)
-        if not group:
-            stored[weight.name] = Stored(weight, data)
-            continue
-        shape = (*weight.shape[:-1], weight.shape[-1] // group)
-        scales = allocator.take(f"{weight.name}.scales", "float32", shape)
-        if shared := not _owns_zero_points(dtype, zero_points):
-            zero = Slot(f"{weight.name}.zero_points", dtype, shape, constants[dtype].offset)
-        else:
-            zero = allocator.take(f"{weight.name}.zero_points", dtype, shape)
-        stored[weight.name] = Stored(weight, data, scales, zero, group, shared)
+    stored = {weight.name: _place(weight, choice, allocator, constants) for weight, choice in choices}
     fill = tuple((slot, 0x88 if slot.dtype == "uint4" else 0x80) for slot in constants.values())
     return Layout(stored, fill, allocator.end)
 
 
-def _owns_zero_points(dtype: Dtype, zero_points: bool) -> bool:
-    return zero_points and dtype == "uint4"
+def _place(weight: Weight, choice: Choice, allocator: _Allocator, constants: dict[Dtype, Slot]) -> Stored:
+    data = allocator.take(weight.name, choice.dtype, weight.shape)
+    if not choice.group_size:
+        return Stored(weight, data)
+    shape = (*weight.shape[:-1], weight.shape[-1] // choice.group_size)
+    scales = allocator.take(f"{weight.name}.scales", "float32", shape)
+    name = f"{weight.name}.zero_points"
+    if choice.zero_points:
+        zero = allocator.take(name, choice.dtype, shape)
+    else:
+        zero = Slot(name, choice.dtype, shape, constants[choice.dtype].offset)
+    return Stored(weight, data, scales, zero, choice.group_size, not choice.zero_points, choice.by_channel)
 
 
-def _choose(weight: Weight, weights: str, group_size: int) -> tuple[Dtype, int]:
-    """(dtype, group size or 0). A matrix that no group size divides stays float32."""
-    if weight.precision == "keep" or weights == "fp32":
-        return "float32", 0
-    if weights == "fp16":
-        return "float16", 0
-    group = pick_group_size(group_size, weight.shape[-1], *weight.group_with)
+def _link(weight: Weight) -> str:
+    """Tensors of one link are stored alike: a layer's expert stacks, which one kernel takes."""
+    return weight.name.rsplit(".", 2)[0] if weight.role == "experts" else weight.name
+
+
+@dataclass
+class _Brought:
+    """What a link's pieces bring from a quantized checkpoint: integers to keep, and the least bits they ask for."""
+
+    integers: set[Integers] = field(default_factory=set)
+    least_bits: int = 0
+
+
+def _gather_brought(plan: list[Weight]) -> dict[str, _Brought]:
+    brought: dict[str, _Brought] = {}
+    for weight in plan:
+        for piece in weight.pieces() if weight.precision != "keep" else ():
+            if piece.packed is not None:
+                link = brought.setdefault(_link(weight), _Brought())
+                link.least_bits = max(link.least_bits, piece.packed.least_bits)
+                if piece.integers is not None:
+                    link.integers.add(piece.integers)
+    return brought
+
+
+def _choose(weight: Weight, brought: dict[str, _Brought], weights: str, group_size: int, zero_points: bool) -> Choice:
+    """What was brought, else what was asked for. A matrix that no group size divides stays float32."""
+    if weight.precision == "keep":
+        return Choice("float32")
+    link = brought.get(_link(weight), _Brought())
+    if link.integers:
+        return _keep(weight, link)
+    if weights in ("fp32", "fp16"):
+        return Choice("float32" if weights == "fp32" else "float16")
+    widths = (weight.shape[-1], *weight.group_with)
+    by_channel = group_size == BY_CHANNEL
+    group_size = max(GROUP_SIZES) if by_channel else group_size
+    if link.least_bits == 8:
+        weights, group_size, by_channel = "int8", min(group_size, _FINE), False
+    if weights == "int4" and weight.precision != "table":
+        group = pick_group_size(group_size, *widths, even=True) if zero_points else None
+        if group is not None:
+            return Choice("uint4", group, True, by_channel)
+    group = pick_group_size(group_size, *widths)
     if group is None:
-        return "float32", 0
-    return ("uint8" if weights == "int8" or weight.precision == "table" else "uint4"), group
+        return Choice("float32")
+    dtype: Dtype = "uint8" if weights == "int8" or weight.precision == "table" else "uint4"
+    return Choice(dtype, group, by_channel=by_channel)
+
+
+def _keep(weight: Weight, link: _Brought) -> Choice:
+    """The narrowest form that holds these integers bit for bit; float32, which is exact too, where none does."""
+    # Rows of a table are gathered, and onnxruntime gathers no nibbles.
+    bits = max(8 if weight.precision == "table" else 4, link.least_bits, *(held.bits for held in link.integers))
+    common = math.gcd(_FINE if link.least_bits == 8 else 0, *(held.group_size for held in link.integers))
+    widest = common & -common  # every size that is offered is a power of two
+    # Codes of 4 bits with a zero point of their own move it to the middle when they are stored in 8.
+    own = any(held.zero_points and held.bits == bits for held in link.integers)
+    widths = (weight.shape[-1], *weight.group_with)
+    if bits == 4:
+        group = pick_group_size(widest, *widths, even=own)
+        if group is not None:
+            return Choice("uint4", group, own)
+        own = False
+    group = pick_group_size(widest, *widths)
+    return Choice("float32") if group is None else Choice("uint8", group, own)
 
 
 class _Allocator:

@@ -4,4 +4,5 @@ from __future__ import annotations
 
 WEIGHTS_CHOICES = ("fp32", "fp16", "int8", "int4")
 GROUP_SIZES = (128, 64, 32, 16)  # what QMoE and MatMulNBits take, largest first
-ALGORITHMS = ("rtn",)
+BY_CHANNEL = 0  # the group size that means one scale for each output channel
+ALGORITHMS = ("rtn", "hqq", "gptq")

@@ -1,4 +1,8 @@
-"""Canonical tensors: which checkpoint tensors each is made from, and reading them piece by piece."""
+"""Canonical tensors: which checkpoint tensors each is made from, and reading them piece by piece.
+
+Families name plain tensors. Where a quantized checkpoint holds one in another form, `quantization.sources` sets the
+piece's `packed`, and all that reads or checks pieces goes through it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import numpy as np
 
 from ..errors import CheckpointError, ParityError
 from .checkpoint import Array, Checkpoint
+from .quantization import Integers, PackedMatrix, Quantized, check_finite
 
 Role = Literal["embedding", "norm", "attention", "dense_mlp", "router", "shared_experts", "experts", "head"]
 # linear: quantized to the export's precision; table: int8 when that is below; keep: float32 always.
@@ -20,13 +25,48 @@ Index = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """`target[at] = checkpoint[source].reshape(view)[pick]`; `shape` is what the source must have."""
+    """`target[at] = checkpoint[source][entry].T.reshape(view)[pick]`; `shape` is what the source must have.
+
+    `entry`: one matrix of a stack, read alone. `transpose`: the last two axes are exchanged. `at`: all of the target,
+    or a slice of its first axis. `packed`: how a quantized checkpoint holds the source instead.
+    """
 
     source: str
     shape: tuple[int, ...]
     at: Index = (Ellipsis,)
     view: tuple[int, ...] | None = None
     pick: Index = (Ellipsis,)
+    entry: int | None = None
+    transpose: bool = False
+    packed: PackedMatrix | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of the checkpoint that are read for it."""
+        return (self.source,) if self.packed is None else self.packed.names
+
+    @property
+    def ranged(self) -> bool:
+        """A range of the first axis (of `view`, where there is one) can be read alone."""
+        return self.entry is None and not self.transpose and self.pick[0] in (Ellipsis, slice(None))
+
+    @property
+    def contributed(self) -> tuple[int, ...]:
+        """The shape of what it contributes."""
+        shape = self.shape if self.entry is None else self.shape[1:]
+        if self.transpose:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        return np.broadcast_to(np.uint8(0), shape if self.view is None else self.view)[self.pick].shape
+
+    @property
+    def integers(self) -> Integers | None:
+        """The integers that can be kept bit for bit; None for plain tensors, and where rows are cut or turned."""
+        if self.packed is None or self.transpose or self.entry is not None:
+            return None
+        width = self.shape[-1]
+        rows_only = self.view is None or self.view[-1] == width
+        picked = len(self.pick) < len(self.view or self.shape) and Ellipsis not in self.pick
+        return self.packed.integers if rows_only and (picked or self.pick == (Ellipsis,)) else None
 
 
 @dataclass(frozen=True)
@@ -88,7 +128,7 @@ def check_sources(checkpoint: Checkpoint, plan: list[Weight]) -> None:
         CheckpointError: names the first missing or contradicting tensor and how many there are.
     """
     pieces = list({piece.source: piece for weight in plan for piece in weight.pieces()}.values())
-    missing = [piece.source for piece in pieces if piece.source not in checkpoint]
+    missing = [name for piece in pieces for name in piece.names if name not in checkpoint]
     if missing:
         experts = sum(".experts." in name for name in missing)
         what = f", {experts} of them of experts" if experts else ""
@@ -97,10 +137,10 @@ def check_sources(checkpoint: Checkpoint, plan: list[Weight]) -> None:
             "download the checkpoint again, or correct config.json"
         )
     for piece in pieces:
-        shape = checkpoint.entries[piece.source].shape
+        shape = checkpoint.entries[piece.source].shape if piece.packed is None else piece.packed.shape
         if shape != piece.shape:
             raise CheckpointError(
-                f"{checkpoint.path}: tensor {piece.source!r} has shape {list(shape)}, config.json implies "
+                f"{checkpoint.path}: tensor {piece.names[0]!r} has shape {list(shape)}, config.json implies "
                 f"{list(piece.shape)}; correct config.json or download the checkpoint again"
             )
 
@@ -111,7 +151,7 @@ def check_unused(checkpoint: Checkpoint, plan: list[Weight], ignored: list[tuple
     Raises:
         ParityError: names the unused tensors.
     """
-    used = {piece.source for weight in plan for piece in weight.pieces()}
+    used = {name for weight in plan for piece in weight.pieces() for name in piece.names}
     notes: dict[str, int] = {}
     unused = []
     for name, entry in checkpoint.entries.items():
@@ -146,26 +186,116 @@ def read_unit(checkpoint: Checkpoint, weight: Weight, unit: int) -> Array:
     return target
 
 
+@dataclass(frozen=True)
+class PieceRows:
+    """The part of a piece that lands in rows `start` to `stop` of its unit, seen as [rows, in].
+
+    `target`: where, counted from `start`. `first` to `last`: which of the piece's own rows.
+    """
+
+    piece: Piece
+    target: slice
+    first: int
+    last: int
+
+    def read_values(self, checkpoint: Checkpoint) -> Array:
+        """float32 [last - first, in]."""
+        piece = self.piece
+        width = piece.contributed[-1]
+        if not piece.ranged:
+            return self._read_whole(checkpoint).reshape(-1, width)[self.first : self.last]
+        each = math.prod(piece.contributed[1:-1])  # rows that one entry of the first axis gives
+        start, stop = self.first // each, -(-self.last // each)
+        values = read_piece(checkpoint, piece, start, stop).reshape(-1, width)
+        rows = values[self.first - start * each : self.last - start * each]
+        return rows
+
+    def _read_whole(self, checkpoint: Checkpoint) -> Array:
+        """All of a piece whose parts cannot be read alone, kept for its next rows; a unit has two at most."""
+        held = next((values for piece, values in checkpoint.whole if piece is self.piece), None)
+        if held is None:
+            if len(checkpoint.whole) > 1:
+                checkpoint.whole.clear()
+            held = np.ascontiguousarray(read_piece(checkpoint, self.piece))
+            checkpoint.whole.append((self.piece, held))
+        return held
+
+    def read_codes(self, checkpoint: Checkpoint) -> Quantized:
+        """The integers of a piece that has them."""
+        piece, packed = self.piece, self.piece.packed
+        assert packed is not None
+        if piece.ranged and piece.view is None and len(piece.shape) == 2:
+            return packed.read_codes(checkpoint, self.first, self.last)
+        whole = packed.read_codes(checkpoint, 0, piece.shape[0])
+
+        def pick(values: Array) -> Array:
+            view = piece.shape if piece.view is None else piece.view
+            picked = values.reshape(*view[:-1], values.shape[-1])[piece.pick]
+            rows: Array = picked.reshape(-1, values.shape[-1])[self.first : self.last]
+            return rows
+
+        zeros = None if whole.zero_points is None else pick(whole.zero_points)
+        return Quantized(pick(whole.codes), pick(whole.scales), zeros, whole.bits, whole.group_size)
+
+
+def list_rows(weight: Weight, unit: int, start: int, stop: int) -> list[PieceRows]:
+    """What makes up rows `start` to `stop` of a unit seen as [rows, in]."""
+    parts = []
+    rows = math.prod(weight.unit_shape[:-1])
+    for piece in weight.units[unit]:
+        begin, end, step = (0, rows, 1) if piece.at == (Ellipsis,) else piece.at[0].indices(rows)
+        first = max(0, -(-(start - begin) // step))
+        last = max(first, -(-(min(stop, end) - begin) // step))
+        if last > first:
+            target = slice(begin + first * step - start, begin + (last - 1) * step - start + 1, step)
+            parts.append(PieceRows(piece, target, first, last))
+    return parts
+
+
+def read_rows(checkpoint: Checkpoint, weight: Weight, unit: int, start: int, stop: int) -> Array:
+    """float32 [stop - start, in]: rows of a unit seen as [rows, in]; only what makes them up is read."""
+    parts = list_rows(weight, unit, start, stop)
+    if len(parts) == 1:
+        return parts[0].read_values(checkpoint)
+    target = np.empty((stop - start, weight.shape[-1]), np.float32)
+    for part in parts:
+        target[part.target] = part.read_values(checkpoint)
+    return target
+
+
 def read_piece(checkpoint: Checkpoint, piece: Piece, start: int = 0, stop: int | None = None) -> Array:
-    """float32: what a piece contributes; `start` to `stop` limits a piece without a view to those rows.
+    """float32: what a piece contributes; `start` to `stop` limits a `ranged` piece to a part of its first axis.
 
     Raises:
         CheckpointError: a value is NaN or infinite; names the tensor and the row.
     """
-    values = checkpoint.read(piece.source, start, stop)
-    if values.dtype.kind in "iub":
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {piece.source!r} holds {values.dtype} where floating point was expected; "
-            "this checkpoint is quantized in a way that is not supported"
-        )
-    values = values.astype(np.float32)
-    finite = np.isfinite(values)
-    if not finite.all():
-        row = start + int(np.argwhere(~finite)[0][0]) if values.ndim else 0
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {piece.source!r} holds NaN or infinity in row {row}; download it again"
-        )
-    if piece.view is not None:
+    if piece.entry is not None:
+        start, stop = piece.entry, piece.entry + 1
+    if piece.packed is None:
+        view = None if piece.transpose or piece.entry is not None else piece.view
+        values = _read_plain(checkpoint, piece.source, start, stop, view)
+    elif piece.view is None or piece.entry is not None:
+        values = piece.packed.read_values(checkpoint, start, piece.shape[0] if stop is None else stop)
+    else:
+        whole = piece.packed.read_values(checkpoint, 0, piece.shape[0])
+        values = whole if piece.transpose else whole.reshape(piece.view)[start:stop]
+    if piece.entry is not None:
+        values = values[0]
+    if piece.transpose:
+        values = np.swapaxes(values, -1, -2)
+    if piece.view is not None and (piece.transpose or piece.entry is not None):
         values = values.reshape(piece.view)
     picked: Array = values[piece.pick]
     return picked
+
+
+def _read_plain(checkpoint: Checkpoint, name: str, start: int, stop: int | None, view: tuple[int, ...] | None) -> Array:
+    values = checkpoint.read(name, start, stop, view)
+    if values.dtype.kind in "iub" or values.dtype.itemsize == 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name!r} holds {values.dtype} where floating point was expected; "
+            "this checkpoint is quantized in a way that is not supported"
+        )
+    values = values.astype(np.float32)
+    check_finite(checkpoint, name, values, start)
+    return values

@@ -14,10 +14,11 @@ from ..bundle import Progress
 from ..errors import CheckpointError
 from .checkpoint import Array, Checkpoint
 from .layout import Layout, Slot, Stored
-from .quantization import Algorithm, Quantized, pack_int4
-from .weights import Piece, read_piece, read_unit
+from .memory import rows_at_once
+from .quantization import Algorithm, Calibrated, Quantized, pack_int4
+from .weights import list_rows, read_rows, read_unit
 
-CHUNK_BYTES = 64 << 20  # float32 bytes of a large matrix that are converted at once
+CHUNK_BYTES = 512 << 10  # float32 bytes that are converted at once: what stays in the processor's cache
 
 
 @dataclass
@@ -35,17 +36,28 @@ class ClassError:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows `start` to `stop` (of the flattened [rows, in] view) of a stored tensor, with their float32 values."""
+    """Rows `start` to `stop` (of the flattened [rows, in] view) of a stored tensor, with their float32 values.
+
+    `kept`: (rows counted from `start`, integers) of a quantized checkpoint, which are written as they are.
+    """
 
     start: int
     stop: int
     values: Array
+    kept: tuple[tuple[slice, Quantized], ...] = ()
 
 
 def write_weights(
-    checkpoint: Checkpoint, layout: Layout, path: Path, algorithm: Algorithm, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    layout: Layout,
+    path: Path,
+    algorithm: Algorithm,
+    progress: Progress | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, ClassError]:
     """Write every tensor of `layout` to `path`; returns the quantization error by role.
+
+    `chunk_bytes`: float32 bytes that are converted at once.
 
     Raises:
         CheckpointError: a value is not finite, or does not fit float16.
@@ -59,7 +71,7 @@ def write_weights(
         for slot, value in layout.constants:
             _write_at(stream, slot.offset, np.full(slot.nbytes, value, np.uint8))
         for stored in layout.stored.values():
-            for part in read_parts(checkpoint, stored):
+            for part in read_parts(checkpoint, stored, chunk_bytes):
                 error = errors.setdefault(stored.weight.role, ClassError())
                 _write_part(stream, stored, part, algorithm, error)
                 done += part.values.size
@@ -68,27 +80,40 @@ def write_weights(
     return errors
 
 
-def read_parts(checkpoint: Checkpoint, stored: Stored) -> Iterator[Part]:
-    """The float32 values of a tensor, in parts of one expert or of `CHUNK_BYTES`."""
+def read_parts(checkpoint: Checkpoint, stored: Stored, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Part]:
+    """A tensor in parts of one expert or of `chunk_bytes`."""
     weight = stored.weight
     width = weight.shape[-1]
-    for unit, pieces in enumerate(weight.units):
-        rows = math.prod(weight.unit_shape) // width if width else 0
-        step = max(2, CHUNK_BYTES // (4 * max(width, 1)) // 2 * 2)  # even: int4 zero points share bytes between rows
-        piece = pieces[0]
-        if len(pieces) > 1 or piece.at != (Ellipsis,) or piece.view is not None or len(weight.unit_shape) < 2:
-            values = read_unit(checkpoint, weight, unit).reshape(rows, width)
-            yield Part(unit * rows, (unit + 1) * rows, values)
-            continue
+    if len(weight.shape) == 1:
+        yield Part(0, 1, read_unit(checkpoint, weight, 0).reshape(1, width))
+        return
+    rows = math.prod(weight.unit_shape[:-1])
+    step = rows_at_once(weight, chunk_bytes)
+    for unit in range(len(weight.units)):
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield Part(unit * rows + start, unit * rows + stop, _read_rows(checkpoint, piece, start, stop))
+            values, kept = _read_part(checkpoint, stored, unit, start, stop)
+            yield Part(unit * rows + start, unit * rows + stop, values, kept)
 
 
-def _read_rows(checkpoint: Checkpoint, piece: Piece, start: int, stop: int) -> Array:
-    if start == 0 and stop == piece.shape[0]:
-        return read_piece(checkpoint, piece)
-    return read_piece(checkpoint, piece, start, stop)
+def _read_part(
+    checkpoint: Checkpoint, stored: Stored, unit: int, start: int, stop: int
+) -> tuple[Array, tuple[tuple[slice, Quantized], ...]]:
+    """Values of rows of a unit, and the integers among them that are kept."""
+    pieces = list_rows(stored.weight, unit, start, stop)
+    if not stored.quantized or all(rows.piece.integers is None for rows in pieces):
+        return read_rows(checkpoint, stored.weight, unit, start, stop), ()
+    values = np.empty((stop - start, stored.weight.shape[-1]), np.float32)
+    kept = []
+    for rows in pieces:
+        if rows.piece.integers is None:
+            values[rows.target] = rows.read_values(checkpoint)
+        else:
+            codes = rows.read_codes(checkpoint)
+            values[rows.target] = codes.dequantize()
+            own = not stored.shared_zero_points
+            kept.append((rows.target, codes.regroup(stored.bits, stored.group_size, zero_points=own)))
+    return values, tuple(kept)
 
 
 def _write_part(stream: BinaryIO, stored: Stored, part: Part, algorithm: Algorithm, error: ClassError) -> None:
@@ -104,12 +129,35 @@ def _write_part(stream: BinaryIO, stored: Stored, part: Part, algorithm: Algorit
         width = stored.weight.shape[-1]
         _write_at(stream, stored.data.offset + part.start * width * values.itemsize, values)
         return
-    quantized = algorithm.quantize(part.values, stored.bits, stored.group_size)
+    quantized = _quantize(stored, part, algorithm)
     difference = quantized.dequantize()
     difference -= part.values
     error.noise += float(np.square(difference, out=difference).sum(dtype=np.float64))
     error.signal += float(np.square(part.values).sum(dtype=np.float64))
     _write_quantized(stream, stored, part.start, quantized)
+
+
+def _quantize(stored: Stored, part: Part, algorithm: Algorithm) -> Quantized:
+    """The integers that came, and the algorithm's for the rows that came without."""
+    own, shape = not stored.shared_zero_points, part.values.shape
+    if sum(len(kept.codes) for _, kept in part.kept) < len(part.values):
+        if isinstance(algorithm, Calibrated):
+            unit_rows = math.prod(stored.weight.unit_shape[:-1])
+            algorithm = algorithm.at(stored.weight.name, part.start // unit_rows)
+        group = shape[1] if stored.by_channel else stored.group_size
+        quantized = algorithm.quantize(part.values, stored.bits, group, zero_points=own)
+        quantized = quantized.regroup(stored.bits, stored.group_size, zero_points=own)
+    else:
+        groups = (shape[0], shape[1] // stored.group_size)
+        zeros = np.empty(groups, np.uint8) if own else None
+        quantized = Quantized(
+            np.empty(shape, np.uint8), np.empty(groups, np.float32), zeros, stored.bits, stored.group_size
+        )
+    for rows, kept in part.kept:
+        quantized.codes[rows], quantized.scales[rows] = kept.codes, kept.scales
+        if quantized.zero_points is not None:
+            quantized.zero_points[rows] = kept.zero_points
+    return quantized
 
 
 def _write_quantized(stream: BinaryIO, stored: Stored, start: int, quantized: Quantized) -> None:

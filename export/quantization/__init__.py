@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ...errors import CheckpointError
+from ..checkpoint import Checkpoint
 from ..options import ALGORITHMS, GROUP_SIZES
 
 Array = np.ndarray[Any, Any]
-
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,94 @@ class Quantized:
         values: Array = (grouped * self.scales[..., None]).reshape(rows, columns)
         return values
 
+    def regroup(self, bits: int, group_size: int, *, zero_points: bool) -> Quantized:
+        """The same values in a wider form: smaller groups (scales repeated), more bits, zero points written out.
+
+        Codes stay bit for bit, or move with their zero point to the middle of the wider range.
+        """
+        if (bits, group_size, zero_points) == (self.bits, self.group_size, self.zero_points is not None):
+            return self
+        times = self.group_size // group_size
+        assert times * group_size == self.group_size and bits >= self.bits
+        codes, zeros = self.codes, self.zero_points
+        if zeros is None and (zero_points or bits > self.bits):
+            zeros = np.full(self.scales.shape, 1 << (self.bits - 1), np.uint8)
+        if zeros is not None and not zero_points:
+            # Only 4 bits in 8 get here: every code minus its zero point fits around the wider middle.
+            grouped = codes.reshape(*zeros.shape, self.group_size)
+            codes = (grouped - zeros[..., None] + np.uint8(1 << (bits - 1))).reshape(codes.shape)
+            zeros = None
+        zeros = None if zeros is None else np.repeat(zeros, times, axis=-1)
+        return Quantized(codes, np.repeat(self.scales, times, axis=-1), zeros, bits, group_size)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """How a quantized checkpoint holds a matrix as integers; without `zero_points` they sit around the middle."""
+
+    bits: int
+    group_size: int
+    zero_points: bool
+
+
+class PackedMatrix(Protocol):
+    """A matrix [rows, in], or a stack of them, as a quantized checkpoint holds it. Ranges are of the first axis."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of the checkpoint it is made of."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What it unpacks to."""
+
+    @property
+    def integers(self) -> Integers | None:
+        """None for float formats, and for integers that no canonical tensor can hold: those are quantized again."""
+
+    @property
+    def least_bits(self) -> int:
+        """8 for integers that cannot be kept, so that quantizing them again costs little; else 0."""
+
+    @property
+    def origin(self) -> str:
+        """What it is, in words, for the notes of an export; empty where there is nothing to say."""
+
+    def read_values(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
+        """float32; raises CheckpointError naming the tensor that holds NaN or infinity."""
+
+    def read_codes(self, checkpoint: Checkpoint, start: int, stop: int) -> Quantized:
+        """The integers bit for bit, where there are `integers`; raises as `read_values`."""
+
+
+def check_finite(checkpoint: Checkpoint, name: str, values: Array, start: int = 0) -> None:
+    """Raises CheckpointError for NaN and infinity, naming the row; `start`: the first row that `values` holds."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        row = start + int(np.argwhere(~finite)[0][0]) if values.ndim else 0
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name!r} holds NaN or infinity in row {row}; download it again"
+        )
+
 
 class Algorithm(Protocol):
-    """What an algorithm's module offers."""
+    """What an algorithm's module offers. `ZERO_POINTS`: int4 gets zero points of its own unless told otherwise."""
 
-    def quantize(self, values: Array, bits: int, group_size: int) -> Quantized:
-        """values float32 [rows, in], in divisible by group_size."""
+    ZERO_POINTS: bool
+
+    def quantize(self, values: Array, bits: int, group_size: int, *, zero_points: bool = False) -> Quantized:
+        """values float32 [rows, in], in divisible by group_size; without `zero_points` the symmetric middle is used."""
+
+
+@runtime_checkable
+class Calibrated(Algorithm, Protocol):
+    """An algorithm that treats each unit of each tensor by what is known of its inputs."""
+
+    def at(self, weight: str, unit: int) -> Algorithm:
+        """What quantizes one unit of a canonical tensor; units are asked for in the order of the layout."""
+
+    def notes(self) -> list[str]:
+        """What an export should say of it."""
 
 
 def find_algorithm(name: str) -> Algorithm:
@@ -50,9 +132,14 @@ def find_algorithm(name: str) -> Algorithm:
     return algorithm
 
 
-def pick_group_size(wanted: int, *widths: int) -> int | None:
-    """The largest group size up to `wanted` that divides every width; None when none does."""
-    return next((size for size in GROUP_SIZES if size <= wanted and all(width % size == 0 for width in widths)), None)
+def pick_group_size(wanted: int, *widths: int, even: bool = False) -> int | None:
+    """The largest group size up to `wanted` that divides every width, `even`: into an even number of groups; None when
+    none does. onnxruntime's kernels pack int4 zero points row by row, ONNX packs the whole tensor: the two are the
+    same bytes when a row has an even number of groups.
+    """
+    step = 2 if even else 1
+    sizes = (size for size in GROUP_SIZES if size <= wanted)
+    return next((size for size in sizes if all(width % (step * size) == 0 for width in widths)), None)
 
 
 def pack_int4(codes: Array) -> Array:

@@ -1,0 +1,95 @@
+"""What goes into each matrix when the model reads text: the reference decoder runs on the checkpoint's own weights, one
+layer at a time, and its matrices write down what they are multiplied with.
+
+In memory at once: the hidden states of all tokens, the inputs recorded in one layer, and a part of one matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import reference
+from ..checkpoint import Array, Checkpoint
+from ..config import MoEConfig
+from ..weights import Weight, read_rows, read_unit
+
+_CHUNK_BYTES = 4 << 20
+
+
+class Calibration:
+    """Inputs of every matrix, layer by layer in order; `sequences`: token ids int64 [n], each from position 0."""
+
+    def __init__(self, checkpoint: Checkpoint, config: MoEConfig, plan: list[Weight], sequences: list[Array]) -> None:
+        self.checkpoint, self.config, self.sequences = checkpoint, config, sequences
+        self.plan = {weight.name: weight for weight in plan}
+        self.layer = -1
+        self.hidden: list[Array] = []
+        self.recorded: dict[tuple[str, int], list[Array]] = {}
+
+    def inputs(self, name: str, unit: int) -> Array | None:
+        """float32 [tokens, in], none for an expert that no token chose; None for what is in no layer.
+
+        Layers must be asked for in order: those passed are forgotten.
+        """
+        weight = self.plan[name]
+        if not name.startswith("layers.") or weight.precision != "linear":
+            return None
+        layer = int(name.split(".")[1])
+        assert layer >= self.layer, f"{name} is asked for after layer {self.layer}"
+        while self.layer < layer:
+            self._run_next()
+        recorded = self.recorded.get((name, unit), [])
+        return np.concatenate(recorded) if recorded else np.zeros((0, weight.shape[-1]), np.float32)
+
+    def _run_next(self) -> None:
+        if self.layer < 0:
+            self.hidden = [reference.embed_tokens(self._open, tokens) for tokens in self.sequences]
+        self.layer += 1
+        self.recorded = {}
+        self.hidden = [reference.run_layer(self.config, self._open, self.layer, x) for x in self.hidden]
+
+    def _open(self, name: str) -> Any:
+        weight = self.plan[name]
+        if weight.precision == "keep" or len(weight.shape) < 2:
+            return read_unit(self.checkpoint, weight, 0)
+        return _Recording(self, weight)
+
+
+class _Recording:
+    """A matrix, or a stack of them, as far as the reference decoder uses it: entries, rows, products."""
+
+    __array_ufunc__ = None  # so that `array @ matrix.T` asks the matrix
+
+    def __init__(self, calibration: Calibration, weight: Weight, unit: int | None = None) -> None:
+        self.calibration, self.weight = calibration, weight
+        self.unit = 0 if unit is None and len(weight.shape) == 2 else unit
+
+    def __len__(self) -> int:
+        return self.weight.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        """A unit of a stack by its number, or rows [n, in] by an array of theirs."""
+        if self.unit is None:
+            return _Recording(self.calibration, self.weight, int(index))
+        checkpoint = self.calibration.checkpoint
+        rows = [read_rows(checkpoint, self.weight, self.unit, int(row), int(row) + 1) for row in index]
+        return np.concatenate(rows)
+
+    @property
+    def T(self) -> _Recording:
+        return self
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """x float32 [n, in] times the transpose, read some rows at a time."""
+        assert self.unit is not None
+        key = (self.weight.name, self.unit)
+        self.calibration.recorded.setdefault(key, []).append(x)
+        rows, width = self.weight.shape[-2:]
+        product = np.empty((len(x), rows), np.float32)
+        step = max(2, _CHUNK_BYTES // (4 * width))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            product[:, start:stop] = x @ read_rows(self.calibration.checkpoint, self.weight, self.unit, start, stop).T
+        return product
