@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
 from ..errors import CheckpointError
+
+# gpt-oss's activation: the slope of its sigmoid, and what gate and up are clamped to.
+CLAMPED_SWIGLU_ALPHA = 1.702
+CLAMPED_SWIGLU_LIMIT = 7.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of `dim` channels a head.
 
-    `inv_freq` float64 [dim/2], radians per position; `attention_factor` multiplies cosine and sine.
+    `inv_freq` [dim/2], radians per position; `attention_factor` multiplies cosine and sine. Two kinds change once a
+    sequence has more than `original_length` tokens: "long" (LongRoPE, arXiv:2402.13753) takes `long_inv_freq` and
+    `long_attention_factor`, "dynamic" stretches the base `theta` by `factor` and the length.
     """
 
     dim: int
     inv_freq: tuple[float, ...]
     attention_factor: float = 1.0
     interleaved: bool = False
+    kind: Literal["fixed", "long", "dynamic"] = "fixed"
+    original_length: int = 0
+    long_inv_freq: tuple[float, ...] = ()
+    long_attention_factor: float = 1.0
+    theta: float = 10000.0
+    factor: float = 1.0
+
+    @property
+    def note(self) -> str | None:
+        """What a user has to know of a rope that depends on the sequence's length."""
+        if self.kind == "fixed":
+            return None
+        return (
+            f"rotary frequencies change beyond {self.original_length} tokens: each step takes those of the tokens so "
+            "far, as transformers does, and keys in the cache keep theirs; so text that grows past that length in "
+            "steps (a prompt in pieces of prefill_chunk, too) differs from the same text computed at once"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +105,7 @@ class MoELayersConfig:
     """The sparse layers: which they are, their experts, and their gate.
 
     `shared_gate`: the shared expert's output is weighed by a sigmoid of its own. `activation` "clamped_swiglu" is
-    gpt-oss's; `expert_bias` and `router_bias`: the experts' matrices and the router's have biases.
+    gpt-oss's, whose experts have biases; `router_bias`: so has the router's matrix.
     """
 
     layers: tuple[int, ...]
@@ -96,7 +116,6 @@ class MoELayersConfig:
     gate: GateConfig
     shared_gate: bool = False
     activation: Literal["swiglu", "clamped_swiglu"] = "swiglu"
-    expert_bias: bool = False
     router_bias: bool = False
 
 
@@ -121,6 +140,13 @@ class MoEConfig:
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
     notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        experts = len(self.moe.layers) * self.moe.num_experts
+        if experts > _MOST_EXPERTS:
+            raise CheckpointError(f"config.json: {experts} experts in all layers, at most {_MOST_EXPERTS} expected")
+        if self.rope.note is not None and self.rope.note not in self.notes:
+            object.__setattr__(self, "notes", (*self.notes, self.rope.note))
 
     def cache_entries(self) -> list[tuple[str, int]]:
         """(name, width) of each tensor of the KV cache; a token has one row of `width` elements in each."""
@@ -153,7 +179,9 @@ def moe_config_from_json(document: dict[str, Any]) -> MoEConfig:
     else:
         given = fields["attention"]
         attention = GroupedAttentionConfig(**{**given, "windows": tuple(given["windows"])})
-    rope = RopeConfig(**{**fields["rope"], "inv_freq": tuple(fields["rope"]["inv_freq"])})
+    given = fields["rope"]
+    frequencies = {key: tuple(given.get(key, ())) for key in ("inv_freq", "long_inv_freq")}
+    rope = RopeConfig(**{**given, **frequencies})
     moe = dict(fields["moe"])
     gate = GateConfig(**moe.pop("gate"))
     layers = MoELayersConfig(**{**moe, "layers": tuple(moe["layers"])}, gate=gate)
@@ -166,6 +194,27 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+# What is counted out one by one, or is the length of a table: far beyond any model, and still soon done.
+_MOST = {
+    "num_hidden_layers": 4096,
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "n_routed_experts": 1 << 14,
+    "hidden_size": 1 << 18,
+    "head_dim": 1 << 14,
+    "qk_rope_head_dim": 1 << 14,
+}
+_MOST_EXPERTS = 1 << 18  # in all layers together
+
+
+def shorten(value: Any) -> str:
+    """A config's value as a message shows it: one line, whatever it is."""
+    if isinstance(value, int) and not -(10**20) < value < 10**20:
+        return "a number of more than 20 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class HfConfig:
@@ -182,120 +231,43 @@ class HfConfig:
     def get(self, key: str, default: Any = None) -> Any:
         return self.document.get(key, default)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self.document
+
+    def _value(self, key: str, default: Any) -> Any:
+        """The value, and the default for null too, which is how config.json writes what is not set."""
+        value = self.document.get(key)
+        return default if value is None else value
+
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-        value = self.document.get(key, default)
-        if value is None and default is None:
+        value = self._value(key, default)
+        if value is None:
             raise CheckpointError(f"{self.where}: {key} is missing; it is needed for this model family")
         if isinstance(value, bool) or not isinstance(value, int):
-            raise CheckpointError(f"{self.where}: {key} is {value!r}, an integer was expected")
-        if not minimum <= value <= 1 << 31:
-            raise CheckpointError(f"{self.where}: {key} is {value}, at least {minimum} was expected")
+            raise CheckpointError(f"{self.where}: {key} is {shorten(value)}, an integer was expected")
+        most = _MOST.get(key, 1 << 31)
+        if value < minimum:
+            raise CheckpointError(f"{self.where}: {key} is {shorten(value)}, at least {minimum} was expected")
+        if value > most:
+            raise CheckpointError(f"{self.where}: {key} is {shorten(value)}, at most {most} was expected")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.document.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise CheckpointError(f"{self.where}: {key} is {value!r}, a finite number was expected")
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e300 < value < 1e300:
+            raise CheckpointError(f"{self.where}: {key} is {shorten(value)}, a finite number was expected")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.document.get(key, default)
-        if value is None:
-            return default
+        value = self._value(key, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {key} is {value!r}, true or false was expected")
+            raise CheckpointError(f"{self.where}: {key} is {shorten(value)}, true or false was expected")
         return value
 
     def require(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
         """The value of `key`, which must be one of `allowed`."""
-        value = self.document.get(key, default)
+        value = self._value(key, default)
         if value not in allowed:
             known = ", ".join(repr(item) for item in allowed)
-            raise CheckpointError(f"{self.where}: {key} is {value!r}; supported here: {known}")
+            raise CheckpointError(f"{self.where}: {key} is {shorten(value)}; supported here: {known}")
         return value
-
-
-def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's attention temperature (arXiv:2309.00071, eq. 22, as DeepSeek generalizes it by `mscale`)."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def read_rope(config: HfConfig, dim: int, *, interleaved: bool, theta: float = 10000.0) -> RopeConfig:
-    """Rotary frequencies from `rope_theta` (default: the family's) and `rope_scaling`, as transformers computes them.
-
-    Raises:
-        CheckpointError: a rope type that is not known here, or parameters that are missing.
-    """
-    scaling = config.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise CheckpointError(f"{config.where}: rope_scaling is {scaling!r}, an object was expected")
-    rope = HfConfig(scaling, f"{config.where}: rope_scaling")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if dim % 2:
-        raise CheckpointError(f"{config.where}: the rotary dimension is {dim}, an even number was expected")
-    if kind not in _ROPE_KINDS:
-        known = ", ".join(sorted(_ROPE_KINDS))
-        raise CheckpointError(f"{config.where}: rope type {kind!r} is not known; known: {known}")
-    theta = config.number("rope_theta", theta)
-    # float32 as in the reference: long contexts multiply the rounding of each frequency by the position.
-    inv_freq = (1.0 / (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))).astype(np.float32)
-    inv_freq, attention_factor = _ROPE_KINDS[kind](config, rope, inv_freq, theta)
-    return RopeConfig(
-        dim=dim,
-        inv_freq=tuple(float(value) for value in inv_freq),
-        attention_factor=attention_factor,
-        interleaved=interleaved,
-    )
-
-
-_Frequencies = np.ndarray[Any, np.dtype[np.float32]]
-
-
-def _default(config: HfConfig, rope: HfConfig, inv_freq: _Frequencies, theta: float) -> tuple[_Frequencies, float]:
-    return inv_freq, 1.0
-
-
-def _linear(config: HfConfig, rope: HfConfig, inv_freq: _Frequencies, theta: float) -> tuple[_Frequencies, float]:
-    return inv_freq / np.float32(rope.number("factor")), 1.0
-
-
-def _yarn(config: HfConfig, rope: HfConfig, inv_freq: _Frequencies, theta: float) -> tuple[_Frequencies, float]:
-    """YaRN (arXiv:2309.00071): interpolate the slow channels, keep the fast ones, a ramp between."""
-    factor = rope.number("factor")
-    dim = 2 * len(inv_freq)
-    original = rope.get("original_max_position_embeddings") or config.integer("max_position_embeddings")
-    mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = yarn_mscale(factor)
-        if mscale and mscale_all_dim:
-            attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
-
-    def channel_of(rotations: float) -> float:
-        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = channel_of(rope.get("beta_fast") or 32), channel_of(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    if low == high:
-        high += 0.001
-    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
-    keep = (1 - ramp).astype(np.float32)
-    return (inv_freq / np.float32(factor) * (1 - keep) + inv_freq * keep).astype(np.float32), float(attention_factor)
-
-
-def _llama3(config: HfConfig, rope: HfConfig, inv_freq: _Frequencies, theta: float) -> tuple[_Frequencies, float]:
-    """Llama 3.1's scaling: long waves are divided by `factor`, short ones kept, smooth between."""
-    factor = rope.number("factor")
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    original = rope.integer("original_max_position_embeddings")
-    wavelength = 2 * math.pi / inv_freq
-    smooth = (original / wavelength - low) / (high - low)
-    mixed = (1 - smooth) * inv_freq / factor + smooth * inv_freq
-    scaled = np.where(wavelength > original / low, inv_freq / factor, inv_freq)
-    between = (wavelength <= original / low) & (wavelength >= original / high)
-    return np.where(between, mixed, scaled).astype(np.float32), 1.0
-
-
-_ROPE_KINDS = {"default": _default, "linear": _linear, "yarn": _yarn, "llama3": _llama3}

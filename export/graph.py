@@ -7,14 +7,20 @@ batch. Weights are external initializers in weights.bin.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from ..bundle import WEIGHTS
-from .config import GroupedAttentionConfig, LatentAttentionConfig, MoEConfig
+from .config import (
+    CLAMPED_SWIGLU_ALPHA,
+    CLAMPED_SWIGLU_LIMIT,
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    MoEConfig,
+)
 from .functions import DOMAIN, FUNCTIONS, OPSET, VERSION
 from .gating import list_gates
 from .layout import Layout, Slot
@@ -44,15 +50,13 @@ class _GraphBuilder:
     def build(self) -> ir.Model:
         config = self.config
         input_ids = ir.val("input_ids", ir.DataType.INT64, ["batch", "sequence"])
-        positions = self.call("Positions", [input_ids], name="positions")
-        inv_freq = self.constant("rope.inv_freq", np.array(config.rope.inv_freq, np.float32))
-        factor = {"attention_factor": float(config.rope.attention_factor)}
-        cos, sin = self.call_many("RotaryAngles", [positions, inv_freq], 2, factor, names=["rope.cos", "rope.sin"])
+        cos, sin = self.rotary_angles(self.call("Positions", [input_ids], name="positions"))
         tokens = self.op("Reshape", [input_ids, self.ints("shape.flat", [-1])])
         x = self.hidden(self.embed(tokens))
         for layer in range(config.num_hidden_layers):
             x = self.decoder_layer(layer, x, cos, sin)
-        logits = self.linear(self.norm(x, "final_norm.weight"), self.head_name())
+        logits = self.linear(self.norm(x, "final_norm.weight"), self.head_name(), "head.bias")
+        logits = self.scaled(logits, "logits_divisor", "Div")
         batch_sequence = self.op("Shape", [input_ids])
         shape = self.op("Concat", [batch_sequence, self.ints("shape.vocab", [config.vocab_size])], axis=0)
         logits = self.op("Reshape", [logits, shape], name="logits")
@@ -76,11 +80,34 @@ class _GraphBuilder:
     def head_name(self) -> str:
         return "embed.weight" if self.config.tie_word_embeddings else "head.weight"
 
+    def rotary_angles(self, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """cos, sin [batch, sequence, rope/2] of the config's kind of rope."""
+        rope = self.config.rope
+        attributes: dict[str, int | float] = {} if rope.kind == "fixed" else {"original_length": rope.original_length}
+        if rope.kind == "dynamic":
+            kind = "DynamicRotaryAngles"
+            tables = {"exponents": np.arange(0, rope.dim, 2) / rope.dim}
+            growth = rope.dim / (rope.dim - 2)
+            attributes |= {"theta": float(rope.theta), "factor": float(rope.factor), "growth": growth}
+        else:
+            kind = "RotaryAngles"
+            tables = {"inv_freq": np.array(rope.inv_freq)}
+            attributes["attention_factor"] = float(rope.attention_factor)
+        if rope.kind == "long":
+            kind = "LongRotaryAngles"
+            tables["long_inv_freq"] = np.array(rope.long_inv_freq)
+            attributes["long_attention_factor"] = float(rope.long_attention_factor)
+        values = [self.constant(f"rope.{name}", table.astype(np.float32)) for name, table in tables.items()]
+        cos, sin = self.call_many(kind, [positions, *values], 2, attributes, names=["rope.cos", "rope.sin"])
+        return cos, sin
+
     # layers
 
     def decoder_layer(self, layer: int, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
         """x [T, H] -> [T, H], named layers.N.output, which is where the parity check cuts the graph."""
         prefix = f"layers.{layer}"
+        if layer == 0:  # here and not in the embedding, whose output is rows of a table
+            x = self.scaled(x, "embedding_multiplier")
         h = self.norm(x, f"{prefix}.attn_norm.weight")
         attention = self.config.attention
         if isinstance(attention, LatentAttentionConfig):
@@ -96,12 +123,12 @@ class _GraphBuilder:
         mlp = self.scaled(mlp, "residual_multiplier")
         return self.hidden(self.op("Add", [x, mlp], name=f"{prefix}.output"))
 
-    def scaled(self, x: ir.Value, multiplier: str) -> ir.Value:
-        """x times one of the config's multipliers; 1, as in most models, costs no node."""
+    def scaled(self, x: ir.Value, multiplier: str, kind: Literal["Mul", "Div"] = "Mul") -> ir.Value:
+        """x times, or by, one of the config's multipliers; 1, as in most models, costs no node."""
         factor = float(getattr(self.config, multiplier))
         if factor == 1:
             return x
-        return self.op("Mul", [x, self.constant(multiplier, np.array(factor, np.float32))])
+        return self.op(kind, [x, self.constant(multiplier, np.array(factor, np.float32))])
 
     def hidden(self, x: ir.Value) -> ir.Value:
         """Type a value between layers: the parity check makes graph inputs of these."""
@@ -128,7 +155,10 @@ class _GraphBuilder:
             "interleaved": int(self.config.rope.interleaved),
             "window": attention.windows[layer],
         }
-        attended = self.call("GroupedAttention", [q, k, v, cos, sin], attributes, name=prefix)
+        inputs, kind = [q, k, v, cos, sin], "GroupedAttention"
+        if attention.sinks:
+            inputs, kind = [*inputs, self.weight(f"{prefix}.sinks")], "SinkAttention"
+        attended = self.call(kind, inputs, attributes, name=prefix)
         return self.linear(attended, f"{prefix}.o.weight")
 
     def latent_attention(
@@ -164,12 +194,12 @@ class _GraphBuilder:
 
     def mixture(self, prefix: str, h: ir.Value) -> ir.Value:
         gate = self.config.moe.gate
-        logits = self.linear(h, f"{prefix}.router.weight")
+        # router.bias is the gate's correction bias; a bias of the router's own is logits_bias.
+        logits = self.linear(h, f"{prefix}.router.weight", f"{prefix}.router.logits_bias")
         inputs = [logits, self.weight(f"{prefix}.router.bias")] if gate.bias else [logits]
         names = [f"{prefix}.gate.experts", f"{prefix}.gate.weights"]
         experts, weights = self.call_many(gate.op, inputs, 2, gate.attributes, names=names)
-        stacks = [self.weight(f"{prefix}.experts.gate_up.weight"), self.weight(f"{prefix}.experts.down.weight")]
-        y = self.call("Experts", [h, experts, weights, *stacks], name=f"{prefix}.experts")
+        y = self.experts(f"{prefix}.experts", [h, experts, weights])
         if f"{prefix}.shared.down.weight" in self.layout:
             shared = self.gated_mlp(f"{prefix}.shared", h)
             if self.config.moe.shared_gate:
@@ -177,23 +207,36 @@ class _GraphBuilder:
             y = self.op("Add", [y, shared])
         return y
 
+    def experts(self, prefix: str, inputs: list[ir.Value]) -> ir.Value:
+        """`inputs`: tokens [T, H], their experts and weights [T, k]."""
+        parts = ("gate_up", "down")
+        weights = [self.weight(f"{prefix}.{part}.weight") for part in parts]
+        if self.config.moe.activation == "swiglu":
+            return self.call("Experts", [*inputs, *weights], name=prefix)
+        biases = [self.weight(f"{prefix}.{part}.bias") for part in parts]
+        attributes = {"alpha": CLAMPED_SWIGLU_ALPHA, "limit": CLAMPED_SWIGLU_LIMIT}
+        operands = [weights[0], biases[0], weights[1], biases[1]]
+        return self.call("BiasedExperts", [*inputs, *operands], attributes, name=prefix)
+
     # weights
 
-    def linear(self, x: ir.Value, name: str) -> ir.Value:
+    def linear(self, x: ir.Value, name: str, bias: str | None = None) -> ir.Value:
         """x [T, in] times the transpose of a weight [out, in], plus a bias where the checkpoint has one."""
         y = self.op("MatMul", [x, self.op("Transpose", [self.weight(name)], perm=[1, 0])])
-        bias = name.removesuffix(".weight") + ".bias"
-        # A gate's correction bias is not the router's own: it goes into the gate.
-        if bias in self.layout and not name.endswith(".router.weight"):
+        bias = name.removesuffix(".weight") + ".bias" if bias is None else bias
+        if bias in self.layout:
             y = self.op("Add", [y, self.weight(bias)])
         return y
 
     def norm(self, x: ir.Value, name: str, epsilon: float | None = None, head_dim: int = 0) -> ir.Value:
-        """RMSNorm over the last axis of x [T, H]; over each `head_dim` of it where that is given."""
-        epsilon = self.config.rms_norm_eps if epsilon is None else epsilon
+        """The config's norm over the last axis of x [T, H]; over each `head_dim` of it where that is given."""
+        epsilon = float(self.config.rms_norm_eps if epsilon is None else epsilon)
+        if self.config.norm == "layer":
+            inputs = [x, self.weight(name), self.weight(name.removesuffix(".weight") + ".bias")]
+            return self.op("LayerNormalization", inputs, axis=-1, epsilon=epsilon)
         if head_dim:
             x = self.op("Reshape", [x, self.ints(f"shape.heads.{head_dim}", [0, -1, head_dim])])
-        x = self.op("RMSNormalization", [x, self.weight(name)], axis=-1, epsilon=float(epsilon))
+        x = self.op("RMSNormalization", [x, self.weight(name)], axis=-1, epsilon=epsilon)
         if head_dim:
             x = self.op("Reshape", [x, self.ints("shape.rows", [0, -1])])
         return x

@@ -11,7 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from .config import GroupedAttentionConfig, LatentAttentionConfig, MoEConfig
+from .config import (
+    CLAMPED_SWIGLU_ALPHA,
+    CLAMPED_SWIGLU_LIMIT,
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    MoEConfig,
+    RopeConfig,
+)
 from .gating import list_gates
 
 Array = np.ndarray[Any, Any]
@@ -27,14 +34,16 @@ def embed_tokens(weights: Weights, tokens: Array) -> Array:
 def run_layer(config: MoEConfig, weights: Weights, layer: int, x: Array) -> Array:
     """One decoder layer over a whole sequence from position 0: float32 [T, H] -> [T, H]."""
     prefix = f"layers.{layer}"
-    h = rms_norm(x, weights(f"{prefix}.attn_norm.weight"), config.rms_norm_eps)
+    if layer == 0:
+        x = x * np.float32(config.embedding_multiplier)
+    h = norm(config, weights, f"{prefix}.attn_norm", x)
     attention = config.attention
     if isinstance(attention, LatentAttentionConfig):
         attended = latent_attention(config, attention, weights, f"{prefix}.attn", h)
     else:
         attended = grouped_attention(config, attention, weights, layer, h)
     x = x + np.float32(config.residual_multiplier) * attended
-    h = rms_norm(x, weights(f"{prefix}.mlp_norm.weight"), config.rms_norm_eps)
+    h = norm(config, weights, f"{prefix}.mlp_norm", x)
     if layer not in config.moe.layers:
         return x + np.float32(config.residual_multiplier) * gated_mlp(weights, f"{prefix}.mlp", h)
     y = mixture(config, weights, prefix, h)
@@ -49,7 +58,19 @@ def run_layer(config: MoEConfig, weights: Weights, layer: int, x: Array) -> Arra
 def run_head(config: MoEConfig, weights: Weights, x: Array) -> Array:
     """float32 [T, H] -> logits [T, vocab]."""
     name = "embed.weight" if config.tie_word_embeddings else "head.weight"
-    return rms_norm(x, weights("final_norm.weight"), config.rms_norm_eps) @ weights(name).T
+    logits = norm(config, weights, "final_norm", x) @ weights(name).T
+    if config.head_bias:
+        logits = logits + weights("head.bias")
+    scaled: Array = logits / np.float32(config.logits_divisor)
+    return scaled
+
+
+def norm(config: MoEConfig, weights: Weights, name: str, x: Array) -> Array:
+    """RMSNorm, or LayerNorm (Ba et al. 2016, arXiv:1607.06450), as the config says."""
+    if config.norm == "rms":
+        return rms_norm(x, weights(f"{name}.weight"), config.rms_norm_eps)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return rms_norm(centred, weights(f"{name}.weight"), config.rms_norm_eps) + weights(f"{name}.bias")
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
@@ -74,6 +95,8 @@ def mixture(config: MoEConfig, weights: Weights, prefix: str, h: Array) -> Array
     gate = config.moe.gate
     inputs = [weights(f"{prefix}.router.bias")] if gate.bias else []
     logits = h @ weights(f"{prefix}.router.weight").T
+    if config.moe.router_bias:
+        logits = logits + weights(f"{prefix}.router.logits_bias")
     experts, shares = list_gates()[gate.op].reference(logits, *inputs, **gate.attributes)
     return run_experts(config, weights, prefix, h, experts, shares)
 
@@ -81,13 +104,28 @@ def mixture(config: MoEConfig, weights: Weights, prefix: str, h: Array) -> Array
 def run_experts(config: MoEConfig, weights: Weights, prefix: str, h: Array, experts: Array, shares: Array) -> Array:
     """The sum of each token's chosen experts by their shares [T, k]; the parity check also chooses for itself."""
     gate_up, down = weights(f"{prefix}.experts.gate_up.weight"), weights(f"{prefix}.experts.down.weight")
+    biases: dict[str, Array] = {name: np.zeros((len(down), 1), np.float32) for name in ("gate_up", "down")}
+    if config.moe.activation == "clamped_swiglu":
+        biases = {name: weights(f"{prefix}.experts.{name}.bias") for name in biases}
     y = np.zeros_like(h)
     for expert in range(config.moe.num_experts):
         tokens, choice = np.nonzero(experts == expert)
         if len(tokens):
-            both = h[tokens] @ gate_up[expert].T
-            output = (silu(both[:, 0::2]) * both[:, 1::2]) @ down[expert].T
+            inner = activate(config, h[tokens] @ gate_up[expert].T + biases["gate_up"][expert])
+            output = inner @ down[expert].T + biases["down"][expert]
             y[tokens] += shares[tokens, choice, None] * output
+    return y
+
+
+def activate(config: MoEConfig, both: Array) -> Array:
+    """[T, 2I] -> [T, I] of an expert, whose gate and up take turns; gpt-oss clamps them and adds 1 to up."""
+    gate, up = both[:, 0::2], both[:, 1::2]
+    if config.moe.activation == "swiglu":
+        return silu(gate) * up
+    gate = np.minimum(gate, np.float32(CLAMPED_SWIGLU_LIMIT))
+    up = np.clip(up, -CLAMPED_SWIGLU_LIMIT, CLAMPED_SWIGLU_LIMIT)
+    slope = np.float32(CLAMPED_SWIGLU_ALPHA)
+    y: Array = silu(gate * slope) / slope * (up + 1)
     return y
 
 
@@ -111,7 +149,13 @@ def grouped_attention(
         place = slice(head // shared * dim, (head // shared + 1) * dim)
         query = rotate(config, parts["q"][:, head * dim : (head + 1) * dim])
         scores = query @ rotate(config, parts["k"][:, place]).T * np.float32(attention.scale)
-        outputs.append(softmax(np.where(allowed, scores, -np.inf)) @ parts["v"][:, place])
+        scores = np.where(allowed, scores, np.float32(-np.inf))
+        if attention.sinks:
+            sink = np.full((tokens, 1), weights(f"{prefix}.sinks")[head], np.float32)
+            shares = softmax(np.concatenate([scores, sink], axis=1))[:, :-1]
+        else:
+            shares = softmax(scores)
+        outputs.append(shares @ parts["v"][:, place])
     return _linear(weights, f"{prefix}.o", np.concatenate(outputs, axis=-1).astype(np.float32), attention.o_bias)
 
 
@@ -156,10 +200,21 @@ def _linear(weights: Weights, name: str, x: Array, bias: bool) -> Array:
 
 def rotate(config: MoEConfig, x: Array) -> Array:
     """Rotary embedding at positions 0 to T-1 of x [T, dim]; pairs are neighbours or halves."""
-    rope = config.rope
-    angles = np.arange(len(x), dtype=np.float32)[:, None] * np.array(rope.inv_freq, np.float32)
-    cos, sin = np.cos(angles) * np.float32(rope.attention_factor), np.sin(angles) * np.float32(rope.attention_factor)
-    first, second = (x[:, 0::2], x[:, 1::2]) if rope.interleaved else np.split(x, 2, axis=-1)
+    inv_freq, factor = frequencies(config.rope, len(x))
+    angles = np.arange(len(x), dtype=np.float32)[:, None] * inv_freq
+    cos, sin = np.cos(angles) * np.float32(factor), np.sin(angles) * np.float32(factor)
+    first, second = (x[:, 0::2], x[:, 1::2]) if config.rope.interleaved else np.split(x, 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     # Which order the pairs end in does not matter as long as queries and keys agree.
     return np.concatenate(rotated, axis=-1)
+
+
+def frequencies(rope: RopeConfig, length: int) -> tuple[Array, float]:
+    """float32 [dim/2] and the factor of cosine and sine, for a sequence of `length` tokens."""
+    if rope.kind == "fixed" or length <= rope.original_length:
+        return np.array(rope.inv_freq, np.float32), rope.attention_factor
+    if rope.kind == "long":
+        return np.array(rope.long_inv_freq, np.float32), rope.long_attention_factor
+    ratio = rope.factor * length / rope.original_length - (rope.factor - 1)
+    base = rope.theta * ratio ** (rope.dim / (rope.dim - 2))
+    return (base ** (-np.arange(0, rope.dim, 2) / rope.dim)).astype(np.float32), rope.attention_factor

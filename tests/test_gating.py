@@ -1,7 +1,8 @@
-"""Gates: numpy reference, function body and lowered form against transformers' router."""
+"""Gates: numpy reference, function body and lowered form against transformers' routers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,65 +13,103 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from moedge.export.gating import list_gates, sigmoid_topk
+from moedge.export.gating import list_gates
 from moedge.profiles.targets._canonical import Rewriter
 
-# (experts, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor)
-CASES = [
-    (8, 2, 2, 1, 1, 1.5),
-    (256, 8, 8, 4, 1, 2.5),
-    (7, 3, 1, 1, 0, 1.0),
-    (5, 5, 1, 1, 1, 1.0),
-    (12, 1, 4, 2, 1, 1.0),
-    (60, 6, 30, 11, 1, 16.0),
-]
+Array = np.ndarray[Any, Any]
+Choices = tuple[Array, Array]
+GROUPED = ("top_k", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+# Experts, then the attributes in their order. Odd on purpose: counts that divide by nothing, one choice, all choices.
+CASES: dict[str, list[tuple[Any, ...]]] = {
+    "SigmoidTopKGate": [
+        (8, 2, 2, 1, 1, 1.5),
+        (256, 8, 8, 4, 1, 2.5),
+        (7, 3, 1, 1, 0, 1.0),
+        (5, 5, 1, 1, 1, 1.0),
+        (12, 1, 4, 2, 1, 1.0),
+        (60, 6, 30, 11, 1, 16.0),
+    ],
+    "SoftmaxTopKGate": [
+        (8, 2, 1, 1, 1, 1.0),
+        (64, 6, 1, 1, 0, 1.0),
+        (7, 3, 1, 1, 0, 2.5),
+        (5, 5, 1, 1, 1, 1.0),
+        (6, 1, 1, 1, 0, 1.0),
+        (160, 6, 8, 3, 0, 16.0),
+        (12, 3, 6, 2, 1, 1.0),
+        (9, 2, 9, 3, 0, 1.0),
+    ],
+    "SparseMixerGate": [(16, 2, 0.01), (7, 2, 0.2), (2, 2, 0.01), (5, 2, 0.0)],
+}
+ALL = [(op, case) for op, cases in CASES.items() for case in cases]
 
 
-def attributes_of(case: tuple[int, int, int, int, int, float]) -> dict[str, Any]:
-    return dict(zip(sigmoid_topk.ATTRIBUTES, case[1:], strict=True))
+def attributes_of(op: str, case: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(list_gates()[op].ATTRIBUTES, case[1:], strict=True))
 
 
-def function_model(attributes: dict[str, Any]) -> onnx.ModelProto:
-    names = ["logits", "bias"], ["experts", "weights"]
-    node = helper.make_node("SigmoidTopKGate", *names, domain="moedge", **attributes)
-    return gate_model([node], [onnx.parser.parse_function(sigmoid_topk.FUNCTION)])
-
-
-def gate_model(nodes: list[Any], functions: list[Any]) -> onnx.ModelProto:
-    inputs = [
-        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["T", "E"]),
-        helper.make_tensor_value_info("bias", TensorProto.FLOAT, ["E"]),
-    ]
+def function_model(op: str, attributes: dict[str, Any]) -> onnx.ModelProto:
+    function = onnx.parser.parse_function(list_gates()[op].FUNCTION)
+    node = helper.make_node(op, function.input, ["experts", "weights"], domain="moedge", **attributes)
+    shapes = {"logits": ["T", "E"], "bias": ["E"]}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in function.input]
     outputs = [
         helper.make_tensor_value_info("experts", TensorProto.INT64, ["T", "k"]),
         helper.make_tensor_value_info("weights", TensorProto.FLOAT, ["T", "k"]),
     ]
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("moedge", 1)]
-    graph = helper.make_graph(nodes, "gate", inputs, outputs)
-    return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=11)
+    graph = helper.make_graph([node], "gate", inputs, outputs)
+    return helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=11)
 
 
-def lowered_model(attributes: dict[str, Any]) -> onnx.ModelProto:
-    model = ir.serde.deserialize_model(function_model(attributes))
+def lowered_model(op: str, attributes: dict[str, Any]) -> onnx.ModelProto:
+    model = ir.serde.deserialize_model(function_model(op, attributes))
     rewriter = Rewriter(model)
     (call,) = [node for node in model.graph if node.domain == "moedge"]
-    rewriter.replace(call, sigmoid_topk.lower(rewriter, call.inputs, attributes))
+    rewriter.replace(call, list_gates()[op].lower(rewriter, call.inputs, attributes))
     return ir.to_proto(model)
 
 
-def run(model: onnx.ModelProto, logits: Any, bias: Any) -> tuple[Any, Any]:
-    experts, weights = ort.InferenceSession(model.SerializeToString()).run(None, {"logits": logits, "bias": bias})
+def run(model: onnx.ModelProto, inputs: dict[str, Array]) -> Choices:
+    experts, weights = ort.InferenceSession(model.SerializeToString()).run(None, inputs)
     return experts, weights
 
 
-def by_expert(experts: Any, weights: Any) -> tuple[Any, Any]:
+def every_way(op: str, attributes: dict[str, Any], inputs: dict[str, Array]) -> dict[str, Choices]:
+    return {
+        "reference": list_gates()[op].reference(*inputs.values(), **attributes),
+        "function": run(function_model(op, attributes), inputs),
+        "lowered": run(lowered_model(op, attributes), inputs),
+    }
+
+
+def by_expert(experts: Array, weights: Array) -> Choices:
     """Sorted by expert: the order of a token's choices means nothing."""
     order = np.argsort(experts, axis=-1)
     return np.take_along_axis(experts, order, -1), np.take_along_axis(weights, order, -1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_choices_and_weights_equal_transformers(case: tuple[int, int, int, int, int, float]) -> None:
+def draw_inputs(op: str, experts: int, tokens: int) -> dict[str, Array]:
+    rng = np.random.default_rng(experts)
+    inputs = {"logits": rng.standard_normal((tokens, experts)).astype(np.float32)}
+    if op == "SigmoidTopKGate":
+        # From -0.2: a bias below every score is where experts outside the chosen groups may come in.
+        inputs["bias"] = rng.uniform(-0.2, 0.3, experts).astype(np.float32)
+    return inputs
+
+
+def assert_same_choices(ways: dict[str, Choices], theirs: Choices, scale: float = 1.0) -> None:
+    theirs = by_expert(*theirs)
+    for name, ours in ways.items():
+        chosen, weights = by_expert(*ours)
+        # Exponentials differ in the last bit between libraries: a choice may differ only where scores are that close.
+        same = (chosen == theirs[0]).all(axis=-1)
+        assert same.mean() > 0.9995, name
+        np.testing.assert_allclose(weights[same], theirs[1][same], rtol=2e-6, atol=1e-6 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES["SigmoidTopKGate"], ids=str)
+def test_sigmoid_gate_equals_deepseek_v3(case: tuple[Any, ...]) -> None:
     import torch
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -86,49 +125,128 @@ def test_choices_and_weights_equal_transformers(case: tuple[int, int, int, int, 
         routed_scaling_factor=factor,
     )
     router = DeepseekV3TopkRouter(config)
-    rng = np.random.default_rng(experts)
-    logits = rng.standard_normal((20_000, experts)).astype(np.float32)
-    # From -0.2: a bias below every score is where experts outside the chosen groups may come in.
-    bias = rng.uniform(-0.2, 0.3, experts).astype(np.float32)
+    inputs = draw_inputs("SigmoidTopKGate", experts, 20_000)
     router.weight.data = torch.eye(experts)
-    router.e_score_correction_bias.copy_(torch.tensor(bias))
+    router.e_score_correction_bias.copy_(torch.tensor(inputs["bias"]))
     with torch.no_grad():
-        theirs = by_expert(*(output.numpy() for output in router(torch.tensor(logits))))
-    attributes = attributes_of(case)
-    ways = {
-        "reference": sigmoid_topk.reference(logits, bias, **attributes),
-        "function": run(function_model(attributes), logits, bias),
-        "lowered": run(lowered_model(attributes), logits, bias),
-    }
-    for name, ours in ways.items():
-        chosen, weights = by_expert(*ours)
-        # Sigmoids differ in the last bit between libraries: a choice may differ only where scores are that close.
-        same = (chosen == theirs[0]).all(axis=-1)
-        assert same.mean() > 0.9995, name
-        np.testing.assert_allclose(weights[same], theirs[1][same], rtol=1e-6, atol=1e-6 * factor, err_msg=name)
+        chosen, weights = (output.numpy() for output in router(torch.tensor(inputs["logits"])))
+    attributes = attributes_of("SigmoidTopKGate", case)
+    assert_same_choices(every_way("SigmoidTopKGate", attributes, inputs), (chosen, weights), factor)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_ties_go_to_the_lower_index_everywhere(case: tuple[int, int, int, int, int, float]) -> None:
-    attributes = attributes_of(case)
+def deepseek_v2_router(case: tuple[Any, ...]) -> Callable[[Any], Any]:
+    """transformers' gate, which never normalizes."""
+    import torch
+    from transformers import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MoEGate
+
+    experts, top_k, groups, kept, _, factor = case
+    config = DeepseekV2Config(
+        hidden_size=experts,
+        n_routed_experts=experts,
+        num_experts_per_tok=top_k,
+        n_group=groups,
+        topk_group=kept,
+        topk_method="group_limited_greedy" if groups > 1 else "greedy",
+        routed_scaling_factor=factor,
+    )
+    gate = DeepseekV2MoEGate(config)
+    gate.weight.data = torch.eye(experts)
+    return lambda logits: gate(logits[None])
+
+
+def block_router(case: tuple[Any, ...], model_type: str) -> Callable[[Any], Any]:
+    """The routing inside a sparse block of transformers, read off its output: each expert gives its unit vector."""
+    import torch
+    import transformers
+
+    names = {"mixtral": ("Mixtral", "num_local_experts"), "qwen3_moe": ("Qwen3Moe", "num_experts")}
+    prefix, count = names[model_type]
+    module = __import__(f"transformers.models.{model_type}.modeling_{model_type}", fromlist=[""])
+    experts, top_k, _, _, norm, _ = case
+    settings = {"hidden_size": experts, "num_experts_per_tok": top_k, count: experts}
+    if model_type == "qwen3_moe":
+        settings["norm_topk_prob"] = bool(norm)
+    block = getattr(module, f"{prefix}SparseMoeBlock")(getattr(transformers, f"{prefix}Config")(**settings))
+    block.gate.weight.data = torch.eye(experts)
+
+    class Unit(torch.nn.Module):
+        def __init__(self, place: int) -> None:
+            super().__init__()
+            self.row = torch.eye(experts)[place]
+
+        def forward(self, x: Any) -> Any:
+            return self.row.expand(len(x), -1)
+
+    block.experts = torch.nn.ModuleList(Unit(place) for place in range(experts))
+
+    def route(logits: Any) -> Any:
+        weights, chosen = torch.topk(block(logits[None])[0].reshape(-1, experts), top_k, dim=-1)
+        return chosen, weights
+
+    return route
+
+
+@pytest.mark.parametrize("case", CASES["SoftmaxTopKGate"], ids=str)
+def test_softmax_gate_equals_transformers(case: tuple[Any, ...]) -> None:
+    import torch
+
+    experts, _, groups, _, norm, factor = case
+    routers: list[Callable[[Any], Any]] = []
+    if not norm:
+        routers.append(deepseek_v2_router(case))
+    if groups == 1 and factor == 1:
+        routers.append(block_router(case, "qwen3_moe"))
+        if norm:
+            routers.append(block_router(case, "mixtral"))
+    inputs = draw_inputs("SoftmaxTopKGate", experts, 4_000)
+    ways = every_way("SoftmaxTopKGate", attributes_of("SoftmaxTopKGate", case), inputs)
+    with torch.no_grad():
+        results = [[output.numpy() for output in router(torch.tensor(inputs["logits"]))] for router in routers]
+    assert results or (norm and groups > 1)  # groups and normalization together: no class of transformers has both
+    for chosen, weights in results:
+        assert_same_choices(ways, (chosen, weights), factor)
+    assert_same_choices(ways, ways["reference"], factor)
+
+
+@pytest.mark.parametrize("case", CASES["SparseMixerGate"], ids=str)
+def test_sparse_mixer_equals_transformers(case: tuple[Any, ...]) -> None:
+    import torch
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    experts, _, jitter = case
+    # Wide and narrow: near ties are where neighbours share the weight.
+    for scale in (0.05, 1.0, 60.0):
+        inputs = {"logits": draw_inputs("SparseMixerGate", experts, 4_000)["logits"] * np.float32(scale)}
+        weights, chosen = (output.numpy() for output in sparsemixer(torch.tensor(inputs["logits"]), jitter, False))
+        ways = every_way("SparseMixerGate", attributes_of("SparseMixerGate", case), inputs)
+        for name, (ours, our_weights) in ways.items():
+            # Whether a logit is near is a comparison, which rounding may turn over.
+            same = (ours == chosen).all(axis=-1) & np.isclose(our_weights, weights, rtol=1e-5).all(axis=-1)
+            assert same.mean() > 0.999, (name, scale)
+
+
+@pytest.mark.parametrize(("op", "case"), ALL, ids=str)
+def test_ties_go_to_the_lower_index_everywhere(op: str, case: tuple[Any, ...]) -> None:
+    attributes = attributes_of(op, case)
     rng = np.random.default_rng(1)
-    logits = rng.integers(-1, 2, (500, case[0])).astype(np.float32)  # three values: ties in every row
-    bias = np.zeros(case[0], np.float32)
-    expected = sigmoid_topk.reference(logits, bias, **attributes)
-    evaluated = ReferenceEvaluator(function_model(attributes)).run(None, {"logits": logits, "bias": bias})
-    for experts, weights in (
-        run(function_model(attributes), logits, bias),
-        run(lowered_model(attributes), logits, bias),
-        tuple(evaluated),
-    ):
-        np.testing.assert_array_equal(experts, expected[0])
-        np.testing.assert_allclose(weights, expected[1], rtol=1e-5)
+    inputs = {"logits": rng.integers(-1, 2, (500, case[0])).astype(np.float32)}  # three values: ties in every row
+    if op == "SigmoidTopKGate":
+        inputs["bias"] = np.zeros(case[0], np.float32)
+    expected = list_gates()[op].reference(*inputs.values(), **attributes)
+    ways = every_way(op, attributes, inputs)
+    ways["evaluator"] = tuple(ReferenceEvaluator(function_model(op, attributes)).run(None, inputs))
+    for name, (experts, weights) in ways.items():
+        np.testing.assert_array_equal(experts, expected[0], err_msg=name)
+        np.testing.assert_allclose(weights, expected[1], rtol=1e-5, err_msg=name)
 
 
-def test_full_checker_takes_the_function() -> None:
-    onnx.checker.check_model(function_model(attributes_of(CASES[0])), full_check=True)
+@pytest.mark.parametrize("op", CASES)
+def test_full_checker_takes_the_function(op: str) -> None:
+    onnx.checker.check_model(function_model(op, attributes_of(op, CASES[op][0])), full_check=True)
 
 
+@pytest.mark.parametrize("op", ["SigmoidTopKGate", "SoftmaxTopKGate"])
 @pytest.mark.parametrize(
     ("case", "fault"),
     [
@@ -138,9 +256,16 @@ def test_full_checker_takes_the_function() -> None:
         ((8, 3, 4, 1, 1, 1.0), "1 groups of 2 experts hold fewer than num_experts_per_tok 3"),
     ],
 )
-def test_contradicting_attributes_are_named_with_both_figures(case: Any, fault: str) -> None:
-    assert sigmoid_topk.find_fault(attributes_of(case), case[0]) == fault
+def test_contradicting_attributes_are_named_with_both_figures(op: str, case: Any, fault: str) -> None:
+    assert list_gates()[op].find_fault(dict(zip(GROUPED, case[1:], strict=True)), case[0]) == fault
+
+
+def test_sparse_mixer_chooses_two() -> None:
+    find_fault = list_gates()["SparseMixerGate"].find_fault
+    assert find_fault({"top_k": 3, "jitter_eps": 0.01}, 16) == "num_experts_per_tok is 3, this gate chooses 2"
+    assert find_fault({"top_k": 2, "jitter_eps": 0.01}, 1) == "num_experts_per_tok 2 exceeds the 1 experts"
 
 
 def test_gates_are_found_by_their_op() -> None:
-    assert list_gates()["SigmoidTopKGate"].OP == "SigmoidTopKGate"
+    assert set(CASES) <= set(list_gates())
+    assert all(gate.OP == op for op, gate in list_gates().items())

@@ -32,7 +32,7 @@ class Lowered:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
         self.proto = ir.to_proto(model)
         self.session = ort.InferenceSession(self.proto.SerializeToString(), options)
-        self.past = {name: np.zeros((0, width), np.float32) for name, width in self.cache}
+        self.past = {entry.name: np.zeros((0, entry.width), np.float32) for entry in self.cache}
 
     def step(self, ids: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
         feeds = {"input_ids": ids, "rows": np.arange(len(ids))}
@@ -114,8 +114,7 @@ def test_the_cache_holds_the_latent_not_keys_and_values(tiny_bundle: Path) -> No
     bundle = Bundle.open(tiny_bundle)
     attention = bundle.config["attention"]
     model, _ = load_canonical(bundle)
-    widths = dict(target.lower(model))
-    assert set(widths.values()) == {attention["kv_lora_rank"] + attention["qk_rope_head_dim"]}
+    assert {entry.width for entry in target.lower(model)} == {attention["kv_lora_rank"] + attention["qk_rope_head_dim"]}
 
 
 def test_the_interface_is_what_sessions_bind(tiny_bundle: Path) -> None:
@@ -137,6 +136,6 @@ def test_experts_without_the_kernel_run_as_their_function(tiny_bundle: Path) -> 
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(tiny_bundle))
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
     feeds = {"input_ids": ids, "rows": np.arange(LENGTH)}
-    feeds |= {f"past.{name}": np.zeros((0, width), np.float32) for name, width in cache}
+    feeds |= {f"past.{entry.name}": np.zeros((0, entry.width), np.float32) for entry in cache}
     (logits,) = session.run(["logits"], feeds)
     np.testing.assert_allclose(logits, expected[0], rtol=0, atol=1e-4)

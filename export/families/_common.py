@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import CheckpointError
-from ..config import GateConfig, GroupedAttentionConfig, HfConfig, MoEConfig
+from ..config import GateConfig, GroupedAttentionConfig, HfConfig, MoEConfig, shorten
 from ..gating import check_gate
+from ..ropes import read_scaling, rope_kind
 from ..weights import Role, Weight, expert_gate_up, expert_stack, plain, stacked_rows
 
-AttentionPlan = Callable[[MoEConfig, int], list[Weight]]
+LayerPlan = Callable[[MoEConfig, int], list[Weight]]
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,37 @@ class ExpertNames:
     correction_bias: str = "gate.e_score_correction_bias"
 
 
-def plan_decoder(config: MoEConfig, plan_attention: AttentionPlan, names: ExpertNames) -> list[Weight]:
-    """Every canonical tensor of a decoder, in the order of the graph."""
+def plan_decoder(
+    config: MoEConfig, plan_attention: LayerPlan, mixture: ExpertNames | LayerPlan
+) -> list[Weight]:
+    """Every canonical tensor of a decoder, in the order of the graph.
+
+    `mixture`: how the usual tensors of a mixture are named, or the plan of a family that stores them otherwise.
+    """
+    plan_mixture = plan_named_mixture(mixture) if isinstance(mixture, ExpertNames) else mixture
     hidden, vocab = config.hidden_size, config.vocab_size
     plan = [plain("embed.weight", "model.embed_tokens.weight", (vocab, hidden), "embedding", "table")]
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        plan.append(plain(f"{ours}.attn_norm.weight", f"{theirs}.input_layernorm.weight", (hidden,), "norm", "keep"))
+        plan += plan_norm(config, f"{ours}.attn_norm", f"{theirs}.input_layernorm")
         plan += plan_attention(config, layer)
-        norm = f"{theirs}.post_attention_layernorm.weight"
-        plan.append(plain(f"{ours}.mlp_norm.weight", norm, (hidden,), "norm", "keep"))
+        plan += plan_norm(config, f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm")
         if layer in config.moe.layers:
-            plan += plan_moe(config, layer, names)
+            plan += plan_mixture(config, layer)
         else:
             plan += plan_gated_mlp(f"{ours}.mlp", f"{theirs}.mlp", hidden, config.intermediate_size, "dense_mlp")
-    plan.append(plain("final_norm.weight", "model.norm.weight", (hidden,), "norm", "keep"))
+    plan += plan_norm(config, "final_norm", "model.norm")
     if not config.tie_word_embeddings:
         plan.append(plain("head.weight", "lm_head.weight", (vocab, hidden), "head", "table"))
+    if config.head_bias:
+        plan.append(plain("head.bias", "lm_head.bias", (vocab,), "head", "keep"))
     return plan
+
+
+def plan_norm(config: MoEConfig, ours: str, theirs: str) -> list[Weight]:
+    """A norm over the hidden size; LayerNorm has a bias too."""
+    parts = ("weight", "bias") if config.norm == "layer" else ("weight",)
+    return [plain(f"{ours}.{part}", f"{theirs}.{part}", (config.hidden_size,), "norm", "keep") for part in parts]
 
 
 def plan_gated_mlp(ours: str, theirs: str, hidden: int, inner: int, role: Role) -> list[Weight]:
@@ -53,6 +67,10 @@ def plan_gated_mlp(ours: str, theirs: str, hidden: int, inner: int, role: Role) 
         stacked_rows(f"{ours}.gate_up.weight", gate_up, (inner, hidden), role),
         plain(f"{ours}.down.weight", f"{theirs}.down_proj.weight", (hidden, inner), role, "linear"),
     ]
+
+
+def plan_named_mixture(names: ExpertNames) -> LayerPlan:
+    return lambda config, layer: plan_moe(config, layer, names)
 
 
 def plan_moe(config: MoEConfig, layer: int, names: ExpertNames) -> list[Weight]:
@@ -95,6 +113,8 @@ def plan_grouped_attention(config: MoEConfig, layer: int) -> list[Weight]:
         if attention.qk_norm != "none" and name != "v":
             width = attention.head_dim if attention.qk_norm == "head" else rows
             plan.append(plain(f"{ours}.{name}_norm.weight", f"{theirs}.{name}_norm.weight", (width,), "norm", "keep"))
+    if attention.sinks:
+        plan.append(plain(f"{ours}.sinks", f"{theirs}.sinks", (attention.num_heads,), "attention", "keep"))
     shape = (config.hidden_size, queries)
     plan.append(plain(f"{ours}.o.weight", f"{theirs}.o_proj.weight", shape, "attention", "linear"))
     if attention.o_bias:
@@ -113,14 +133,16 @@ def ignore_usual(config: MoEConfig) -> list[tuple[str, str]]:
     return ignored
 
 
-def read_grouped_attention(hf: HfConfig, **changes: Any) -> GroupedAttentionConfig:
+def read_grouped_attention(hf: HfConfig, *, groups: int | None = None, **changes: Any) -> GroupedAttentionConfig:
     """Heads, groups and head size by their usual keys; `changes` are the family's own fields.
+
+    `groups`: what a config.json without num_key_value_heads means in this family; null is one for each head.
 
     Raises:
         CheckpointError: the groups do not divide the heads, or the heads the hidden size.
     """
     heads = hf.integer("num_attention_heads")
-    groups = heads if hf.get("num_key_value_heads") is None else hf.integer("num_key_value_heads")
+    groups = hf.integer("num_key_value_heads", heads if groups is None or "num_key_value_heads" in hf else groups)
     if heads % groups:
         raise CheckpointError(
             f"{hf.where}: num_key_value_heads {groups} does not divide num_attention_heads {heads}; correct config.json"
@@ -132,12 +154,25 @@ def read_grouped_attention(hf: HfConfig, **changes: Any) -> GroupedAttentionConf
         )
     dim = hidden // heads if hf.get("head_dim") is None else hf.integer("head_dim")
     windows = (0,) * hf.integer("num_hidden_layers")
-    fields = {"num_heads": heads, "num_key_value_heads": groups, "head_dim": dim, "scale": dim**-0.5, "windows": windows}
-    return GroupedAttentionConfig(**{**fields, **changes})
+    sizes = {"num_heads": heads, "num_key_value_heads": groups, "head_dim": dim}
+    return GroupedAttentionConfig(**{**sizes, "scale": dim**-0.5, "windows": windows, **changes})
+
+
+def read_window(hf: HfConfig, default: int) -> int:
+    """Qwen's rule: `sliding_window` counts where `use_sliding_window` is set; null is none."""
+    if not hf.flag("use_sliding_window", False) or ("sliding_window" in hf and hf.get("sliding_window") is None):
+        return 0
+    return hf.integer("sliding_window", default)
 
 
 def read_softmax_gate(
-    hf: HfConfig, num_experts: int, top_k: int, *, normalize: bool, factor: float = 1.0, groups: tuple[int, int] = (1, 1)
+    hf: HfConfig,
+    num_experts: int,
+    top_k: int,
+    *,
+    normalize: bool,
+    factor: float = 1.0,
+    groups: tuple[int, int] = (1, 1),
 ) -> GateConfig:
     """A softmax gate, its attributes checked."""
     attributes: dict[str, int | float] = {
@@ -155,6 +190,8 @@ def sparse_layers(hf: HfConfig) -> tuple[int, ...]:
     """Qwen's rule: every `decoder_sparse_step`-th layer but those in `mlp_only_layers`."""
     step = hf.integer("decoder_sparse_step", 1)
     dense = hf.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise CheckpointError(f"{hf.where}: mlp_only_layers is {shorten(dense)}, a list of layers was expected")
     layers = hf.integer("num_hidden_layers")
     return check_sparse(hf, tuple(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0))
 
@@ -176,10 +213,16 @@ def read_base(hf: HfConfig, **eps: float) -> dict[str, Any]:
         "hidden_size": hf.integer("hidden_size"),
         "intermediate_size": hf.integer("intermediate_size"),
         "num_hidden_layers": hf.integer("num_hidden_layers"),
-        "max_position_embeddings": hf.integer("max_position_embeddings", 4096),
+        "max_position_embeddings": read_positions(hf),
         "rms_norm_eps": hf.number("rms_norm_eps", eps.get("default_eps", 1e-6)),
         "tie_word_embeddings": hf.flag("tie_word_embeddings", False),
     }
+
+
+def read_positions(hf: HfConfig) -> int:
+    """The longest sequence; dynamic scaling stretches it by its factor."""
+    positions, rope = hf.integer("max_position_embeddings", 4096), read_scaling(hf)
+    return int(positions * max(1.0, rope.number("factor"))) if rope_kind(rope) == "dynamic" else positions
 
 
 def read_first_dense(hf: HfConfig, default: int) -> tuple[int, ...]:
@@ -192,3 +235,11 @@ def read_first_dense(hf: HfConfig, default: int) -> tuple[int, ...]:
             "this exporter is for mixture-of-experts models"
         )
     return tuple(range(first_dense, layers))
+
+
+def read_divisor(hf: HfConfig, key: str) -> float:
+    """A number that something is divided by; 1 unless given."""
+    value = hf.number(key, 1.0)
+    if value == 0:
+        raise CheckpointError(f"{hf.where}: {key} is 0, it divides; correct config.json")
+    return value

@@ -7,7 +7,8 @@ whatever `norm_topk_prob` says, and YaRN's `mscale_all_dim` does not enter the s
 from __future__ import annotations
 
 from ..checkpoint import Checkpoint
-from ..config import GateConfig, HfConfig, MoEConfig, MoELayersConfig, read_rope
+from ..config import GateConfig, HfConfig, MoEConfig, MoELayersConfig
+from ..ropes import read_rope
 from ..weights import Weight
 from ._common import ExpertNames, ignore_usual, plan_decoder, read_base, read_first_dense, read_softmax_gate
 from ._latent import plan_latent_attention, read_latent_attention
@@ -17,6 +18,7 @@ def read_config(checkpoint: Checkpoint) -> MoEConfig:
     hf = HfConfig(checkpoint.config, str(checkpoint.path / "config.json"))
     hf.require("hidden_act", ("silu",), "silu")
     hf.require("moe_layer_freq", (1,), 1)
+    hf.require("mlp_bias", (False,), False)
     hf.require("scoring_func", ("softmax",), "softmax")
     intermediate = hf.integer("moe_intermediate_size", 1407)
     shared = 0 if hf.get("n_shared_experts", 2) is None else hf.integer("n_shared_experts", 2, minimum=0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..checkpoint import Checkpoint
-from ..config import GateConfig, HfConfig, LatentAttentionConfig, MoEConfig, MoELayersConfig, read_rope, yarn_mscale
+from ..config import GateConfig, HfConfig, LatentAttentionConfig, MoEConfig, MoELayersConfig
 from ..gating import check_gate
+from ..ropes import read_rope, read_scaling, yarn_mscale
 from ..weights import Weight
 from ._common import ExpertNames, ignore_usual, plan_decoder, read_base, read_first_dense
 from ._latent import plan_latent_attention, read_latent_attention
@@ -35,10 +36,8 @@ def read_config(checkpoint: Checkpoint) -> MoEConfig:
 
 def _read_attention(hf: HfConfig) -> LatentAttentionConfig:
     """YaRN's temperature by `mscale_all_dim` goes into the softmax scale, squared: once for queries, once for keys."""
-    scaling = hf.get("rope_scaling") or {}
-    factor = 1.0
-    if isinstance(scaling, dict) and scaling.get("mscale_all_dim"):
-        rope = HfConfig(scaling, f"{hf.where}: rope_scaling")
+    rope, factor = read_scaling(hf), 1.0
+    if rope.get("mscale_all_dim"):
         factor = yarn_mscale(rope.number("factor"), rope.number("mscale_all_dim")) ** 2
     return read_latent_attention(hf, scale_factor=factor)
 

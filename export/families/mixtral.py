@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..checkpoint import Checkpoint
-from ..config import HfConfig, MoEConfig, MoELayersConfig, read_rope
+from ..config import HfConfig, MoEConfig, MoELayersConfig
+from ..ropes import read_rope
 from ..weights import Weight
 from ._common import (
     ExpertNames,
@@ -22,7 +23,7 @@ def read_config(checkpoint: Checkpoint) -> MoEConfig:
     experts, top_k = hf.integer("num_local_experts", 8), hf.integer("num_experts_per_tok", 2)
     window = 0 if hf.get("sliding_window") is None else hf.integer("sliding_window")
     layers = hf.integer("num_hidden_layers")
-    attention = read_grouped_attention(hf, windows=(window,) * layers)
+    attention = read_grouped_attention(hf, groups=8, windows=(window,) * layers)
     return MoEConfig(
         family="mixtral",
         **read_base(hf, default_eps=1e-5),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..checkpoint import Checkpoint
-from ..config import HfConfig, MoEConfig, MoELayersConfig, read_rope
+from ..config import HfConfig, MoEConfig, MoELayersConfig
+from ..ropes import read_rope
 from ..weights import Weight
 from ._common import (
     ExpertNames,

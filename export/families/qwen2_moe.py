@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..checkpoint import Checkpoint
-from ..config import HfConfig, MoEConfig, MoELayersConfig, read_rope
+from ..config import HfConfig, MoEConfig, MoELayersConfig
+from ..ropes import read_rope
 from ..weights import Weight
 from ._common import (
     ExpertNames,
@@ -13,6 +14,7 @@ from ._common import (
     read_base,
     read_grouped_attention,
     read_softmax_gate,
+    read_window,
     sparse_layers,
 )
 
@@ -21,9 +23,8 @@ def read_config(checkpoint: Checkpoint) -> MoEConfig:
     hf = HfConfig(checkpoint.config, str(checkpoint.path / "config.json"))
     hf.require("hidden_act", ("silu",), "silu")
     experts, top_k = hf.integer("num_experts", 60), hf.integer("num_experts_per_tok", 4)
-    layers = hf.integer("num_hidden_layers")
-    window = hf.integer("sliding_window", 4096) if hf.flag("use_sliding_window", False) else 0
-    attention = read_grouped_attention(hf, qkv_bias=hf.flag("qkv_bias", True), windows=(window,) * layers)
+    windows = (read_window(hf, 4096),) * hf.integer("num_hidden_layers")
+    attention = read_grouped_attention(hf, groups=16, qkv_bias=hf.flag("qkv_bias", True), windows=windows)
     return MoEConfig(
         family="qwen2_moe",
         **read_base(hf),

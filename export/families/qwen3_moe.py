@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..checkpoint import Checkpoint
-from ..config import HfConfig, MoEConfig, MoELayersConfig, read_rope
+from ..config import HfConfig, MoEConfig, MoELayersConfig
+from ..ropes import read_rope
 from ..weights import Weight
 from ._common import (
     ExpertNames,
@@ -13,6 +14,7 @@ from ._common import (
     read_base,
     read_grouped_attention,
     read_softmax_gate,
+    read_window,
     sparse_layers,
 )
 
@@ -21,11 +23,10 @@ def read_config(checkpoint: Checkpoint) -> MoEConfig:
     hf = HfConfig(checkpoint.config, str(checkpoint.path / "config.json"))
     hf.require("hidden_act", ("silu",), "silu")
     experts, top_k = hf.integer("num_experts", 128), hf.integer("num_experts_per_tok", 8)
-    layers = hf.integer("num_hidden_layers")
     bias = hf.flag("attention_bias", False)
-    window = hf.integer("sliding_window", 4096) if hf.flag("use_sliding_window", False) else 0
+    windows = (read_window(hf, 4096),) * hf.integer("num_hidden_layers")
     attention = read_grouped_attention(
-        hf, qk_norm="head", qkv_bias=bias, o_bias=bias, windows=(window,) * layers
+        hf, groups=4, qk_norm="head", qkv_bias=bias, o_bias=bias, windows=windows
     )
     return MoEConfig(
         family="qwen3_moe",

@@ -31,6 +31,7 @@ from ._canonical import (
 )
 
 MS = "com.microsoft"
+_GROUPED = ("GroupedAttention", "SinkAttention")
 # int8 activations inside the product: three times the rate of the default for one token (docs/decisions.md).
 ACCURACY_LEVEL = 4
 
@@ -44,7 +45,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         progress("lowering to onnxruntime", 0, 1)
     model, config = load_canonical(request.bundle)
     fused = has_router_weights()
-    cache = lower(model, accuracy_level=ACCURACY_LEVEL, fused_experts=fused)
+    cache = lower(model, accuracy_level=ACCURACY_LEVEL, fused_experts=fused, max_seq_len=request.max_seq_len)
     (folder / MODEL).write_bytes(ir.to_proto(model).SerializeToString())
     if progress is not None:
         progress("lowering to onnxruntime", 1, 1)
@@ -90,22 +91,28 @@ def has_router_weights() -> bool:
 
 
 def lower(
-    model: ir.Model, *, accuracy_level: int = ACCURACY_LEVEL, fused_experts: bool = True
+    model: ir.Model,
+    *,
+    accuracy_level: int = ACCURACY_LEVEL,
+    fused_experts: bool = True,
+    max_seq_len: int | None = None,
 ) -> list[CacheEntry]:
-    """Rewrite a canonical model in place; returns its cache tensors.
+    """Rewrite a canonical model in place; returns its cache tensors. `max_seq_len`: wider windows are no windows.
 
     Afterwards: inputs input_ids int64 [S], rows int64 [R], past.NAME float32 [P, width]; outputs logits float32
     [R, vocab], new.NAME float32 [S, width], experts.LAYER int64 and weights.LAYER float32 [S, k]. A cache by heads has
     past.NAME and new.NAME float32 [1, heads, capacity, width / heads], one buffer, and an input length int64 [1]: P.
     """
-    lowering = _Lowering(model, accuracy_level, fused_experts)
+    lowering = _Lowering(model, accuracy_level, fused_experts, max_seq_len)
     lowering.lower_positions()
     for call in find_calls(model, "LatentAttention"):
         lowering.lower_latent_attention(call)
-    for call in find_calls(model, "GroupedAttention"):
-        lowering.lower_grouped_attention(call)
+    for kind in _GROUPED:
+        for call in find_calls(model, kind):
+            lowering.lower_grouped_attention(call)
     lowering.lower_gates()
-    replace_each(lowering.rewriter, find_calls(model, "Experts"), lowering.lower_experts)
+    for kind in ("Experts", "BiasedExperts"):
+        replace_each(lowering.rewriter, find_calls(model, kind), lowering.lower_experts)
     replace_each(lowering.rewriter, find_linears(model), lowering.lower_linear)
     lowering.lower_head()
     finish_model(model, {MS: 1})
@@ -113,12 +120,16 @@ def lower(
 
 
 class _Lowering:
-    def __init__(self, model: ir.Model, accuracy_level: int, fused_experts: bool) -> None:
+    def __init__(
+        self, model: ir.Model, accuracy_level: int, fused_experts: bool, max_seq_len: int | None
+    ) -> None:
         self.model = model
         self.graph = model.graph
         self.rewriter = Rewriter(model)
         self.accuracy_level = accuracy_level
         self.fused_experts = fused_experts
+        self.max_seq_len = max_seq_len
+        self.windows: dict[int, ir.Value] = {}
         self.cache: list[CacheEntry] = []
         self.mask: ir.Value | None = None
         self.total: ir.Value | None = None
@@ -149,7 +160,26 @@ class _Lowering:
             total = op("Cast", [op("Add", [length, new])], to=int(ir.DataType.INT32))
             self.total = total
             self.last = op("Sub", [total, self.rewriter.constant("int32.1", np.array([1], np.int32))])
+            self._make_windows(positions, zero, op("Squeeze", [op("Add", [length, new]), ints(0)]), one)
         self.rewriter.replace(call, [positions])
+
+    def _make_windows(self, positions: ir.Value, zero: ir.Value, total: ir.Value, one: ir.Value) -> None:
+        """For each sliding window what scores get added, [1, 1, S, P + S]: minus infinity behind the window.
+
+        `local_window_size` alone spares the work and not the token just behind it: onnxruntime 1.23 attends to one more
+        than later versions do.
+        """
+        op, ints = self.rewriter.op, self.rewriter.ints
+        calls = [call for kind in _GROUPED for call in find_calls(self.model, kind)]
+        windows = {attributes_of(call)["window"] for call in calls} - {0}
+        for window in sorted(windows):
+            if self.max_seq_len is not None and window >= self.max_seq_len:
+                continue
+            distance = op("Sub", [op("Unsqueeze", [positions, ints(1, 3)]), op("Range", [zero, total, one])])
+            open_, closed = (self.rewriter.constant(f"float.{x}", np.array(x, np.float32)) for x in (0, -np.inf))
+            limit = self.rewriter.constant(f"window.{window}", np.array(window, np.int64))
+            behind = op("GreaterOrEqual", [distance, limit])
+            self.windows[window] = op("Where", [behind, closed, open_], name=f"window_mask.{window}")
 
     def _make_mask(self, steps: ir.Value, length: ir.Value, new: ir.Value) -> None:
         """Causal mask [S, S] of the new tokens, and how scores split into past and new."""
@@ -177,35 +207,50 @@ class _Lowering:
     def lower_grouped_attention(self, call: ir.Node) -> None:
         """`GroupQueryAttention`, its cache in place: the buffer goes in as the past and comes out as the present."""
         op, ints = self.rewriter.op, self.rewriter.ints
-        q, k, v, cos, sin = call.inputs
+        q, k, v, cos, sin, *sinks = call.inputs
         a, layer = attributes_of(call), _layer_of(call)
         heads, groups, dim = a["num_heads"], a["num_key_value_heads"], a["head_dim"]
-        turned = []
-        for value, count in ((q, heads), (k, groups)):
-            rows = op("Reshape", [value, ints(1, -1, count * dim)])
-            turned.append(op("RotaryEmbedding", [rows, cos, sin], interleaved=a["interleaved"], num_heads=count))
-        values = op("Reshape", [v, ints(1, -1, groups * dim)])
+        rows = []
+        for value, count in ((q, heads), (k, groups), (v, groups)):
+            row = op("Reshape", [value, ints(1, -1, count * dim)])
+            if value is not v:
+                row = op("RotaryEmbedding", [row, cos, sin], interleaved=a["interleaved"], num_heads=count)
+            rows.append(self._widen_heads(row, count, dim))
+        room = _kernel_head_size(dim)
         pasts = []
         for name in (f"key.{layer}", f"value.{layer}"):
-            pasts.append(ir.val(f"past.{name}", ir.DataType.FLOAT, [1, groups, "capacity", dim]))
-            self.cache.append(CacheEntry(name, groups * dim, groups))
+            pasts.append(ir.val(f"past.{name}", ir.DataType.FLOAT, [1, groups, "capacity", room]))
+            self.cache.append(CacheEntry(name, groups * room, groups))
         self.graph.inputs.extend(pasts)
         total = op("Squeeze", [self.total, ints(0)])
+        rotation = [None] * 3  # its own, which takes a table of every position
         attended, *presents = self.rewriter.ops(
             "GroupQueryAttention",
-            [*turned, values, *pasts, self.last, total],
+            [*rows, *pasts, self.last, total, *rotation, self.windows.get(a["window"]), *sinks],
             3,
             domain=MS,
             num_heads=heads,
             kv_num_heads=groups,
             scale=float(a["scale"]),
-            local_window_size=a["window"] or -1,
+            local_window_size=a["window"] if a["window"] in self.windows else -1,
         )
         for present, name in zip(presents, (f"new.key.{layer}", f"new.value.{layer}"), strict=True):
             present.name, present.dtype = name, ir.DataType.FLOAT
-            present.shape = ir.Shape([1, groups, "capacity", dim])
+            present.shape = ir.Shape([1, groups, "capacity", room])
         self.graph.outputs.extend(presents)
+        if room != dim:
+            by_head = op("Reshape", [attended, ints(1, -1, heads, room)])
+            attended = op("Slice", [by_head, ints(0), ints(dim), ints(3)])
         self.rewriter.replace(call, [op("Reshape", [attended, ints(-1, heads * dim)])])
+
+    def _widen_heads(self, row: ir.Value, count: int, dim: int) -> ir.Value:
+        """[1, S, count * dim] with zeros behind each head, up to the size the kernel takes; they change no product."""
+        op, ints, room = self.rewriter.op, self.rewriter.ints, _kernel_head_size(dim)
+        if room == dim:
+            return row
+        by_head = op("Reshape", [row, ints(1, -1, count, dim)])
+        padded = op("Pad", [by_head, ints(0, room - dim), None, ints(3)])
+        return op("Reshape", [padded, ints(1, -1, count * room)])
 
     def lower_latent_attention(self, call: ir.Node) -> None:
         """Absorbed form (arXiv:2405.04434, section 2.1.2): queries go to the latent's space, the cache stays.
@@ -257,21 +302,27 @@ class _Lowering:
 
     def lower_experts(self, call: ir.Node) -> list[ir.Value]:
         """`QMoE` for quantized experts where it is there; the function's own body otherwise."""
-        x, experts, weights = call.inputs[:3]
-        gate_up, down = find_matrix(call.inputs[3]), find_matrix(call.inputs[4])
-        op = self.rewriter.op
+        x, experts, weights, *operands = call.inputs
+        biased = call.op_type == "BiasedExperts"
+        gate_up, down = (find_matrix(value) for value in (operands[::2] if biased else operands))
+        op, attributes = self.rewriter.op, attributes_of(call)
         if not gate_up.bits or not self.fused_experts:
-            inputs = [x, experts, weights, *call.inputs[3:]]
-            return [op("Experts", inputs, domain=call.domain)]
-        count = gate_up.shape[0]
+            inputs = [x, experts, weights, *operands]
+            return [op(call.op_type, inputs, domain=call.domain, **attributes)]
         # Zero elsewhere: the chosen experts are the k largest; one of weight 0 adds nothing, whoever is picked.
-        shape = op("Concat", [op("Shape", [experts], start=0, end=1), self.rewriter.ints(count)], axis=0)
+        count = self.rewriter.ints(gate_up.shape[0])
+        shape = op("Concat", [op("Shape", [experts], start=0, end=1), count], axis=0)
         nowhere = op("ConstantOfShape", [shape], value=ir.tensor(np.zeros(1, np.float32)))
         routing = op("ScatterElements", [nowhere, experts, weights], axis=1)
         inputs = [None] * 15
-        inputs[:3] = [x, routing, self._bytes(gate_up)]
-        inputs[3], inputs[5], inputs[6], inputs[14] = gate_up.scales, self._bytes(down), down.scales, routing
-        if not gate_up.symmetric:
+        inputs[:4] = [x, routing, self._bytes(gate_up), gate_up.scales]
+        inputs[5], inputs[6], inputs[14] = self._bytes(down), down.scales, routing
+        activation: dict[str, Any] = {"activation_alpha": 1.0, "activation_beta": 0.0}
+        if biased:
+            inputs[4], inputs[7] = operands[1::2]
+            limits = {"swiglu_limit": float(attributes["limit"])}
+            activation = {"activation_alpha": float(attributes["alpha"]), "activation_beta": 1.0, **limits}
+        if not (gate_up.symmetric and down.symmetric):
             inputs[11], inputs[12] = self._zero_points(gate_up), self._zero_points(down)
         assert experts is not None and experts.shape is not None
         return [
@@ -282,13 +333,12 @@ class _Lowering:
                 k=int(experts.shape[1]),  # type: ignore[arg-type]
                 activation_type="swiglu",
                 swiglu_fusion=1,
-                activation_alpha=1.0,
-                activation_beta=0.0,
                 expert_weight_bits=gate_up.bits,
                 block_size=gate_up.block_size,
                 use_sparse_mixer=0,
                 normalize_routing_weights=0,
                 accuracy_level=self.accuracy_level,
+                **activation,
             )
         ]
 
@@ -357,6 +407,11 @@ class _Lowering:
         new = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=view)
         self.graph.register_initializer(new)
         return new
+
+
+def _kernel_head_size(dim: int) -> int:
+    """`GroupQueryAttention` takes multiples of 8."""
+    return -(-dim // 8) * 8
 
 
 def _layer_of(node: ir.Node) -> int:
