@@ -129,7 +129,7 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.entries = entries
-        self.used: set[str] = set()
+        self.whole: list[tuple[Any, Array]] = []  # what is read whole and used in parts: (what it is, values)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
@@ -161,24 +161,23 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows `start` to `stop` of a tensor's first axis, in its own dtype; a fresh array, nothing else is read."""
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, view: tuple[int, ...] | None = None
+    ) -> Array:
+        """Rows `start` to `stop` of a tensor's first axis, in its own dtype; a fresh array, nothing else is read.
+
+        `view`: another shape of the same number of elements, whose rows are meant.
+        """
         entry = self.entries[name]
-        self.used.add(name)
-        if not entry.shape:
-            start, stop, rows = 0, 1, 1
-        else:
-            rows = entry.shape[0]
-        stop = rows if stop is None else min(stop, rows)
+        shape = entry.shape if view is None else view
+        rows = shape[0] if shape else 1
+        stop = rows if stop is None or not shape else min(stop, rows)
         row_bytes = entry.nbytes // rows if rows else 0
         wanted = (stop - start) * row_bytes
         with entry.shard.open("rb", buffering=0) as stream:
             stream.seek(entry.offset + start * row_bytes)
             data = _read_exactly(stream, wanted, entry.shard)
-            if hasattr(os, "posix_fadvise"):  # read once: do not push other data out of the page cache
-                os.posix_fadvise(stream.fileno(), entry.offset + start * row_bytes, wanted, os.POSIX_FADV_DONTNEED)
-        shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-        return np.frombuffer(data, dtype=entry.dtype).reshape(shape)
+        return np.frombuffer(data, dtype=entry.dtype).reshape((stop - start, *shape[1:]) if shape else ())
 
     def fingerprint(self) -> str:
         """SHA-256 over the config and each tensor's name, dtype, shape and place: cheap to make."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
 
 from ..bundle import MANIFEST, Bundle
 from ..progress import console_progress
-from .options import ALGORITHMS, GROUP_SIZES, WEIGHTS_CHOICES
+from .options import ALGORITHMS, BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES
 
 
 @click.command("export")
@@ -18,12 +19,21 @@ from .options import ALGORITHMS, GROUP_SIZES, WEIGHTS_CHOICES
 @click.option("--weights", type=click.Choice(WEIGHTS_CHOICES), default="int4", show_default=True)
 @click.option(
     "--group-size",
-    type=click.Choice([str(size) for size in sorted(GROUP_SIZES)]),
+    type=click.Choice([*(str(size) for size in sorted(GROUP_SIZES)), "channel"]),
     default="128",
     show_default=True,
-    help="Input channels that share a scale; the largest that divides is used, up to this.",
+    help="Input channels that share a scale; the largest that divides is used, up to this; or one a channel.",
 )
 @click.option("--algorithm", type=click.Choice(ALGORITHMS), default="rtn", show_default=True)
+@click.option("--adapter", metavar="FOLDER", type=click.Path(path_type=Path), help="LoRA adapter (PEFT) to merge.")
+@click.option(
+    "--calibration", metavar="FILE", type=click.Path(path_type=Path), help="Text that --algorithm gptq calibrates with."
+)
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Bound on peak resident memory, the check included: 2GiB, 500MB, bytes. Default: a quarter of what is free.",
+)
 @click.option("--no-verify", is_flag=True, help="Skip the parity check.")
 @click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest on stdout.")
@@ -33,6 +43,9 @@ def export_command(
     weights: str,
     group_size: str,
     algorithm: str,
+    adapter: Path | None,
+    calibration: Path | None,
+    max_memory: str | None,
     no_verify: bool,
     force: bool,
     as_json: bool,
@@ -41,6 +54,10 @@ def export_command(
 
     SOURCE is a Hugging Face checkpoint folder: config.json and safetensors.
     """
+    if calibration is None:
+        # Before numpy loads: the products of an export are small, and threads that wait for each other cost more than
+        # they bring. Calibration multiplies large matrices.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from .pipeline import export_checkpoint
 
     with console_progress() as progress:
@@ -48,8 +65,11 @@ def export_command(
             source,
             output,
             weights=weights,
-            group_size=int(group_size),
+            group_size=BY_CHANNEL if group_size == "channel" else int(group_size),
             algorithm=algorithm,
+            adapter=adapter,
+            calibration=calibration,
+            max_memory=max_memory,
             verify=not no_verify,
             force=force,
             progress=progress,

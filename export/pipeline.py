@@ -21,16 +21,19 @@ from ..bundle import (
     write_json,
 )
 from ..errors import BundleError, CheckpointError
+from .adapter import bind_adapter
 from .checkpoint import Checkpoint
 from .config import MoEConfig
-from .families import find_family
+from .families import Family, find_family
 from .functions import DOMAIN
 from .graph import build_canonical_graph, save_graph
 from .layout import Layout, plan_layout
-from .options import GROUP_SIZES, WEIGHTS_CHOICES
-from .parity import check_parity
-from .quantization import find_algorithm
-from .weights import check_sources, check_unused
+from .memory import calibration_bytes, plan_memory
+from .options import BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES
+from .parity import MAX_ROUNDING, check_parity, find_needs
+from .quantization import Algorithm, Calibrated, find_algorithm
+from .quantization.sources import bind_sources, describe_sources
+from .weights import Weight, check_sources, check_unused
 from .writer import ClassError, write_weights
 
 COPIED_FILES = (
@@ -52,6 +55,9 @@ def export_checkpoint(
     algorithm: str = "rtn",
     verify: bool = True,
     force: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a Hugging Face checkpoint folder to a bundle.
@@ -60,37 +66,43 @@ def export_checkpoint(
         source: folder with config.json and safetensors.
         output: the bundle's folder; it appears when everything is written and checked, or not at all.
         weights: fp32, fp16, int8 or int4.
-        group_size: input channels that share a scale; the largest that divides a tensor's width is used, up to this.
+        group_size: input channels that share a scale; the largest that divides a tensor's width is used, up to this;
+            0 is one scale for each output channel.
         algorithm: how weights are quantized.
         verify: run the parity check.
         force: replace a folder that holds files.
+        adapter: a PEFT folder of a LoRA adapter that is merged on the way.
+        calibration: a file of text, for algorithms that calibrate.
+        max_memory: bytes, or "2GiB", "500MB": bound on the process's peak resident memory; a quarter of what is free
+            (or the least that works, where that is more).
         progress: called with (what, done, total).
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or is not what its config says.
+        CheckpointError: the checkpoint cannot be read, is not what its config says, or needs more than `max_memory`.
         ParityError: the export differs from the checkpoint.
         BundleError: the output cannot be written.
     """
     _check_options(weights, group_size)
     quantizer = find_algorithm(algorithm)
     checkpoint = Checkpoint.open(source)
-    _refuse_quantized(checkpoint)
     family = find_family(checkpoint)
     config = family.read_config(checkpoint)
-    plan = family.plan_weights(config)
-    check_sources(checkpoint, plan)
-    notes = check_unused(checkpoint, plan, family.ignored_tensors(config))
-    layout = plan_layout(plan, weights, group_size, zero_points=False)
+    plan, notes = _make_plan(checkpoint, family, config, adapter)
+    quantizer, extra = _calibrate(quantizer, checkpoint, config, plan, calibration)
+    layout = plan_layout(plan, weights, group_size, zero_points=getattr(quantizer, "ZERO_POINTS", False))
     target = Path(output)
     _check_target(checkpoint.path, target, layout.nbytes)
+    model = build_canonical_graph(config, layout, target)
+    memory = plan_memory(plan, find_needs(config, model, target) if verify else None, max_memory, extra)
     with staged_directory(target, force=force) as staged:
-        errors = write_weights(checkpoint, layout, staged / WEIGHTS, quantizer, progress)
-        model = build_canonical_graph(config, layout, staged)
+        errors = write_weights(checkpoint, layout, staged / WEIGHTS, quantizer, progress, memory.chunk)
         save_graph(model, staged / MODEL)
         if verify:
-            check_parity(checkpoint, config, layout, model, staged / WEIGHTS, progress)
+            rounding = getattr(quantizer, "MAX_ROUNDING", MAX_ROUNDING)
+            check_parity(checkpoint, config, layout, model, staged / WEIGHTS, memory, progress, rounding)
         _copy_files(checkpoint.path, staged)
-        manifest = _describe(checkpoint, config, layout, errors, notes)
+        said = quantizer.notes() if isinstance(quantizer, Calibrated) else []
+        manifest = _describe(checkpoint, config, layout, errors, [*notes, *describe_sources(plan, errors), *said])
         manifest["quantization"].update(weights=weights, group_size=group_size, algorithm=algorithm)
         manifest["provenance"]["verified"] = verify
         manifest["files"] = {path.name: file_entry(path) for path in sorted(staged.iterdir())}
@@ -101,18 +113,53 @@ def export_checkpoint(
 def _check_options(weights: str, group_size: int) -> None:
     if weights not in WEIGHTS_CHOICES:
         raise CheckpointError(f"weights {weights!r} is not known; known: {', '.join(WEIGHTS_CHOICES)}")
-    if group_size not in GROUP_SIZES:
+    if group_size not in (*GROUP_SIZES, BY_CHANNEL):
         known = ", ".join(str(size) for size in sorted(GROUP_SIZES))
-        raise CheckpointError(f"group size {group_size} is not supported; supported: {known}")
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(
-            f"{checkpoint.path}: quantization_config {method!r} is not supported; export a float checkpoint "
-            "(fp32, fp16 or bf16)"
+            f"group size {group_size} is not supported; supported: {known}, and {BY_CHANNEL} for one scale a channel"
+        )
+
+
+def _make_plan(
+    checkpoint: Checkpoint, family: Family, config: MoEConfig, adapter: str | os.PathLike[str] | None
+) -> tuple[list[Weight], list[str]]:
+    """Every canonical tensor, bound to how the checkpoint holds it, and notes; every tensor has its use or a reason."""
+    _check_extent(checkpoint, config)
+    plan = bind_sources(checkpoint, family.plan_weights(config))
+    merged: list[str] = []
+    if adapter is not None:
+        plan, merged = bind_adapter(checkpoint, plan, adapter)
+    check_sources(checkpoint, plan)
+    return plan, merged + check_unused(checkpoint, plan, family.ignored_tensors(config))
+
+
+def _calibrate(
+    algorithm: Algorithm,
+    checkpoint: Checkpoint,
+    config: MoEConfig,
+    plan: list[Weight],
+    calibration: str | os.PathLike[str] | None,
+) -> tuple[Algorithm, int]:
+    """The algorithm, ready, and the bytes that it will hold beside the usual."""
+    calibrate = getattr(algorithm, "calibrate", None)
+    if calibrate is None:
+        if calibration is not None:
+            raise CheckpointError("this algorithm does not calibrate; leave --calibration out, or use --algorithm gptq")
+        return algorithm, 0
+    sequences = algorithm.read_sequences(checkpoint, calibration, config)  # type: ignore[attr-defined]
+    tokens = sum(len(sequence) for sequence in sequences)
+    return calibrate(checkpoint, config, plan, sequences), calibration_bytes(plan, config, tokens)
+
+
+def _check_extent(checkpoint: Checkpoint, config: MoEConfig) -> None:
+    """Refuse a config.json that claims absurdly much, before a plan of each of its tensors is made."""
+    held = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
+    moe, layers = config.moe, config.num_hidden_layers
+    # A norm of each layer and, quantized or not, at least as much of each expert.
+    if config.hidden_size * (layers + len(moe.layers) * moe.num_experts) > held:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: {layers} layers with {moe.num_experts} experts are more than the "
+            f"checkpoint's {held} values; correct config.json or download the checkpoint again"
         )
 
 

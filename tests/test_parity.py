@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ def test_two_experts_swapped(
     held: dict[str, Any] = {}
     real = writer.read_parts
 
-    def swapped(checkpoint: Any, stored: Stored) -> Any:
-        parts = list(real(checkpoint, stored))
+    def swapped(checkpoint: Any, stored: Stored, *rest: Any) -> Any:
+        parts = list(real(checkpoint, stored, *rest))
         if stored.weight.name == "layers.2.experts.down.weight":
             held["seen"] = True
             parts[3], parts[6] = (
@@ -123,6 +124,31 @@ def test_a_graph_that_computes_something_else(
     monkeypatch.setattr(graph._GraphBuilder, name, other)
     message = export_fails(tiny_checkpoint, tmp_path, "int4")
     assert f"layers of the graph differ from the reference, first: {where} differs by" in message
+
+
+@pytest.mark.parametrize("name", ["layers.1.experts.down.weight", "layers.1.experts.gate_up.weight.scales"])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_a_graph_that_reads_other_bytes(
+    name: str, budget: int | None, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph's experts are those of the next layer; whole, and one expert at a time."""
+    real = graph._GraphBuilder.external
+
+    def other(self: Any, slot: Any) -> Any:
+        value = real(self, slot)
+        if slot.name == name:
+            stored = self.layout["layers.2.experts." + name.split(".")[3] + ".weight"]
+            place = stored.scales if name.endswith("scales") else stored.data
+            value.const_value._offset = place.offset
+        return value
+
+    monkeypatch.setattr(graph._GraphBuilder, "external", other)
+    if budget is not None:
+        real_plan = pipeline.plan_memory
+        monkeypatch.setattr(pipeline, "plan_memory", lambda *a: dataclasses.replace(real_plan(*a), graph=budget))
+    message = export_fails(tiny_checkpoint, tmp_path, "int4")
+    assert "1 layers of the graph differ" in message or "2 layers of the graph differ" in message
+    assert "first: layer 1 differs by" in message
 
 
 def test_no_verify_skips_the_check(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
