@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,12 @@ from ..bundle import (
 )
 from ..errors import BuildError
 from .device import DeviceProfile, load_profile
-from .fit import Fit, check_fit
+from .fit import Fit, check_fit, size
 from .targets import BuildRequest, find_target
 
 BUILD_FOLDER_MANIFEST = "build.json"
 DEFAULT_MAX_SEQ_LEN = 4096
+PORTABLE_TARGET = "tensorrt_rtx"
 
 
 def build(
@@ -38,6 +42,7 @@ def build(
     backend: str | None = None,
     max_batch: int = 1,
     max_seq_len: int | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Build an engine for a device; returns its folder. An engine that was there is replaced when the new one is whole.
@@ -48,6 +53,7 @@ def build(
         backend: a target other than the profile's own (`moedge.profiles.targets.list_targets()`).
         max_batch: sequences that run at once.
         max_seq_len: tokens of prompt and answer together; the model's own limit up to 4096 unless given.
+        max_memory: bytes that building may take: TensorRT's network is then cut into ranges of layers.
         progress: called with (what, done, total).
 
     Raises:
@@ -55,30 +61,127 @@ def build(
         ProfileError: the profile is unknown or wrong.
         BuildError: it does not fit the device, or the target's builder refused or failed.
     """
-    opened = Bundle.open(bundle)
     device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
-    target = find_target(backend or device.target)
-    request = BuildRequest(opened, device, max_batch, pick_max_seq_len(opened, max_seq_len))
-    fit = check_build_fit(opened, device, max_batch, request.max_seq_len)
-    if not fit.fits:
-        raise BuildError(fit.explain())
-    check_sources(opened)
-    folder = opened.engine_dir(device.name)
+    (folder,) = _build_for(
+        Bundle.open(bundle), [device], backend, max_batch, max_seq_len, max_memory=max_memory, progress=progress
+    )
+    return folder
+
+
+def build_portable(
+    bundle: str | os.PathLike[str],
+    profiles: Sequence[str | os.PathLike[str] | DeviceProfile],
+    *,
+    backend: str | None = None,
+    max_batch: int = 1,
+    max_seq_len: int | None = None,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Build one engine that runs on all these devices; returns a folder for each, whose files are links to one copy.
+
+    Arguments and exceptions as of `build`; all devices must be of target tensorrt_rtx.
+    """
+    devices = [each if isinstance(each, DeviceProfile) else load_profile(each) for each in profiles]
+    for device in devices:
+        if (backend or device.target) != PORTABLE_TARGET:
+            raise BuildError(
+                f"--portable makes one engine of target {PORTABLE_TARGET}, and {device.name} is built by "
+                f"{backend or device.target}; build for it by itself: --profile {device.name}"
+            )
+    return _build_for(
+        Bundle.open(bundle), devices, backend, max_batch, max_seq_len, max_memory=max_memory, progress=progress
+    )
+
+
+def _build_for(
+    bundle: Bundle,
+    devices: list[DeviceProfile],
+    backend: str | None,
+    max_batch: int,
+    max_seq_len: int | None,
+    *,
+    max_memory: int | None,
+    progress: Progress | None,
+) -> list[Path]:
+    """One engine for all `devices`, in the first one's folder and linked into the others'."""
+    name = backend or devices[0].target
+    target = find_target(name)
+    length = pick_max_seq_len(bundle, max_seq_len)
+    fits = [check_build_fit(bundle, device, max_batch, length) for device in devices]
+    for fit in fits:
+        if not fit.fits:
+            raise BuildError(fit.explain())
+    check_sources(bundle)
+    request = BuildRequest(bundle, devices[0], max_batch, length, tuple(devices[1:]), max_memory)
     started = time.monotonic()
-    with staged_directory(folder, force=True, error=BuildError) as staged:
-        fields = target.build(request, staged, progress)
+    with contextlib.ExitStack() as stack:
+        folders = [bundle.engine_dir(device.name) for device in devices]
+        staged = [stack.enter_context(staged_directory(each, force=True, error=BuildError)) for each in folders]
+        fields = target.build(request, staged[0], progress)
+        _check_memory_bound(fields, max_memory)
         document = {
             "format": FORMAT,
-            "profile": device.name,
-            "target": backend or device.target,
+            "target": name,
             **fields,
-            **_describe_model(opened),
-            "fit": fit.to_json(),
+            **_describe_model(bundle),
             "build_seconds": round(time.monotonic() - started, 3),
             "peak_build_memory_bytes": fields.get("peak_build_memory_bytes") or peak_memory_bytes(),
         }
-        write_engine_manifest(staged, document)
-    return folder
+        for device, fit, folder in zip(devices, fits, staged, strict=True):
+            if folder is not staged[0]:
+                _link_files(staged[0], folder)
+            own: dict[str, Any] = {"profile": device.name, "fit": fit.to_json()}
+            if device.compute_capability is not None and document["compute_capability"] is not None:
+                own["compute_capability"] = list(device.compute_capability)
+            own["fit_built"] = _check_built(bundle, device, document, max_batch)
+            write_engine_manifest(folder, document | own)
+    return folders
+
+
+def _check_built(
+    bundle: Bundle, device: DeviceProfile, document: dict[str, Any], max_batch: int
+) -> dict[str, Any] | None:
+    """The fit check again with what the build log says of weights and scratch; None where there is no such log.
+
+    Raises:
+        BuildError: the engine needs more than the device has, whatever was estimated.
+    """
+    memory = document["session"].get("memory")
+    if memory is None:
+        return None
+    fit = check_fit(
+        bundle.manifest,
+        device,
+        max_batch,
+        document["max_seq_len"],
+        workspace_bytes=max(memory["activation_bytes"], default=0),
+        weight_bytes=memory["weights_bytes"],
+    )
+    if not fit.fits:
+        raise BuildError(f"by its build log, {fit.explain()}")
+    return fit.to_json()
+
+
+def _check_memory_bound(fields: dict[str, Any], max_memory: int | None) -> None:
+    """A target that knows no bound is held to it all the same: after the fact is better than not at all."""
+    peak = fields.get("peak_build_memory_bytes") or peak_memory_bytes()
+    if max_memory is not None and fields["status"] == "ready" and peak > max_memory:
+        raise BuildError(
+            f"--max-memory {size(max_memory)}: building took {size(peak)} and nothing was kept; "
+            f"use --max-memory {-(-peak // (1 << 20))}MiB or more"
+        )
+
+
+def _link_files(source: Path, folder: Path) -> None:
+    """The same files in another folder: links where the file system has them, copies elsewhere."""
+    for path in sorted(source.iterdir()):
+        if path.name == ENGINE_MANIFEST:
+            continue
+        try:
+            os.link(path, folder / path.name)
+        except OSError:
+            shutil.copyfile(path, folder / path.name)
 
 
 def pick_max_seq_len(bundle: Bundle, asked: int | None) -> int:

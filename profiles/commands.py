@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..bundle import ENGINE_MANIFEST, Bundle, read_json
 from ..errors import BuildError
 from ..progress import console_progress
-from .build import BUILD_FOLDER_MANIFEST, build, check_build_fit, finish_build, pick_max_seq_len
+from .build import (
+    BUILD_FOLDER_MANIFEST,
+    build,
+    build_portable,
+    check_build_fit,
+    finish_build,
+    pick_max_seq_len,
+)
 from .device import load_profile
-from .fit import size
+from .fit import Fit, size
 
 
 @click.command("build")
@@ -21,6 +30,8 @@ from .fit import size
 @click.option("--backend", metavar="NAME", help="Target other than the profile's own.")
 @click.option("--max-batch", default=1, show_default=True, help="Sequences that run at once.")
 @click.option("--max-seq-len", type=int, help="Tokens of prompt and answer. [default: the model's, up to 4096]")
+@click.option("--portable", is_flag=True, help="One engine for all the devices (target tensorrt_rtx).")
+@click.option("--max-memory", metavar="SIZE", help="Memory that building may take (16GiB): then several engines.")
 @click.option("--dry-run", is_flag=True, help="The fit check alone.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def build_command(
@@ -29,6 +40,8 @@ def build_command(
     backend: str | None,
     max_batch: int,
     max_seq_len: int | None,
+    portable: bool,
+    max_memory: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -47,19 +60,17 @@ def build_command(
     if dry_run:
         _dry_run(bundle, names, max_batch, max_seq_len, as_json)
         return
+    options: dict[str, Any] = {"backend": backend, "max_batch": max_batch, "max_seq_len": max_seq_len}
+    from ..export.memory import parse_size  # not at the top: `--help` must not cost what reading checkpoints does
+
+    options["max_memory"] = None if max_memory is None else parse_size(max_memory)
     folders = []
-    for name in names:
+    if portable:
         with console_progress() as progress:
-            folders.append(
-                build(
-                    bundle,
-                    name,
-                    backend=backend,
-                    max_batch=max_batch,
-                    max_seq_len=max_seq_len,
-                    progress=progress,
-                )
-            )
+            folders = build_portable(bundle, names, **options, progress=progress)
+    for name in [] if portable else names:
+        with console_progress() as progress:
+            folders.append(build(bundle, name, **options, progress=progress))
     _print_engines(folders, as_json)
 
 
@@ -71,13 +82,38 @@ def _dry_run(path: Path, names: list[str], max_batch: int, max_seq_len: int | No
     bundle = Bundle.open(path)
     length = pick_max_seq_len(bundle, max_seq_len)
     fits = [check_build_fit(bundle, load_profile(name), max_batch, length) for name in names]
+    built = [_built_fit(bundle, fit) for fit in fits]
     if as_json:
-        click.echo(json.dumps([fit.to_json() for fit in fits], indent=1))
+        documents = [fit.to_json() | {"built": after} for fit, after in zip(fits, built, strict=True)]
+        click.echo(json.dumps(documents, indent=1))
     else:
-        Console().print(fit_table(fits))
+        # A pipe has no width; 80 columns would cut the headings.
+        Console(width=None if sys.stdout.isatty() else 110).print(fit_table(fits))
+        for fit, after in zip(fits, built, strict=True):
+            if after is not None:
+                click.echo(f"{fit.profile}: the engine that is there {_compare_scratch(fit.to_json(), after)}")
     for fit in fits:
         if not fit.fits:
             raise BuildError(fit.explain())
+
+
+def _built_fit(bundle: Bundle, fit: Fit) -> dict[str, Any] | None:
+    """What the build log of the engine that is there says, where it was built for as much."""
+    path = bundle.engine_dir(fit.profile) / ENGINE_MANIFEST
+    if not path.is_file():
+        return None
+    after = read_json(path, BuildError).get("fit_built")
+    asked = (fit.max_batch, fit.max_seq_len)
+    alike = isinstance(after, dict) and (after.get("max_batch"), after.get("max_seq_len")) == asked
+    return after if alike else None
+
+
+def _compare_scratch(before: dict[str, Any], after: dict[str, Any]) -> str:
+    return (
+        f"has workspace {size(after['workspace_bytes'])} by its build log "
+        f"({size(before['workspace_bytes'])} estimated) "
+        f"and needs {size(after['total_bytes'])} of {size(after['available_bytes'])}"
+    )
 
 
 def _print_engines(folders: list[Path], as_json: bool) -> None:
@@ -91,3 +127,10 @@ def _print_engines(folders: list[Path], as_json: bool) -> None:
             f"{document['profile']}: {document['backend']} {document['backend_version']}, {document['precision']}, "
             f"{size(document['bytes'])}, {document['build_seconds']:.1f} s, {state}: {folder}"
         )
+        parts = document["session"].get("parts", ())
+        if len(parts) > 1:
+            bound = size(document["session"]["max_build_memory_bytes"])
+            ranges = ", ".join(f"{part['layers'][0]} to {part['layers'][1] - 1}" for part in parts)
+            click.echo(f"  {len(parts)} engines, so that building each takes at most {bound}: layers {ranges}")
+        if document.get("fit_built"):
+            click.echo(f"  {_compare_scratch(document['fit'], document['fit_built'])}")

@@ -1,7 +1,9 @@
 """Predicted latency of a model on a device that is not here: a roofline for each kind of operation.
 
-Each takes the longer of its bytes over the bandwidth and its operations over the arithmetic, and every kernel a fixed
-cost on top (Williams, Waterman and Patterson, Roofline, CACM 52(4), 2009). What share of either a device reaches is
+Each takes the longer of its bytes over the bandwidth and its operations over the arithmetic (Williams, Waterman and
+Patterson, Roofline, CACM 52(4), 2009). On top come what bounds small models: a gap between kernels that depend on one
+another; where no CUDA graph is captured the host's pace of launching them, a floor per layer; and a fixed cost of every
+pass over the layers, whether it decodes or takes a chunk of a prompt. What share of a device's figures is reached is
 assumed, once, in ASSUMPTIONS, with a band; the low and high ends of every predicted time come from that band.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UsageError
@@ -20,6 +22,7 @@ from .shape import bytes_per_token as bytes_per_token
 
 SCHEMA = 1
 ENDS = ("slow", "expected", "fast")
+CPU_PREFILL_CHUNK = 64  # runtime.engine.PREFILL_CHUNK, which a CPU engine's prompt goes through in
 
 
 @dataclass(frozen=True)
@@ -37,30 +40,48 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What share of its bandwidth and arithmetic a kind of device reaches, and how many kernels a layer takes."""
+    """What share of its bandwidth and arithmetic a kind of device reaches, and what its kernels cost beside them.
+
+    `host_launch_us`: the host's time for one launch, which passes unseen while the device is busy; 0 where the launches
+    are captured in a CUDA graph, or run on the host itself. `pass_overhead_us`: binding, synchronizing, copying logits.
+    `latent_kernels`: so many more a layer where the attention is latent and made of plain operations.
+    `unpack_ops_per_byte`: to bring a byte of quantized weights into registers costs as much arithmetic as so many int8
+    operations, however many tokens then use it: what bounds one token's product on a core with bandwidth to spare.
+    """
 
     bandwidth_share: Band
     flops_share: Band
     kernels_per_layer: Band
+    host_launch_us: Band
+    pass_overhead_us: Band
     source: str
+    latent_kernels: float = 0
+    unpack_ops_per_byte: float = 0
 
 
 _GPU = Assumptions(
     bandwidth_share=Band(0.30, 0.60, 0.85),
     flops_share=Band(0.15, 0.40, 0.70),
-    kernels_per_layer=Band(28, 14, 8),
+    kernels_per_layer=Band(28, 14, 10),
+    host_launch_us=Band(10, 5, 0),
+    pass_overhead_us=Band(200, 60, 20),
     source="assumed, not measured: chosen so that published decode rates (tokens/s) of Qwen3-30B-A3B on an RTX 4090 "
     "(196), on Jetson Thor (81) and of DeepSeek-V2-Lite on an RTX 3090 (180) lie in the band; those are other engines",
 )
 ASSUMPTIONS: dict[str, Assumptions] = {
     "gpu": _GPU,
-    "jetson": _GPU,
+    # The same chips in small, behind a processor that launches at half the pace.
+    "jetson": replace(_GPU, host_launch_us=Band(20, 10, 0), pass_overhead_us=Band(500, 150, 50)),
     "cpu": Assumptions(
         bandwidth_share=Band(0.60, 0.90, 1.00),
-        flops_share=Band(0.20, 0.40, 0.60),
-        kernels_per_layer=Band(100, 40, 25),
-        source="onnxruntime 1.31 on two cores of an EPYC: OLMoE-1B-7B int4 decodes at 37.5 of the 45 tokens/s that its "
-        "bytes allow and takes a prompt at 65 to 112 tokens/s; QMoE alone reads at 72% of the bandwidth",
+        flops_share=Band(0.40, 0.80, 1.20),
+        kernels_per_layer=Band(56, 28, 20),
+        host_launch_us=Band(0, 0, 0),
+        pass_overhead_us=Band(200, 60, 20),
+        latent_kernels=20,
+        unpack_ops_per_byte=7,
+        source="fitted to onnxruntime 1.31 on a core of an EPYC with AVX-512 (docs/estimates.md says how well it then "
+        "predicts other shapes); nodes a layer are those of the lowered graphs",
     ),
 }
 
@@ -163,9 +184,10 @@ def prefill_work(
     linear, attention = _precisions(device, quantized)
     element = CACHE_ELEMENT_BYTES[device.target]
     dense_experts = device.target != "onnxruntime"
+    length = CPU_PREFILL_CHUNK if device.target == "onnxruntime" else PREFILL_CHUNK
     chunks = []
-    for start in range(0, prompt_tokens, PREFILL_CHUNK):
-        tokens = min(PREFILL_CHUNK, prompt_tokens - start)
+    for start in range(0, prompt_tokens, length):
+        tokens = min(length, prompt_tokens - start)
         pairs = tokens * start + tokens * (tokens + 1) / 2  # (query, key) pairs that a causal mask leaves
         evaluated = shape.experts if dense_experts else shape.experts_per_token
         read = float(shape.sizes.get("experts", 0)) if dense_experts else shape.expert_bytes(tokens)
@@ -189,16 +211,20 @@ def prefill_work(
 def step_seconds(work: list[Work], shape: ModelShape, device: DeviceProfile, end: str = "expected") -> float:
     """Seconds of one pass over the layers, at one end of the assumed band (`slow`, `expected`, `fast`)."""
     assumed = ASSUMPTIONS[device.kind]
-    kernels = assumed.kernels_per_layer.at(end) * shape.layers
-    return sum(_seconds(each, device, end) for each in work) + kernels * device.launch_overhead_us * 1e-6
+    a_layer = assumed.kernels_per_layer.at(end) + (assumed.latent_kernels if shape.latent_attention else 0)
+    kernels = a_layer * shape.layers
+    busy = sum(_seconds(each, device, end) for each in work) + kernels * device.launch_overhead_us * 1e-6
+    launching = kernels * assumed.host_launch_us.at(end) * 1e-6
+    return max(busy, launching) + assumed.pass_overhead_us.at(end) * 1e-6
 
 
 def _seconds(work: Work, device: DeviceProfile, end: str) -> float:
     assumed = ASSUMPTIONS[device.kind]
     peak = device.flops.get(work.precision, device.flops["fp32"])
+    operations = work.flops + (assumed.unpack_ops_per_byte * work.bytes if work.precision == "int8" else 0)
     return max(
         work.bytes / (device.bandwidth_bytes_per_s * assumed.bandwidth_share.at(end)),
-        work.flops / (peak * assumed.flops_share.at(end)),
+        operations / (peak * assumed.flops_share.at(end)),
     )
 
 

@@ -126,16 +126,18 @@ def check_fit(
     *,
     cache_bytes_per_element: int | None = None,
     workspace_bytes: int | None = None,
+    weight_bytes: int | None = None,
 ) -> Fit:
     """Memory of a bundle's model on a device, and when it does not fit the single changes that make it.
 
-    `cache_bytes_per_element` is the target's own unless given; `workspace_bytes` replaces the estimate (a build log
-    knows).
+    `cache_bytes_per_element` is the target's own unless given; `workspace_bytes` and `weight_bytes` replace the
+    estimate and the bundle's own (a build log knows both).
 
     Raises:
         BundleError: the manifest lacks what every bundle has.
     """
-    question = _Question(manifest, ModelShape.from_manifest(manifest), cache_bytes_per_element, workspace_bytes)
+    shape = ModelShape.from_manifest(manifest)
+    question = _Question(manifest, shape, cache_bytes_per_element, workspace_bytes, weight_bytes)
     fit = question.ask(device, max_batch, max_seq_len)
     if fit.fits:
         return fit
@@ -183,6 +185,7 @@ class _Question:
     shape: ModelShape
     cache_element_bytes: int | None
     workspace_bytes: int | None
+    weight_bytes: int | None = None
 
     def ask(
         self,
@@ -203,7 +206,7 @@ class _Question:
             device=device.title,
             max_batch=max_batch,
             max_seq_len=max_seq_len,
-            weight_bytes=self.shape.weight_bytes if weight_bytes is None else weight_bytes,
+            weight_bytes=weight_bytes or self.weight_bytes or self.shape.weight_bytes,
             cache_bytes=self.shape.cache_bytes(
                 max_batch * max_seq_len, self.cache_element_bytes or CACHE_ELEMENT_BYTES[device.target]
             ),

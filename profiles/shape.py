@@ -37,6 +37,7 @@ class ModelShape:
     cache_width: int
     attention_parameters: int
     attention_flops_per_row: int
+    latent_attention: bool
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> ModelShape:
@@ -118,6 +119,7 @@ def _shape(manifest: Mapping[str, Any]) -> ModelShape:
         cache_width=sum(entry["width"] for entry in manifest["cache"]),
         attention_parameters=parameters,
         attention_flops_per_row=per_row,
+        latent_attention=config["attention"]["kind"] != "gqa",
     )
 
 

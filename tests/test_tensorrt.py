@@ -183,9 +183,10 @@ def test_engine_is_real_well_formed_and_described(built: Built) -> None:
     assert not int(runtime.get_engine_validity(plan[:64])[1]) & 32
     assert int(runtime.get_engine_validity(b"\0" * 64)[1]) & 32  # the check itself tells
     session = engine["session"]
-    assert session["validity"]["well_formed"] and session["numerics"]["checked"]
-    assert session["inputs"][:3] == ["input_ids", "start", "rows"]
-    assert [shapes["input_ids"] for shapes in session["profiles"]] == [[[1]] * 3, [[2], [128], [128]]]
+    assert session["parts"][0]["validity"]["well_formed"] and session["numerics"]["checked"]
+    (part,) = session["parts"]
+    assert part["inputs"][:3] == ["input_ids", "start", "rows"] and part["engine"] == "engine.plan"
+    assert [shapes["input_ids"] for shapes in part["profiles"]] == [[[1]] * 3, [[2], [128], [128]]]
     assert {entry["name"]: (entry["width"], entry["dtype"]) for entry in engine["cache"]}["latent.1"] == (32, "float16")
     assert session["cache"]["aliased"]["past.rope.2"] == "present.rope.2"
     assert any(what.startswith(f"building for {engine['profile']} (SM8") for what, _, _ in built.said)
@@ -245,7 +246,7 @@ def run_fake(tmp_path: Path, progress: Any = None) -> Any:
         package="tensorrt_rtx",
         model=tmp_path / MODEL,
         folder=tmp_path,
-        compute_capability=(8, 9),
+        compute_capabilities=((8, 9),),
         profiles=[],
         settings={"tf32": False},
         failed_log=tmp_path / "kept" / "rtx4090.failed.log",
@@ -382,7 +383,7 @@ def test_folder_is_finished_where_the_device_is(prepared: Path, monkeypatch: pyt
     monkeypatch.setattr(
         tensorrt,
         "run_builder",
-        lambda job, *rest: run_builder(dataclasses.replace(job, compute_capability=(8, 6)), *rest),
+        lambda job, *rest: run_builder(dataclasses.replace(job, compute_capabilities=((8, 6),)), *rest),
     )
     finish_build(prepared)
     engine = json.loads((prepared / "engine.json").read_text())

@@ -15,12 +15,21 @@ from ..device import DeviceProfile
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build: a bundle's model for a device, with room for `max_batch` sequences of `max_seq_len` tokens."""
+    """What to build: a bundle's model for a device, with room for `max_batch` sequences of `max_seq_len` tokens.
+
+    `also`: devices that the same engine is to serve. `max_memory`: bytes that building may take; None for no bound.
+    """
 
     bundle: Bundle
     device: DeviceProfile
     max_batch: int
     max_seq_len: int
+    also: tuple[DeviceProfile, ...] = ()
+    max_memory: int | None = None
+
+    @property
+    def devices(self) -> tuple[DeviceProfile, ...]:
+        return (self.device, *self.also)
 
 
 class Target(Protocol):

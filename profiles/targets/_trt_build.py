@@ -26,30 +26,39 @@ _CANCEL_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class BuildJob:
-    """What `_trt_builder` is to build; `profiles`: {input: [min, opt, max] shapes} for each optimization profile."""
+    """What `_trt_builder` is to build; `profiles`: {input: [min, opt, max] shapes} for each optimization profile.
+
+    One engine for all `compute_capabilities`; for the GPU at hand where there are none.
+    """
 
     package: str
     model: Path
     folder: Path
-    compute_capability: tuple[int, int] | None
+    compute_capabilities: tuple[tuple[int, int], ...]
     profiles: list[dict[str, list[list[int]]]]
     settings: dict[str, Any]
     failed_log: Path
+    plan_name: str = PLAN
+    log_name: str = LOG
+
+    @property
+    def log(self) -> Path:
+        return self.folder / self.log_name
 
     def to_json(self) -> dict[str, Any]:
         return {
             "package": self.package,
             "model": str(self.model.absolute()),
-            "engine": str((self.folder / PLAN).absolute()),
-            "log": str((self.folder / LOG).absolute()),
-            "compute_capability": None if self.compute_capability is None else list(self.compute_capability),
+            "engine": str((self.folder / self.plan_name).absolute()),
+            "log": str(self.log.absolute()),
+            "compute_capabilities": [list(each) for each in self.compute_capabilities],
             "profiles": self.profiles,
             "settings": self.settings,
         }
 
 
 def run_builder(job: BuildJob, title: str, progress: Progress | None) -> dict[str, Any]:
-    """Build engine.plan and build.log in the job's folder.
+    """Build the plan and its log in the job's folder.
 
     Returns version, validity (well_formed, status, diagnostics; or None), seconds and peak_bytes.
 
@@ -155,7 +164,7 @@ def _describe_end(returncode: int, job: BuildJob, said: str) -> str:
             name = signal.Signals(-returncode).name
         except ValueError:
             name = f"signal {-returncode}"
-        error = _last_error(job.folder / LOG)
+        error = _last_error(job.log)
         return f"the builder crashed ({name})" + (f" after: {error}" if error else "")
     return said.splitlines()[-1] if said else f"the builder ended with status {returncode}"
 
@@ -172,7 +181,7 @@ def _last_error(log: Path) -> str | None:
 
 
 def _failure(job: BuildJob, reason: str) -> BuildError:
-    log = job.folder / LOG
+    log = job.log
     where = ""
     if log.is_file():
         if log.resolve() != job.failed_log.resolve():

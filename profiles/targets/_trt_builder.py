@@ -88,13 +88,15 @@ def _configure(trt: Any, config: Any, job: dict[str, Any]) -> None:
         config.clear_flag(trt.BuilderFlag.TF32)
     if settings.get("optimization_level") is not None:
         config.builder_optimization_level = settings["optimization_level"]
-    if job["compute_capability"] is not None:
-        name = "SM" + "".join(str(part) for part in job["compute_capability"])
+    names = ["SM" + "".join(str(digit) for digit in each) for each in job["compute_capabilities"]]
+    if names:
         known = [each for each in trt.ComputeCapability.__members__ if each.startswith("SM")]
-        if name not in known:
-            raise _Failure(f"{job['package']} {trt.__version__} builds for {', '.join(known)}, not for {name}")
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(trt.ComputeCapability.__members__[name], 0)
+        for name in names:
+            if name not in known:
+                raise _Failure(f"{job['package']} {trt.__version__} builds for {', '.join(known)}, not for {name}")
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            config.set_compute_capability(trt.ComputeCapability.__members__[name], index)
 
 
 def _add_profiles(builder: Any, config: Any, network: Any, profiles: list[dict[str, list[list[int]]]]) -> None:
@@ -167,7 +169,15 @@ def _check_validity(trt: Any, logger: Any, engine: str) -> dict[str, Any] | None
 
 
 def _peak_bytes() -> int | None:
-    """The largest resident memory of this process; None on Windows."""
+    """The largest resident memory of this process; None on Windows.
+
+    Linux hands what `getrusage` gives on to the programs that a process starts: here that would be the parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
     if sys.platform == "win32":
         return None
     import resource

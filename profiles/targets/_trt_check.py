@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ...bundle import MODEL, Bundle, Progress
+from ...bundle import Bundle, Progress
 from ...errors import BuildError, ParityError, require
 from ...export.config import MoEConfig
 from ...runtime import machine
 from ._canonical import Array, load_canonical
+from ._trt_parts import Part, whole
 from .tensorrt_network import lower_network
 
 TOLERANCE = 1e-4  # of a logit, relative where the largest is above 1
@@ -33,28 +34,37 @@ _SEEDS = (0, 1)
 _TITLE = "checking the lowered network"
 
 
-def check_numerics(bundle: Bundle, progress: Progress | None = None) -> dict[str, Any]:
-    """Compare the lowered network with the canonical graph; returns what engine.json keeps of it.
+def check_numerics(
+    bundle: Bundle,
+    progress: Progress | None = None,
+    *,
+    parts: Sequence[Part] | None = None,
+    max_memory: int | None = None,
+) -> dict[str, Any]:
+    """Compare the lowered network, its `parts` chained, with the canonical graph; returns what engine.json keeps of it.
 
     Raises:
         ParityError: their logits differ.
     """
     require("onnxruntime", purpose="check the network that TensorRT is given")
-    layers, total = pick_layers(bundle), int(bundle.config["num_hidden_layers"])
+    layers, total = pick_layers(bundle, max_memory), int(bundle.config["num_hidden_layers"])
     if layers == 0:
-        return {"checked": False, "reason": "this machine's memory does not hold a dequantized layer of experts"}
+        whose = "this machine's memory" if max_memory is None else "the bound on memory"
+        return {"checked": False, "reason": f"{whose} does not hold a dequantized layer of experts"}
+    parts = parts or whole(total)
     worst = math.inf
     with tempfile.TemporaryDirectory(prefix="moedge-check-") as scratch:
         # Two routers' scores may lie closer than rounding, so that another order of sums picks another expert: other
         # tokens then decide. A wrong lowering is wrong for both.
         for seed in _SEEDS:
-            worst = min(worst, _compare(bundle, layers, Path(scratch), seed, progress))
+            worst = min(worst, _compare(bundle, layers, parts, Path(scratch), seed, progress))
             if worst <= TOLERANCE:
                 return {
                     "checked": True,
                     "against": "canonical graph on onnxruntime, float32",
                     "layers": layers,
                     "of_layers": total,
+                    "chained": sum(part.start < layers for part in parts),
                     "difference": worst,
                     "tolerance": TOLERANCE,
                 }
@@ -65,7 +75,7 @@ def check_numerics(bundle: Bundle, progress: Progress | None = None) -> dict[str
     )
 
 
-def pick_layers(bundle: Bundle) -> int:
+def pick_layers(bundle: Bundle, max_memory: int | None = None) -> int:
     """How many of the first layers the check takes, a mixture among them; 0 where this machine cannot hold one."""
     model, config = load_canonical(bundle)
     total = config.num_hidden_layers
@@ -76,11 +86,13 @@ def pick_layers(bundle: Bundle) -> int:
         largest = max(largest, int(tensor.size))
         if value.name.startswith("layers."):
             parameters[int(value.name.split(".")[1])] += int(tensor.size)
-    memory = machine.memory_bytes() or 8 << 30
-    if 4 * _COPIES * largest > memory // 2:
+    memory = (machine.memory_bytes() or 8 << 30) // 2
+    memory = memory if max_memory is None else min(memory, max_memory)
+    if 4 * _COPIES * largest > memory:
         return 0
+    most = MOST_PARAMETERS if max_memory is None else min(MOST_PARAMETERS, max_memory // (4 * _COPIES))
     least = min(config.moe.layers, default=0) + 1
-    return max(least, sum(sum(parameters[: layer + 1]) <= MOST_PARAMETERS for layer in range(total)))
+    return max(least, sum(sum(parameters[: layer + 1]) <= most for layer in range(total)))
 
 
 def keep_layers(model: ir.Model, layers: int, config: MoEConfig) -> None:
@@ -96,16 +108,16 @@ def keep_layers(model: ir.Model, layers: int, config: MoEConfig) -> None:
 
 
 class NetworkRunner:
-    """A lowered network on onnxruntime, with its cache: what a session does on a GPU."""
+    """A lowered network on onnxruntime, or its parts chained, with its cache: what a session does on a GPU."""
 
-    def __init__(self, path: Path) -> None:
-        self.session = open_plain_session(path)
+    def __init__(self, *paths: Path) -> None:
+        self.sessions = [open_plain_session(path) for path in paths]
         self.cache: dict[str, Array] = {}
-        for value in self.session.get_inputs():
-            if value.name.startswith("past."):
-                dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-                self.cache[value.name.removeprefix("past.")] = np.zeros(value.shape, dtype)
-        self.outputs = [output.name for output in self.session.get_outputs()]
+        for session in self.sessions:
+            for value in session.get_inputs():
+                if value.name.startswith("past."):
+                    dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+                    self.cache[value.name.removeprefix("past.")] = np.zeros(value.shape, dtype)
         self.length = 0
 
     def step(self, tokens: Sequence[int]) -> dict[str, Array]:
@@ -114,7 +126,13 @@ class NetworkRunner:
         feeds["input_ids"] = np.array(tokens, np.int64)
         feeds["start"] = np.array([self.length], np.int64)
         feeds["rows"] = np.arange(len(tokens), dtype=np.int64)
-        results: dict[str, Array] = dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
+        results: dict[str, Array] = {}
+        for session in self.sessions:
+            names = [output.name for output in session.get_outputs()]
+            taken = {value.name: feeds[value.name] for value in session.get_inputs()}
+            results |= dict(zip(names, session.run(names, taken), strict=True))
+            if "hidden.next" in results:
+                feeds["hidden"] = results.pop("hidden.next")
         self.cache = {name: results.pop(f"present.{name}") for name in self.cache}
         self.length += len(tokens)
         return results
@@ -136,19 +154,24 @@ def open_plain_session(model: Path | bytes, external: Path | None = None) -> Any
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def _compare(bundle: Bundle, layers: int, scratch: Path, seed: int, progress: Progress | None) -> float:
+def _compare(
+    bundle: Bundle, layers: int, parts: Sequence[Part], scratch: Path, seed: int, progress: Progress | None
+) -> float:
     """`difference` between the float32 form, run in CHUNKS, and the canonical graph, of the first layers."""
-    model, config = load_canonical(bundle)
-    keep_layers(model, layers, config)
-    network = lower_network(model, config, sum(CHUNKS) + 3, real=ir.DataType.FLOAT)
-    network.weights.write(scratch / network.weights.location)
-    network.save(scratch, MODEL)
+    kept = [Part(part.start, min(part.stop, layers), layers) for part in parts if part.start < layers]
+    for part in kept:
+        model, config = load_canonical(bundle)
+        keep_layers(model, layers, config)
+        network = lower_network(model, config, sum(CHUNKS) + 3, real=ir.DataType.FLOAT, part=part)
+        network.weights.write(scratch / part.weights)
+        network.save(scratch, part.model)
     tokens = draw_tokens(bundle, seed)
-    return _run_both(bundle, layers, NetworkRunner(scratch / MODEL), tokens, _TITLE, progress)[0]
+    runner = NetworkRunner(*[scratch / part.model for part in kept])
+    return _run_both(bundle, layers, runner, tokens, _TITLE, progress)[0]
 
 
-def measure_half(bundle: Bundle, folder: Path, progress: Progress | None = None) -> dict[str, Any] | None:
-    """How far the half precision form, as written in `folder`, is from the canonical graph.
+def measure_half(bundle: Bundle, paths: list[Path], progress: Progress | None = None) -> dict[str, Any] | None:
+    """How far the half precision form, as written part by part in `paths`, is from the canonical graph.
 
     None where this onnxruntime has no half precision kernels for it, or the model is too large to bother.
 
@@ -162,7 +185,7 @@ def measure_half(bundle: Bundle, folder: Path, progress: Progress | None = None)
     layers, tokens = int(bundle.config["num_hidden_layers"]), draw_tokens(bundle, _SEEDS[0])
     unable = ort.capi.onnxruntime_pybind11_state
     try:
-        runner = NetworkRunner(folder / MODEL)
+        runner = NetworkRunner(*paths)
         worst, same = _run_both(bundle, layers, runner, tokens, "measuring half precision", progress)
     except (unable.NotImplemented, unable.Fail):
         return None

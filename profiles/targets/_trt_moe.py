@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ._canonical import Matrix, attributes_of, find_matrix, linear_matrix
-from ._trt_weights import Stored, check_symmetric
+from ._trt_weights import Stored
 
 if TYPE_CHECKING:
     from .tensorrt_network import Lowering
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Mixture:
-    """gate_up [E*2I, H] and down [H, E*I]; `choices` experts a token."""
+    """gate_up [E*2I, H] and down [H, E*I]; `choices` experts a token.
+
+    `biased`: gate_up_bias [E, 2I] and down_bias [E, H], and the activation is clamped: gpt-oss's.
+    """
 
     gate_up: Stored
     down: Stored
@@ -29,35 +32,44 @@ class _Mixture:
     choices: int
     hidden: int
     inner: int
+    biased: _Biased | None = None
+
+
+@dataclass(frozen=True)
+class _Biased:
+    gate_up: ir.Value
+    down: ir.Value
+    alpha: float
+    limit: float
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """An MLP on the same input whose output is added to the experts'."""
+    """An MLP on the same input whose output is added to the experts', weighed by `gate` [T, 1] where it has one."""
 
     gate_up: Matrix
     down: Matrix
     add: ir.Node
+    gate: ir.Value | None
 
 
 def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
-    """What replaces an `Experts` call; a shared MLP moves in as experts that every token chooses with weight 1."""
+    """What replaces an `Experts` or `BiasedExperts` call; a shared MLP moves in as experts that every token chooses."""
     x, experts, weights = call.inputs[:3]
     assert x is not None and experts is not None and weights is not None
-    gate_up, down = find_matrix(call.inputs[3]), find_matrix(call.inputs[4])
+    biased = _biases_of(lowering, call)
+    gate_up, down = find_matrix(call.inputs[3]), find_matrix(call.inputs[5 if biased else 4])
     count, hidden, inner = down.shape
     gate = experts.producer()
     assert gate is not None
     choices = int(attributes_of(gate)["top_k"])
-    shared = _find_shared(call, gate_up, down)
+    shared = None if biased else _find_shared(call, gate_up, down)
     more = 0
     if shared is not None:
         more = shared.down.shape[1] // inner
-        experts, weights = _choose_always(lowering, experts, weights, count, more)
+        experts, weights = _choose_always(lowering, experts, weights, count, more, shared.gate)
         shared.add.outputs[0].replace_all_uses_with(call.outputs[0])
     name = str(call.name)
-    for matrix in (gate_up, down):
-        check_symmetric(matrix, name)
     shared_gate_up, shared_down = (None, None) if shared is None else (shared.gate_up, shared.down)
     mixture = _Mixture(
         lowering.put_stored(lowering.weights.expert_rows(f"{name}.gate_up.lowered", gate_up, shared_gate_up)),
@@ -66,6 +78,7 @@ def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
         choices + more,
         hidden,
         inner,
+        biased,
     )
     inputs = (lowering.half(x), experts, weights)
     few = _sparse(lowering, mixture, *[lowering.first_rows(value) for value in inputs])
@@ -73,39 +86,72 @@ def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
     return [lowering.rewriter.op("Concat", [few, many], axis=0)]
 
 
+def _biases_of(lowering: Lowering, call: ir.Node) -> _Biased | None:
+    if call.op_type != "BiasedExperts":
+        return None
+    attributes, gate_up, down = attributes_of(call), call.inputs[4], call.inputs[6]
+    assert gate_up is not None and down is not None
+    rows = lowering.put(lowering.weights.gate_before_up(f"{call.name}.gate_up.bias.lowered", gate_up))
+    return _Biased(rows, down, attributes["alpha"], attributes["limit"])
+
+
+def _activate(lowering: Lowering, mixture: _Mixture, both: ir.Value) -> ir.Value:
+    """float32 [..., 2I] of gate and up -> [..., I]."""
+    op, constant = lowering.rewriter.op, lowering.rewriter.constant
+    gate, up = lowering.rewriter.ops("Split", [both, lowering.rewriter.ints(mixture.inner, mixture.inner)], 2, axis=2)
+    if mixture.biased is None:
+        return op("Mul", [op("Mul", [gate, op("Sigmoid", [gate])]), up])
+
+    def number(value: float) -> ir.Value:
+        return constant(f"float.{value!r}", np.array(value, np.float32))
+
+    limit = mixture.biased.limit
+    gate = op("Min", [gate, number(limit)])
+    up = op("Add", [op("Clip", [up, number(-limit), number(limit)]), number(1.0)])
+    return op("Mul", [op("Mul", [gate, op("Sigmoid", [op("Mul", [gate, number(mixture.biased.alpha)])])]), up])
+
+
 def _find_shared(call: ir.Node, gate_up: Matrix, down: Matrix) -> _Shared | None:
-    """Add(Experts(x, ...), Linear(SwiGLU(Linear(x)))) with weights stored like the experts', some times as wide."""
+    """Add(Experts(x, ...), Linear(SwiGLU(Linear(x)))) with weights stored like the experts', some times as wide.
+
+    The second may be multiplied by a Sigmoid.
+    """
     uses = list(call.outputs[0].uses())
     if len(uses) != 1 or uses[0].node.op_type != "Add":
         return None
     add = uses[0].node
-    other = add.inputs[1 - uses[0].idx]
-    last = other.producer() if other is not None else None
-    activation = last.inputs[0].producer() if last is not None and last.op_type == "MatMul" and last.inputs[0] else None
-    if activation is None or activation.op_type != "SwiGLU" or activation.inputs[0] is None:
+    last = _producer(add.inputs[1 - uses[0].idx], "Mul", "MatMul")
+    gate = None
+    if last is not None and last.op_type == "Mul":
+        gate = last.inputs[1] if _producer(last.inputs[1], "Sigmoid") is not None else None
+        last = _producer(last.inputs[0], "MatMul") if gate is not None else None
+    activation = _producer(last.inputs[0], "SwiGLU") if last is not None else None
+    first = _producer(activation.inputs[0], "MatMul") if activation is not None else None
+    if last is None or first is None or first.inputs[0] is not call.inputs[0]:
         return None
-    first = activation.inputs[0].producer()
-    if first is None or first.op_type != "MatMul" or first.inputs[0] is not call.inputs[0]:
-        return None
-    assert last is not None
-    shared = _Shared(linear_matrix(first), linear_matrix(last), add)
+    shared = _Shared(linear_matrix(first), linear_matrix(last), add, gate)
     alike = shared.gate_up.bits == gate_up.bits and shared.down.bits == down.bits
     whole = shared.down.shape[1] % down.shape[2] == 0
-    check_symmetric(shared.gate_up, str(call.name))
-    check_symmetric(shared.down, str(call.name))
     return shared if alike and whole else None
 
 
+def _producer(value: ir.Value | None, *kinds: str) -> ir.Node | None:
+    """What makes a value, if it is of one of these kinds."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type in kinds else None
+
+
 def _choose_always(
-    lowering: Lowering, experts: ir.Value, weights: ir.Value, count: int, more: int
+    lowering: Lowering, experts: ir.Value, weights: ir.Value, count: int, more: int, gate: ir.Value | None
 ) -> tuple[ir.Value, ir.Value]:
-    """Experts `count` to `count + more - 1` behind each token's own choices."""
+    """Experts `count` to `count + more - 1` behind each token's own choices, with weight `gate` or 1."""
     op, rewriter = lowering.rewriter.op, lowering.rewriter
     shape = op("Concat", [op("Shape", [experts], start=0, end=1), rewriter.ints(more)], axis=0)
     ids = rewriter.constant(f"shared.{count}.{more}", np.arange(count, count + more, dtype=np.int64)[None])
-    ones = rewriter.constant(f"shared.{more}.weight", np.ones((1, more), np.float32))
+    if gate is None:
+        gate = rewriter.constant(f"shared.{more}.weight", np.ones((1, more), np.float32))
     experts = op("Concat", [experts, op("Expand", [ids, shape])], axis=1)
-    return experts, op("Concat", [weights, op("Expand", [ones, shape])], axis=1)
+    return experts, op("Concat", [weights, op("Expand", [gate, shape])], axis=1)
 
 
 def _sparse(lowering: Lowering, mixture: _Mixture, x: ir.Value, experts: ir.Value, weights: ir.Value) -> ir.Value:
@@ -116,13 +162,18 @@ def _sparse(lowering: Lowering, mixture: _Mixture, x: ir.Value, experts: ir.Valu
     matrix = _chosen(lowering, mixture.gate_up, [count, rows, hidden], 0, experts, [-1, choices, rows, hidden])
     terms = op("Mul", [matrix, op("Unsqueeze", [x, ints(1, 2)])])
     both = op("ReduceSum", [lowering.full(terms), ints(3)], keepdims=0)  # [M, k, 2I]
-    gate, up = lowering.rewriter.ops("Split", [both, ints(inner, inner)], 2, axis=2)
-    h = lowering.half(op("Mul", [op("Mul", [gate, op("Sigmoid", [gate])]), up]))
+    if mixture.biased is not None:
+        both = op("Add", [both, op("Gather", [mixture.biased.gate_up, experts], axis=0)])
+    h = lowering.half(_activate(lowering, mixture, both))
     matrix = _chosen(lowering, mixture.down, [hidden, count, inner], 1, experts, [hidden, -1, choices, inner])
     terms = op("Mul", [matrix, op("Unsqueeze", [h, ints(0)])])
     outputs = op("ReduceSum", [lowering.full(terms), ints(3)], keepdims=0)  # [H, M, k]
     weighted = op("Mul", [outputs, op("Unsqueeze", [weights, ints(0)])])
-    return op("Transpose", [op("ReduceSum", [weighted, ints(2)], keepdims=0)], perm=[1, 0])
+    y = op("Transpose", [op("ReduceSum", [weighted, ints(2)], keepdims=0)], perm=[1, 0])
+    if mixture.biased is None:
+        return y
+    biases = op("Mul", [op("Gather", [mixture.biased.down, experts], axis=0), op("Unsqueeze", [weights, ints(2)])])
+    return op("Add", [y, op("ReduceSum", [biases, ints(1)], keepdims=0)])
 
 
 def _chosen(
@@ -141,6 +192,9 @@ def _chosen(
     codes = op("Gather", [op("Reshape", [codes, ints(*blocks, weight.block)]), experts], axis=axis)
     scales = op("Gather", [op("Reshape", [weight.scales, ints(*blocks)]), experts], axis=axis)
     values = op("Mul", [codes, op("Unsqueeze", [scales, ints(4)])])
+    if weight.offsets is not None:
+        offsets = op("Gather", [op("Reshape", [weight.offsets, ints(*blocks)]), experts], axis=axis)
+        values = op("Add", [values, op("Unsqueeze", [offsets, ints(4)])])
     return op("Reshape", [values, ints(*chosen)], allowzero=1)
 
 
@@ -152,7 +206,8 @@ def _dense(lowering: Lowering, mixture: _Mixture, x: ir.Value, experts: ir.Value
     is_chosen = op("Cast", [op("Equal", [op("Unsqueeze", [experts, ints(2)]), ids])], to=int(ir.DataType.FLOAT))
     gates = op("ReduceSum", [op("Mul", [is_chosen, op("Unsqueeze", [weights, ints(2)])]), ints(1)], keepdims=0)
     both = op("Reshape", [lowering.multiply(x, mixture.gate_up), ints(-1, count, 2 * inner)], allowzero=1)
-    gate, up = lowering.rewriter.ops("Split", [both, ints(inner, inner)], 2, axis=2)
-    h = op("Mul", [op("Mul", [op("Mul", [gate, op("Sigmoid", [gate])]), up]), op("Unsqueeze", [gates, ints(2)])])
-    flat = op("Reshape", [h, ints(-1, count * inner)], allowzero=1)
-    return lowering.multiply(flat, mixture.down)
+    if mixture.biased is not None:
+        both = op("Add", [both, mixture.biased.gate_up])
+    h = op("Mul", [_activate(lowering, mixture, both), op("Unsqueeze", [gates, ints(2)])])
+    y = lowering.multiply(op("Reshape", [h, ints(-1, count * inner)], allowzero=1), mixture.down)
+    return y if mixture.biased is None else op("Add", [y, op("MatMul", [gates, mixture.biased.down])])

@@ -1,14 +1,15 @@
 """The weights of a TensorRT network: a file of its own, in layouts that TensorRT reads fast, streamed from weights.bin.
 
-TensorRT takes signed INT4 and INT8 with zero point 0: codes are flipped as they pass (XOR 0x88 and 0x80). Every matrix
-has one layout that both optimization profiles read, because a second one is a second copy in the engine.
+TensorRT takes signed INT4 and INT8 with zero point 0: codes are flipped as they pass (XOR 0x88 and 0x80). Zero points
+become offsets: scale * (code - zero point) = scale * flipped + scale * (middle - zero point). Every matrix has one
+layout that both optimization profiles read, because a second one is a second copy in the engine.
 N = out, K = in, B = block (inputs that share a scale), E = experts, H = hidden size, I = intermediate size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,16 @@ _FLOATS: dict[Any, type[np.generic]] = {ir.DataType.FLOAT: np.float32, ir.DataTy
 
 @dataclass(frozen=True)
 class Stored:
-    """A lowered matrix: codes with scales and their block, or floating point (`bits` 0)."""
+    """A lowered matrix: codes with scales and their block, or floating point (`bits` 0).
+
+    `offsets`, like the scales: what each value of a block is more than code times scale; None for nothing.
+    """
 
     data: ir.Value
     scales: ir.Value | None
     bits: int
     block: int
+    offsets: ir.Value | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,12 @@ class LoweredWeights:
         block = _split_block(first.block_size, width)
         codes = self.add(name, _CODES[first.bits], (rows, width), _each_row(data, _flip_of(first)))
         scale_rows = _each_row(_scales_of(matrices), lambda part: self._scales(part, first.block_size, block, name))
-        scales = self.add(f"{name}.scales", self.real, (rows, width // block), scale_rows)
-        return Stored(codes, scales, first.bits, block)
+        shape = (rows, width // block)
+        scales = self.add(f"{name}.scales", self.real, shape, scale_rows)
+        if all(matrix.symmetric for matrix in matrices):
+            return Stored(codes, scales, first.bits, block)
+        offset_rows = _each_row([_Offsets(matrix, block) for matrix in matrices], self._real)
+        return Stored(codes, scales, first.bits, block, self.add(f"{name}.offsets", self.real, shape, offset_rows))
 
     def expert_rows(self, name: str, experts: Matrix, shared: Matrix | None) -> Stored:
         """gate_up [E, 2I, H], rows interleaved, as [E*2I, H] with each expert's gate rows before its up rows.
@@ -128,13 +137,20 @@ class LoweredWeights:
             block = _split_block(block, shape[1])
         codes = self.add(name, _CODES[experts.bits], shape, lambda: place(experts.data, tail, _flip_of(experts)))
         narrow = [_Narrowed(matrix, block) for matrix in matrices]
+        blocks = (shape[0], shape[1] // block)
         scales = self.add(
             f"{name}.scales",
             self.real,
-            (shape[0], shape[1] // block),
+            blocks,
             lambda: place(narrow[0], narrow[1] if shared else None, lambda part: self._scales(part, 1, 1, name)),
         )
-        return Stored(codes, scales, experts.bits, block)
+        if all(matrix.symmetric for matrix in matrices):
+            return Stored(codes, scales, experts.bits, block)
+        more = [_Offsets(matrix, block) for matrix in matrices]
+        offsets = self.add(
+            f"{name}.offsets", self.real, blocks, lambda: place(more[0], more[1] if shared else None, self._real)
+        )
+        return Stored(codes, scales, experts.bits, block, offsets)
 
     def heads(self, name: str, matrix: Matrix, *, turned: bool) -> ir.Value:
         """[heads, a, b] floating point, `turned` to [heads, b, a]."""
@@ -147,6 +163,16 @@ class LoweredWeights:
                 yield self._real(view[head].T if turned else view[head])
 
         return self.add(name, self.real, shape, chunks)
+
+    def gate_before_up(self, name: str, biases: ir.Value) -> ir.Value:
+        """float32 [E, 2I], interleaved, as [E, 2I] with each expert's gate before its up."""
+        assert biases.const_value is not None
+        count, double = biases.const_value.shape.numpy()
+
+        def chunks() -> Iterator[Array]:
+            yield _bytes_or_floats(biases).reshape(count, double // 2, 2).transpose(0, 2, 1)
+
+        return self.add(name, ir.DataType.FLOAT, (count, double), chunks)
 
     def take_over(self, graph: ir.Graph) -> None:
         """Copy what the graph still reads from elsewhere: norms, routers, biases, in float32 as they are."""
@@ -201,25 +227,43 @@ class LoweredWeights:
         return clamped
 
 
-def check_symmetric(matrix: Matrix, name: str) -> None:
-    """TensorRT knows no zero points.
-
-    Raises:
-        BuildError: the matrix was quantized with zero points of its own.
-    """
-    if not matrix.symmetric:
-        raise BuildError(
-            f"{name} has zero points, which TensorRT does not take; export with an algorithm that makes none: "
-            "moedge export ... --algorithm rtn"
-        )
-
-
 @dataclass(frozen=True)
 class _Narrowed:
     """Scales of a matrix, repeated for a narrower block; stands for the value of the scales."""
 
     matrix: Matrix
     block: int
+
+
+@dataclass(frozen=True)
+class _Offsets:
+    """Offsets of a matrix, repeated for a narrower block."""
+
+    matrix: Matrix
+    block: int
+
+    def read(self) -> Array:
+        """float32, shaped like the repeated scales."""
+        matrix, middle = self.matrix, 1 << (self.matrix.bits - 1)
+        assert matrix.scales is not None
+        scales = _bytes_or_floats(matrix.scales)
+        if matrix.symmetric or matrix.zero_points is None:
+            offsets = np.zeros(scales.shape, np.float32)
+        else:
+            offsets = scales * (np.float32(middle) - _zero_points(matrix.zero_points).reshape(scales.shape))
+        return np.repeat(offsets, matrix.block_size // self.block, axis=-1)
+
+
+def _zero_points(value: ir.Value) -> Array:
+    """uint8 [n], one for each group, of a tensor that packs two of 4 bits into a byte, the low one first."""
+    tensor = value.const_value
+    assert isinstance(tensor, ir.ExternalTensor) and tensor.length is not None
+    held = np.memmap(tensor.path, dtype=np.uint8, mode="r", offset=tensor.offset or 0, shape=(tensor.length,))
+    if tensor.dtype != ir.DataType.UINT4:
+        return held
+    pairs = np.stack([held & 15, held >> 4], axis=-1).reshape(-1)
+    points: Array = pairs[: math.prod(_shape_of(tensor))]
+    return points
 
 
 def _split_block(block: int, width: int) -> int:
@@ -236,8 +280,10 @@ def _flip_of(matrix: Matrix) -> Callable[[Array], Array]:
     return lambda part: part ^ flip
 
 
-def _bytes_or_floats(source: ir.Value | _Narrowed) -> Array:
+def _bytes_or_floats(source: ir.Value | _Narrowed | _Offsets) -> Array:
     """A mapped view [..., width]: codes as bytes (two INT4 each), floats as they are."""
+    if isinstance(source, _Offsets):
+        return source.read()
     if isinstance(source, _Narrowed):
         assert source.matrix.scales is not None
         view = _bytes_or_floats(source.matrix.scales)
@@ -259,7 +305,7 @@ def _whole(source: ir.Value) -> Chunks:
     return lambda: iter([_bytes_or_floats(source)])
 
 
-def _each_row(sources: list[ir.Value], change: Callable[[Array], Array]) -> Chunks:
+def _each_row(sources: Sequence[ir.Value | _Offsets], change: Callable[[Array], Array]) -> Chunks:
     """Rows of [N, width] matrices in order, `change`d."""
 
     def chunks() -> Iterator[Array]:

@@ -1,6 +1,7 @@
 """Target `tensorrt`: engines by the TensorRT of JetPack and data centres, which builds only on the device itself.
 
-Elsewhere `build` writes a folder with all that the device needs; `moedge build FOLDER` finishes it there.
+Elsewhere `build` writes a folder with all that the device needs; `moedge build FOLDER` finishes it there, and goes on
+behind the last finished part where it was interrupted.
 """
 
 from __future__ import annotations
@@ -10,16 +11,23 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from ...bundle import MODEL, Progress, file_entry, find_faults, read_json, write_json
+from ...bundle import Progress, file_entry, find_faults, read_json, write_json
 from ...errors import BuildError
 from ...runtime import machine
 from . import BuildRequest
-from ._trt_build import LOG, BuildJob, run_builder
-from .tensorrt_rtx import SETTINGS, describe_result, prepare_network, shape_profiles
+from ._trt_build import BuildJob, run_builder
+from ._trt_network_files import (
+    SETTINGS,
+    add_memory,
+    describe_plain_part,
+    describe_result,
+    prepare_network,
+    write_part,
+)
 
 PACKAGE = "tensorrt"
 MINIMUM = (10, 15)  # the in-place cache layer came with it
-FOLDER_FORMAT = 1
+FOLDER_FORMAT = 2
 MANIFEST = "build.json"
 
 _README = """\
@@ -32,6 +40,9 @@ build.json says with which settings; engine.plan and engine.json are what comes 
 def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dict[str, Any]:
     """Write the lowered network, its weights and build.json; build at once where this machine is the device.
 
+    The network is cut so that building a part fits `request.max_memory`, or the device's memory where that is not
+    given.
+
     Raises:
         BuildError: a size beyond this target, or the builder failed.
         ParityError: the lowered network is not the canonical graph.
@@ -43,14 +54,31 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
             f"{request.device.name} has no compute capability, and TensorRT builds for NVIDIA GPUs alone; "
             "use --backend onnxruntime"
         )
-    prepared = prepare_network(request, folder, progress)
+    bound = request.max_memory or request.device.available_bytes
+    prepared = prepare_network(request, bound, progress)
     fields = prepared.fields | {
         "backend": PACKAGE,
         "backend_version": f">={_dotted(MINIMUM)}",
         "compute_capability": list(capability),
         "status": "prepared",
     }
-    weights = prepared.network.weights.location
+    parts = []
+    for part in prepared.parts:
+        network = write_part(request, part, folder, progress)
+        parts.append(describe_plain_part(part, network, request.max_seq_len))
+    prepared.measure_half(request, [folder / part.model for part in prepared.parts], progress)
+    fields["session"] |= {"parts": parts, "max_build_memory_bytes": bound}
+    files = [name for part in prepared.parts for name in (part.model, part.weights)]
+    _write_manifest(request, folder, fields, prepared.smallest_matrix, files)
+    if importlib.util.find_spec(PACKAGE) is not None and _is_here(capability):
+        fields |= finish(folder, progress)
+    return fields
+
+
+def _write_manifest(
+    request: BuildRequest, folder: Path, fields: dict[str, Any], smallest_matrix: int, files: list[str]
+) -> None:
+    """build.json, which is all that the device goes by, and three lines for whoever finds the folder."""
     manifest = {
         "format": FOLDER_FORMAT,
         "target": PACKAGE,
@@ -58,19 +86,17 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         "device": request.device.title,
         "package": PACKAGE,
         "package_minimum": _dotted(MINIMUM),
-        "compute_capability": list(capability),
+        "compute_capability": fields["compute_capability"],
         "settings": SETTINGS,
-        "profiles": shape_profiles(request.max_seq_len),
-        "smallest_matrix": prepared.smallest_matrix,
+        "parts": fields["session"]["parts"],
+        "built": {},  # by engine: grows on the device, part by part
+        "smallest_matrix": smallest_matrix,
         "session": fields["session"],
-        "files": {name: file_entry(folder / name) for name in (MODEL, weights)},
+        "files": {name: file_entry(folder / name) for name in files},
     }
     write_json(folder / MANIFEST, manifest)
     readme = _README.format(minimum=_dotted(MINIMUM), title=request.device.title, folder=request.device.name)
     (folder / "README.txt").write_text(readme, encoding="utf-8")
-    if importlib.util.find_spec(PACKAGE) is not None and _is_here(capability):
-        fields |= finish(folder, progress)
-    return fields
 
 
 def finish(folder: Path, progress: Progress | None) -> dict[str, Any]:
@@ -96,31 +122,56 @@ def finish(folder: Path, progress: Progress | None) -> dict[str, Any]:
             f"{here}: TensorRT builds only for the GPU at hand; copy the folder to the device and run there: "
             f"moedge build {folder}"
         )
-    job = BuildJob(
-        package=str(manifest["package"]),
-        model=folder / MODEL,
-        folder=folder,
-        compute_capability=None,
-        profiles=manifest["profiles"],
-        settings=manifest["settings"],
-        failed_log=folder / LOG,
-    )
-    result = run_builder(job, f"building for {manifest['profile']}", progress)
-    session = manifest["session"] | describe_result(result, folder, int(manifest["smallest_matrix"]))
+    parts = [_finish_part(folder, manifest, part, progress) for part in manifest["parts"]]
+    session = manifest["session"] | {"parts": parts, **add_memory(parts)}
+    peaks = [part["peak_build_memory_bytes"] or 0 for part in parts]
+    versions = {str(manifest["built"][part["engine"]]["version"]) for part in parts}
+    if len(versions) > 1:
+        raise BuildError(
+            f"{folder}: its parts were built by different versions of TensorRT ({', '.join(sorted(versions))}); delete "
+            f"its .plan files, then: moedge build {folder}"
+        )
     return {
-        "backend_version": result["version"],
+        "backend_version": versions.pop(),
         "status": "ready",
-        "peak_build_memory_bytes": result["peak_bytes"],
+        "peak_build_memory_bytes": max(peaks) or None,
         "session": session,
     }
+
+
+def _finish_part(
+    folder: Path, manifest: dict[str, Any], part: dict[str, Any], progress: Progress | None
+) -> dict[str, Any]:
+    """Build one part, or take it as an earlier run left it; build.json knows at once which are done."""
+    built = manifest["built"].get(part["engine"])
+    if built is None or find_faults(folder, {part["engine"]: built["file"]}):
+        job = BuildJob(
+            package=str(manifest["package"]),
+            model=folder / part["model"],
+            folder=folder,
+            compute_capabilities=(),
+            profiles=part["profiles"],
+            settings=manifest["settings"],
+            failed_log=folder / part["log"],
+            plan_name=part["engine"],
+            log_name=part["log"],
+        )
+        layers = f", layers {part['layers'][0]} to {part['layers'][1] - 1}" if len(manifest["parts"]) > 1 else ""
+        result = run_builder(job, f"building for {manifest['profile']}{layers}", progress)
+        described = describe_result(result, folder / part["log"], int(manifest["smallest_matrix"]))
+        built = {"file": file_entry(folder / part["engine"]), "version": result["version"], "described": described}
+        manifest["built"][part["engine"]] = built
+        write_json(folder / MANIFEST, manifest)
+    finished: dict[str, Any] = part | built["described"]
+    return finished
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = read_json(path, BuildError)
     again = "prepare the folder again: moedge build BUNDLE --profile NAME"
-    wanted = "format profile device package package_minimum compute_capability settings profiles session files".split()
-    missing = [key for key in (*wanted, "smallest_matrix") if key not in manifest]
+    wanted = "format profile device package package_minimum compute_capability settings parts built session files"
+    missing = [key for key in (*wanted.split(), "smallest_matrix") if key not in manifest]
     if missing:
         raise BuildError(f"{path}: missing {', '.join(missing)}; {again}")
     if manifest["format"] != FOLDER_FORMAT:

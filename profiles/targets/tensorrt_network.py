@@ -8,13 +8,16 @@ onnxruntime's CPU, which is how its numerics are checked.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from ...errors import BuildError
 from ...export.config import MoEConfig
 from ...export.functions import DOMAIN
 from ...export.gating import list_gates
@@ -24,49 +27,56 @@ from ._canonical import (
     attributes_of,
     find_calls,
     find_linears,
-    find_matrix,
     finish_model,
     linear_matrix,
     replace_each,
 )
+from ._trt_attention import (
+    ATTENTION_BY_LENGTH,
+    ATTENTION_BY_MASK,
+    TENSOR_SCATTER,
+    layer_of,
+    lower_grouped_attention,
+    lower_latent_attention,
+    lower_sink_attention,
+)
 from ._trt_moe import lower_experts
-from ._trt_weights import LoweredWeights, Stored, check_symmetric
+from ._trt_parts import Part, cut_part
+from ._trt_weights import LoweredWeights, Stored
 
 CHUNK = 256  # tokens of the second profile: its MoE runs every expert, so a longer chunk costs more than it saves
 WEIGHTS_FILE = "model.weights"
 
-# TensorRT's importer takes an op of this name, of any domain, for its in-place cache layer; others run the body.
-# cache [1, 1, L, width], update [1, 1, T, width], start int64 [1] -> present [1, 1, L, width]
-_TENSOR_SCATTER = f"""
-<domain: "{DOMAIN}", opset_import: ["" : 23]>
-TensorScatter <axis> (cache, update, start) => (present)
-{{
-    flat = Constant <value_ints = [-1]> ()
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    outer = Constant <value_ints = [0, 1]> ()
-    all = Shape (cache)
-    rows = Squeeze (cache, outer)
-    new = Squeeze (update, outer)
-    count_1d = Shape <start = 0, end = 1> (new)
-    first = Constant <value_ints = [0]> ()
-    count = Squeeze (count_1d, first)
-    steps = Range (zero, count, one)
-    places = Add (steps, start)
-    column = Unsqueeze (places, flat)
-    written = ScatterND (rows, column, new)
-    present = Reshape (written, all)
-}}
-"""
+# Calls whose bodies are as good as anything else; every other one is lowered.
+_INLINED = ("Positions", "RotaryAngles", "LongRotaryAngles", "DynamicRotaryAngles", "SwiGLU")
+_LOWERED = {
+    "LatentAttention": lower_latent_attention,
+    "GroupedAttention": lower_grouped_attention,
+    "SinkAttention": lower_sink_attention,
+}
+_EXPERTS = ("Experts", "BiasedExperts")
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """A tensor of the cache, [1, heads, L, dim]."""
+
+    name: str
+    heads: int
+    dim: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As engine.json has it: `width` elements a token."""
+        return {"name": self.name, "width": self.heads * self.dim, "dtype": "float16", "heads": self.heads}
 
 
 @dataclass
 class LoweredNetwork:
-    """The lowered graph and its weights' plan; `cache` is (name, width) of each cache tensor, in order."""
+    """The lowered graph, its weights' plan, and the tensors of its cache in order."""
 
     model: ir.Model
     weights: LoweredWeights
-    cache: list[tuple[str, int]] = field(default_factory=list)
+    cache: list[CacheTensor] = field(default_factory=list)
 
     def save(self, folder: Path, name: str) -> None:
         """Write the graph alone; `weights.write` writes what it points to."""
@@ -74,32 +84,57 @@ class LoweredNetwork:
 
 
 def lower_network(
-    model: ir.Model, config: MoEConfig, max_seq_len: int, *, real: ir.DataType, location: str = WEIGHTS_FILE
+    model: ir.Model, config: MoEConfig, max_seq_len: int, *, real: ir.DataType, part: Part | None = None
 ) -> LoweredNetwork:
-    """Rewrite a canonical model in place.
+    """Rewrite a canonical model, or a `part` of it, in place.
 
     Afterwards: inputs input_ids int64 [T], start int64 [1] (the first new token's position), rows int64 [R] (which of
-    the new tokens get logits) and past.NAME [1, 1, L, width] (zeros at first: what lies behind the length is masked,
+    the new tokens get logits) and past.NAME [1, heads, L, dim] (zeros at first: what lies behind the length is masked,
     but must be finite); outputs logits float32 [R, vocab], present.NAME (to be bound to the address of past.NAME),
-    experts.LAYER int64 and weights.LAYER float32 [T, k].
+    experts.LAYER int64 and weights.LAYER float32 [T, k]. A part that is not the first takes hidden float32 [T, H] in
+    place of input_ids; one that is not the last gives hidden.next [T, H] in place of logits, and takes no rows.
 
     Raises:
-        BuildError: weights that TensorRT does not take.
+        BuildError: an op that is not lowered, or weights that TensorRT does not take.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    lowering = Lowering(model, config, max_seq_len, LoweredWeights(real, location))
-    lowering.lower_inputs()
-    lowering.lower_embedding()
-    for call in find_calls(model, "LatentAttention"):
-        lowering.lower_latent_attention(call)
-    replace_each(lowering.rewriter, find_calls(model, "Experts"), lowering.lower_experts)
-    lowering.lower_head()
+    check_ops(model)
+    part = part or Part(0, config.num_hidden_layers, config.num_hidden_layers)
+    cut_part(model, part, config.hidden_size)
+    lowering = Lowering(model, config, max_seq_len, LoweredWeights(real, part.weights))
+    lowering.lower_inputs(part)
+    if part.is_first:
+        lowering.lower_embedding()
+    for kind, lower in _LOWERED.items():
+        for call in find_calls(model, kind):
+            lower(lowering, call)
+    for kind in _EXPERTS:
+        replace_each(lowering.rewriter, find_calls(model, kind), lowering.lower_experts)
+    if part.is_last:
+        lowering.lower_head()
+    else:
+        lowering.type_output(0, "hidden.next", ir.DataType.FLOAT, ["T", config.hidden_size])
+    # What lower_linears asks for first must outlive the pass; in a part without experts nothing else does.
+    assert lowering.single is not None
+    model.graph.outputs.append(lowering.single)
     RemoveUnusedNodesPass()(model)
+    model.graph.outputs.pop()
     lowering.lower_linears()
     lowering.lower_gates()
     lowering.finish()
     return lowering.network
+
+
+def check_ops(model: ir.Model) -> None:
+    """Raises BuildError naming the first op of the moedge domain that this target does not lower."""
+    known = {*_INLINED, *_LOWERED, *_EXPERTS, *list_gates()}
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type not in known:
+            raise BuildError(
+                f"{node.name}: TensorRT engines of this version do not have moedge.{node.op_type}; build for the "
+                "onnxruntime target: moedge build ... --profile cpu"
+            )
 
 
 class Lowering:
@@ -117,7 +152,11 @@ class Lowering:
         self.head_weight = "embed.weight" if config.tie_word_embeddings else "head.weight"
         self.table: Stored | None = None
         self.start: ir.Value | None = None
-        self.visible: ir.Value | None = None  # bool [T, L]
+        self.places: ir.Value | None = None  # int64 [T]: positions
+        self.slots: ir.Value | None = None  # int64 [1, L]
+        self.length: ir.Value | None = None  # int32 [1]: tokens in the cache with the new ones
+        self.masks: dict[int, ir.Value] = {}  # by window: bool [T, L]
+        self.expert_inputs: set[ir.Value | None] = set()
         self.single: ir.Value | None = None  # int64 [1]: T where it is one token, else 0
 
     # precision
@@ -135,20 +174,23 @@ class Lowering:
 
     # inputs and outputs
 
-    def lower_inputs(self) -> None:
+    def lower_inputs(self, part: Part) -> None:
         """Positions begin at `start`; the mask and the choice of the branch are made once for all layers."""
         op, ints = self.rewriter.op, self.rewriter.ints
         tokens, self.start = ir.val("input_ids", ir.DataType.INT64, ["T"]), ir.val("start", ir.DataType.INT64, [1])
         self.graph.inputs[0].replace_all_uses_with(tokens)
-        self.graph.inputs[:] = [tokens, self.start]
+        first = tokens if part.is_first else self.graph.inputs[1]
+        self.graph.inputs[:] = [first, self.start]
         (call,) = find_calls(self.model, "Positions")
-        count = op("Shape", [tokens], start=0, end=1)
+        count = op("Shape", [first], start=0, end=1)
         zero = self.rewriter.constant("int.0", np.array(0, np.int64))
         one = self.rewriter.constant("int.1", np.array(1, np.int64))
         places = op("Add", [op("Range", [zero, op("Squeeze", [count, ints(0)]), one]), self.start])
         length = self.rewriter.constant(f"int.{self.max_seq_len}", np.array(self.max_seq_len, np.int64))
-        slots = op("Unsqueeze", [op("Range", [zero, length, one]), ints(0)])
-        self.visible = op("LessOrEqual", [slots, op("Unsqueeze", [places, ints(1)])], name="visible")
+        self.places, self.slots = places, op("Unsqueeze", [op("Range", [zero, length, one]), ints(0)])
+        # From the positions: from the shape, TensorRT would copy it from the host to the device in each step.
+        last = op("Add", [op("ReduceMax", [places], keepdims=1), ints(1)])
+        self.length = op("Cast", [last], to=int(ir.DataType.INT32), name="length")
         # Never an If: TensorRT folds shape arithmetic in each profile, so the half that has no rows vanishes.
         self.single = op("Where", [op("LessOrEqual", [count, ints(1)]), count, ints(0)], name="single")
         self.rewriter.replace(call, [op("Unsqueeze", [places, ints(0)])])
@@ -174,6 +216,9 @@ class Lowering:
             codes = op("Reshape", [codes, ints(matrix.shape[0], blocks, self.table.block)])
             scales = self.full(op("Gather", [self.table.scales, tokens]))
             rows = op("Mul", [self.full(op("Gather", [codes, tokens])), op("Unsqueeze", [scales, ints(2)])])
+            if self.table.offsets is not None:
+                offsets = self.full(op("Gather", [self.table.offsets, tokens]))
+                rows = op("Add", [rows, op("Unsqueeze", [offsets, ints(2)])])
             rows = op("Reshape", [rows, ints(-1, matrix.shape[1])])
         self.rewriter.replace(node, [rows])
 
@@ -184,13 +229,13 @@ class Lowering:
         (use,) = self.graph.initializers["final_norm.weight"].uses()
         norm = use.node
         last = self.rewriter.op("Gather", [norm.inputs[0], rows], axis=0)
-        attributes = attributes_of(norm)
-        self.rewriter.replace(norm, [self.rewriter.op("RMSNormalization", [last, norm.inputs[1]], **attributes)])
+        inputs = [last, *norm.inputs[1:]]
+        self.rewriter.replace(norm, [self.rewriter.op(norm.op_type, inputs, **attributes_of(norm))])
         reshape = self.graph.outputs[0].producer()
         assert reshape is not None and reshape.op_type == "Reshape" and reshape.inputs[0] is not None
         vocab = self.config.vocab_size
         self.graph.outputs[0] = reshape.inputs[0]
-        self.graph.remove(reshape)
+        self.graph.remove(reshape, safe=True)
         self.type_output(0, "logits", ir.DataType.FLOAT, ["R", vocab])
 
     def type_output(self, index: int, name: str, dtype: ir.DataType, shape: list[int | str]) -> None:
@@ -201,7 +246,7 @@ class Lowering:
         """Each gate in as few nodes as its attributes need; its choices become outputs of the graph."""
         for kind, gate in list_gates().items():
             for call in find_calls(self.model, kind):
-                layer, attributes = _layer_of(call), attributes_of(call)
+                layer, attributes = layer_of(call), attributes_of(call)
                 experts, weights = gate.lower(self.rewriter, call.inputs, attributes)
                 self.rewriter.replace(call, [experts, weights])
                 experts.name, weights.name = f"experts.{layer}", f"weights.{layer}"
@@ -217,83 +262,47 @@ class Lowering:
         finish_model(self.model, {})
         self.weights.take_over(self.graph)
         InlinePass()(self.model)
-        scatter = ir.serde.deserialize_function(onnx.parser.parse_function(_TENSOR_SCATTER))
-        self.model.functions[scatter.identifier()] = scatter
-        self.graph.opset_imports[DOMAIN] = 1
+        used = {(node.domain, node.op_type) for node in self.graph}
+        for text in (TENSOR_SCATTER, ATTENTION_BY_LENGTH, ATTENTION_BY_MASK):
+            function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+            if (function.domain, function.name) in used:
+                self.model.functions[function.identifier()] = function
+                self.graph.opset_imports[function.domain] = 1
 
     # attention
 
-    def lower_latent_attention(self, call: ir.Node) -> None:
-        """Absorbed form (arXiv:2405.04434, section 2.1.2): queries move to the latent's space, the cache is read as is.
-
-        Two caches and plain 2-D products: no attention kernel of TensorRT takes heads of r + rope channels. TensorRT
-        copies each cache once a step for it; one joint cache, or products in 4-D, cost transposes of all of it as well.
-        """
-        op, ops, ints = self.rewriter.op, self.rewriter.ops, self.rewriter.ints
-        q, latent, k_rope, cos, sin, k_up, v_up = call.inputs
-        a = attributes_of(call)
-        layer, heads, nope, rope, rank = (
-            _layer_of(call),
-            a["num_heads"],
-            a["qk_nope_head_dim"],
-            a["qk_rope_head_dim"],
-            a["kv_lora_rank"],
-        )
-        rotary = {"interleaved": a["interleaved"]}
-        # The scale goes to the queries: half precision could not hold unscaled scores.
-        scale = self.rewriter.constant(f"scale.{a['scale']!r}", np.array(a["scale"], np.float32))
-        by_token = op("Reshape", [op("Mul", [q, scale]), ints(1, -1, heads, nope + rope)])
-        by_head = op("Transpose", [by_token], perm=[0, 2, 1, 3])
-        q_nope, q_rope = ops("Split", [by_head, ints(nope, rope)], 2, axis=3)
-        q_rope = self.half(op("Reshape", [op("RotaryEmbedding", [q_rope, cos, sin], **rotary), ints(-1, rope)]))
-        k_rope = op("RotaryEmbedding", [op("Reshape", [k_rope, ints(1, 1, -1, rope)]), cos, sin], **rotary)
-        latents = self.update_cache(f"latent.{layer}", op("Reshape", [latent, ints(1, 1, -1, rank)]), rank)
-        ropes = self.update_cache(f"rope.{layer}", k_rope, rope)
-        # [heads, r, nope] read through a Transpose: the layout [N, K] that both profiles share.
-        up = self.weights.heads(f"layers.{layer}.attn.k_up.turned", find_matrix(k_up), turned=True)
-        up = op("Transpose", [self.put(up)], perm=[0, 2, 1])
-        query = op("MatMul", [self.half(op("Squeeze", [q_nope, ints(0)])), up])
-        query = op("Reshape", [query, ints(-1, rank)])
-        scores = self.product(query, op("Transpose", [latents], perm=[1, 0]))
-        scores = op("Add", [scores, self.product(q_rope, op("Transpose", [ropes], perm=[1, 0]))])
-        never = self.rewriter.constant("float.never", np.array(-1e30, np.float32))
-        scores = op("Where", [self.visible, op("Reshape", [scores, ints(heads, -1, self.max_seq_len)]), never])
-        shares = self.half(op("Reshape", [op("Softmax", [scores], axis=-1), ints(-1, self.max_seq_len)]))
-        mixed = op("Reshape", [op("MatMul", [shares, latents]), ints(heads, -1, rank)])
-        down = self.weights.heads(f"layers.{layer}.attn.v_up", find_matrix(v_up), turned=False)
-        values = self.product(mixed, op("Transpose", [self.put(down)], perm=[0, 2, 1]))
-        values = op("Transpose", [values], perm=[1, 0, 2])
-        self.rewriter.replace(call, [op("Reshape", [values, ints(-1, heads * a["v_head_dim"])])])
-
-    def update_cache(self, name: str, new: ir.Value, width: int) -> ir.Value:
-        """Write rows [1, 1, T, width] at `start`; the whole cache as [L, width]."""
-        shape = ir.Shape([1, 1, self.max_seq_len, width])
+    def update_cache(self, name: str, new: ir.Value, heads: int, dim: int) -> ir.Value:
+        """Write rows [1, heads, T, dim] at `start`; the whole cache, [1, heads, L, dim]."""
+        shape = ir.Shape([1, heads, self.max_seq_len, dim])
         past = ir.val(f"past.{name}", self.real, shape)
         self.graph.inputs.append(past)
         inputs = [past, self.half(new), self.start]
         present = self.rewriter.op("TensorScatter", inputs, domain=DOMAIN, name=f"present.{name}", axis=2)
         present.dtype, present.shape = self.real, shape
         self.more_outputs.append(present)
-        self.network.cache.append((name, width))
-        return self.rewriter.op("Reshape", [present, self.rewriter.ints(self.max_seq_len, width)])
+        self.network.cache.append(CacheTensor(name, heads, dim))
+        return present
 
     # matrices
 
     def lower_experts(self, call: ir.Node) -> list[ir.Value]:
         """Only the chosen experts for one token, all of them for a chunk; shared experts ride along where they fit."""
+        self.expert_inputs.add(call.inputs[0])
         return lower_experts(self, call)
 
     def lower_linears(self) -> None:
         """Products of the same input become one: TensorRT would join them in one profile only and store both forms."""
         groups: dict[tuple[int, int, int], list[ir.Node]] = {}
-        gates = set(list_gates())
         for node in self.linears:
             if node.graph is None:
                 continue  # a shared MLP that moved in with the experts
             matrix = linear_matrix(node)
-            check_symmetric(matrix, str(matrix.data.name))
-            if any(use.node.op_type in gates for use in node.outputs[0].uses()):
-                continue  # a router stays in float32
+            if str(matrix.data.name).endswith(".router.weight"):
+                continue  # stays in float32
+            if matrix.shape[0] == 1:
+                row = self.store_linear(str(matrix.data.name), [matrix])
+                self.rewriter.replace(node, [self.multiply_few(node.inputs[0], row)])
+                continue
             groups.setdefault((id(node.inputs[0]), matrix.bits, matrix.block_size), []).append(node)
         for nodes in groups.values():
             self.lower_group(nodes)
@@ -306,7 +315,7 @@ class Lowering:
             tied = self.table if self.config.tie_word_embeddings else None
             weight = tied or self.store_linear(name, matrices)
             y = self.multiply_few(x, weight) if weight.bits else self.multiply(x, weight)
-        elif matrices[0].bits:
+        elif matrices[0].bits or len(nodes) > 1 or x in self.expert_inputs:
             y = self.multiply_split(x, self.store_linear(name, matrices))
         else:
             y = self.multiply(x, self.store_linear(name, matrices))
@@ -323,45 +332,79 @@ class Lowering:
 
         Of INT8 TensorRT fuses only one scale a row, and going from blocks to rows would quantize a second time: for a
         chunk it writes each matrix out in half precision, a cost that the chunk's tokens share. There the matrix is the
-        left factor, because a transposed constant would be stored again as such.
+        left factor, because a transposed constant would be stored again as such. Offsets meet the sums of x's blocks: a
+        product of their own, as added to the codes they would end the fusion.
         """
         op = self.rewriter.op
+        x = self.half(x)
         if weight.bits == 8:
-            product = op("MatMul", [self.dequantize(weight), op("Transpose", [self.half(x)], perm=[1, 0])])
-            return self.full(op("Transpose", [product], perm=[1, 0]))
-        return self.product(self.half(x), op("Transpose", [self.dequantize(weight)], perm=[1, 0]))
+            y = op("MatMul", [self.dequantize(weight), op("Transpose", [x], perm=[1, 0])])
+            y = self.full(op("Transpose", [y], perm=[1, 0]))
+        else:
+            y = self.product(x, op("Transpose", [self.dequantize(weight)], perm=[1, 0]))
+        if weight.offsets is None:
+            return y
+        return op("Add", [y, self.product(self.block_sums(x, weight), op("Transpose", [weight.offsets], perm=[1, 0]))])
+
+    def block_sums(self, x: ir.Value, weight: Stored) -> ir.Value:
+        """x [T, K] -> [T, K/B]."""
+        op, ints = self.rewriter.op, self.rewriter.ints
+        assert weight.data.shape is not None
+        width = int(weight.data.shape[1])  # type: ignore[arg-type]
+        blocks = op("Reshape", [self.full(x), ints(-1, width // weight.block, weight.block)], allowzero=1)
+        return self.half(op("ReduceSum", [blocks, ints(2)], keepdims=0))
 
     def multiply_split(self, x: ir.Value | None, weight: Stored) -> ir.Value:
         """Codes: sums for one token, a product for a chunk. Left to itself TensorRT makes sums of the small products of
         the first profile, reads them in another layout, and so stores those codes twice."""
         h = self.half(x)
-        few, many = self.multiply_few(self.first_rows(h), weight), self.multiply(self.other_rows(h), weight)
-        return self.rewriter.op("Concat", [few, many], axis=0)
+        rest = self.other_rows(h)
+        if x not in self.expert_inputs or weight.bits == 8:
+            many = self.multiply(rest, weight)
+        else:
+            many = self.multiply_apart(rest, weight)
+        return self.rewriter.op("Concat", [self.multiply_few(self.first_rows(h), weight), many], axis=0)
+
+    def multiply_apart(self, x: ir.Value, weight: Stored) -> ir.Value:
+        """In another rank, or TensorRT would join it with the experts' product of the same x and store both forms."""
+        op, zero = self.rewriter.op, self.rewriter.ints(0)
+        plain = dataclasses.replace(weight, offsets=None)
+        y = op("Squeeze", [self.multiply(op("Unsqueeze", [x, zero]), plain), zero])
+        if weight.offsets is None:
+            return y
+        offsets = op("Transpose", [weight.offsets], perm=[1, 0])
+        sums = op("Unsqueeze", [self.block_sums(x, weight), zero])
+        return op("Add", [y, op("Squeeze", [self.product(sums, offsets), zero])])
 
     def multiply_few(self, x: ir.Value | None, weight: Stored) -> ir.Value:
         """x [M, K] times the transpose of codes [N, K] as multiply and sum, which fuses with the dequantization."""
         op, ints = self.rewriter.op, self.rewriter.ints
-        terms = op("Mul", [op("Unsqueeze", [self.half(x), ints(1)]), self.dequantize(weight)])
+        matrix = self.dequantize(weight)
+        if weight.offsets is not None:
+            assert weight.data.shape is not None
+            rows, width = (int(size) for size in weight.data.shape)  # type: ignore[arg-type]
+            blocks = op("Reshape", [matrix, ints(rows, width // weight.block, weight.block)])
+            matrix = op("Reshape", [op("Add", [blocks, op("Unsqueeze", [weight.offsets, ints(2)])]), ints(rows, width)])
+        terms = op("Mul", [op("Unsqueeze", [self.half(x), ints(1)]), matrix])
         return op("ReduceSum", [self.full(terms), ints(2)], keepdims=0)
 
-    def first_rows(self, x: ir.Value) -> ir.Value:
-        """All rows where there is one, else none."""
-        return self.rewriter.op("Slice", [x, self.rewriter.ints(0), self.single, self.rewriter.ints(0)])
+    def first_rows(self, x: ir.Value, axis: int = 0) -> ir.Value:
+        """All tokens of `axis` where there is one, else none."""
+        return self.rewriter.op("Slice", [x, self.rewriter.ints(0), self.single, self.rewriter.ints(axis)])
 
-    def other_rows(self, x: ir.Value) -> ir.Value:
-        """No row where there is one, else all."""
+    def other_rows(self, x: ir.Value, axis: int = 0) -> ir.Value:
+        """No token of `axis` where there is one, else all."""
         end = self.rewriter.ints(np.iinfo(np.int64).max)
-        return self.rewriter.op("Slice", [x, self.single, end, self.rewriter.ints(0)])
+        return self.rewriter.op("Slice", [x, self.single, end, self.rewriter.ints(axis)])
 
     def store_linear(self, name: str, matrices: list[Matrix]) -> Stored:
-        for matrix in matrices:
-            check_symmetric(matrix, name)
         return self.put_stored(self.weights.linear(f"{name}.lowered", matrices))
 
     def put_stored(self, stored: Stored) -> Stored:
         self.put(stored.data)
-        if stored.scales is not None:
-            self.put(stored.scales)
+        for beside in (stored.scales, stored.offsets):
+            if beside is not None:
+                self.put(beside)
         return stored
 
     def put(self, value: ir.Value | None) -> ir.Value:
@@ -390,9 +433,3 @@ def _gathered_matrix(node: ir.Node) -> Matrix:
         assert gather is not None and gather.inputs[0] is not None
         sources.append(gather.inputs[0])
     return Matrix(sources[0], sources[1], sources[2], node.attributes["block_size"].as_int())
-
-
-def _layer_of(node: ir.Node) -> int:
-    """The layer of a node that the exporter named `layers.N....`."""
-    assert node.name is not None and node.name.startswith("layers."), f"{node.name} is in no layer"
-    return int(node.name.split(".")[1])

@@ -11,9 +11,10 @@ and imports what it runs on only inside these.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,7 @@ class SessionOptions:
 
     threads: int | None = None
     max_seq_len: int | None = None  # None: what the engine was built for
+    profile_prefix: str | None = None  # where the backend writes a profile of its operations, if it can
 
 
 @dataclass
@@ -91,8 +93,25 @@ class Session(Protocol):
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens; costs nothing."""
 
+    def another(self) -> Session:
+        """A further sequence, empty, over the same weights; steps of the two may run in two threads.
+
+        Raises:
+            EngineError: its cache does not fit the memory.
+        """
+
+    def read_rows(self, start: int, stop: int) -> list[NDArray[Any]]:
+        """A copy of what each cache tensor has for tokens `start` to `stop`."""
+
+    def append_rows(self, rows: Sequence[NDArray[Any]]) -> None:
+        """Put rows that `read_rows` gave behind the tokens in the cache, as if those tokens had been computed.
+
+        Raises:
+            ValueError: they are not of this cache's shapes and types, or there is no room.
+        """
+
     def close(self) -> None:
-        """Free the weights and the cache."""
+        """Free the cache, and the weights when no other sequence uses them."""
 
 
 class Backend(Protocol):

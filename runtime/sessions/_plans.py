@@ -1,22 +1,24 @@
-"""What the TensorRT backends share: engines that are plans, built and checked here but not yet executed."""
+"""What the TensorRT backends share: engines that are plans, checked without a GPU and run with one."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import Findings
+from ...errors import EngineError
+from . import Findings, SessionOptions
 
 if TYPE_CHECKING:
+    from ...bundle import Bundle
     from ..preflight import EngineInfo
+    from ._trt_session import TensorrtSession
 
 _MALFORMED = 32  # tensorrt's EngineInvalidityDiagnostics.MALFORMED_ENGINE
 _HEADER_BYTES = 64
-
-NOT_EXECUTED = "it is a TensorRT engine, which this version of moedge builds and checks but does not execute yet"
 
 
 def installed_version(package: str) -> str | None:
@@ -61,3 +63,33 @@ def check_plans(folder: Path, info: EngineInfo, load: Callable[[], ModuleType] |
             findings.faults.append(f"{folder / name} is no plan that {info.backend} {info.backend_version} would read")
     findings.unchecked.append(f"engine '{info.profile}': that it runs (it needs a GPU of its kind)")
     return findings
+
+
+def find_missing(package: str, extra: str) -> str | None:
+    """What running an engine needs and is not installed; None where all is there."""
+    for module, name in ((package, package), ("cuda.bindings", "cuda-bindings")):
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            return f"{name} is not installed: pip install 'moedge[{extra}]'"
+    return None
+
+
+def open_plans(bundle: Bundle, info: EngineInfo, options: SessionOptions, trt: ModuleType) -> TensorrtSession:
+    """A session on CUDA device 0.
+
+    Raises:
+        EngineError: the device refuses, in its own words, or has not enough memory.
+    """
+    from ._trt_cuda import CudaDevice
+    from ._trt_session import TensorrtSession
+
+    capacity = min(options.max_seq_len or info.max_seq_len, info.max_seq_len)
+    if not info.session.get("parts"):
+        raise EngineError(
+            f"engine '{info.profile}' was built by an older version of moedge; build it again: moedge build "
+            f"{bundle.path} --profile {info.profile}"
+        )
+    return TensorrtSession(CudaDevice(trt), bundle.engine_dir(info.profile), info, capacity)

@@ -9,6 +9,7 @@ its cache by heads instead [1, heads, capacity, head size]: one buffer that is t
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,9 @@ def open_session(bundle: Bundle, info: EngineInfo, options: SessionOptions) -> O
     # A memory plan is kept for every shape of the inputs, and each step has a new one: that would be a leak.
     settings.enable_mem_pattern = False
     settings.log_severity_level = 3
+    if options.profile_prefix is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = options.profile_prefix
     entries = {
         "session.intra_op.allow_spinning": "1",
         "session.model_external_initializers_file_folder_path": str(bundle.path.absolute()),
@@ -169,6 +173,33 @@ class OnnxruntimeCpuSession:
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot truncate {self._length} tokens to {length}")
         self._length = length
+
+    def another(self) -> OnnxruntimeCpuSession:
+        return OnnxruntimeCpuSession(self._session, self._info, self._capacity, self._threads)
+
+    def read_rows(self, start: int, stop: int) -> list[NDArray[Any]]:
+        if not 0 <= start <= stop <= self._length:
+            raise ValueError(f"cannot read tokens {start} to {stop} of {self._length}")
+        return [rows.copy() for rows in self._rows(start, stop)]
+
+    def append_rows(self, rows: Sequence[NDArray[Any]]) -> None:
+        count = rows[0].shape[-2] if rows and rows[0].ndim >= 2 else 0
+        if self._length + count > self._capacity:
+            raise ValueError(f"no room for {count} tokens: {self._length} of {self._capacity} are taken")
+        places = self._rows(self._length, self._length + count)
+        if [(part.shape, part.dtype) for part in rows] != [(place.shape, place.dtype) for place in places]:
+            raise ValueError("these rows are of another cache")
+        for place, part in zip(places, rows, strict=True):
+            place[:] = part
+        self._length += count
+
+    def _rows(self, start: int, stop: int) -> list[NDArray[Any]]:
+        """Views of each cache tensor's tokens: [tokens, width], or [1, heads, tokens, head size]."""
+        return [buffer[..., start:stop, :] for buffer in self._cache.values()]
+
+    def end_profiling(self) -> Path:
+        """The profile (Chrome's trace format) of a session that was opened with `profile_prefix`."""
+        return Path(self._session.end_profiling())
 
     def close(self) -> None:
         # The binding holds the session too; the arrays go with their last view.

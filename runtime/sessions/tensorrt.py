@@ -1,18 +1,19 @@
-"""Backend `tensorrt`: engines of the TensorRT that JetPack and data centres have, built on the device; not run here."""
+"""Backend `tensorrt`: engines of the TensorRT that JetPack and data centres have, built on the device."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from ...errors import EngineError, require
+from ...errors import require
 from . import Findings, SessionOptions
-from ._plans import NOT_EXECUTED, check_plans, installed_version
+from ._plans import check_plans, find_missing, installed_version, open_plans
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
     from ..preflight import EngineInfo
+    from ._trt_session import TensorrtSession
 
 
 def version() -> str | None:
@@ -27,13 +28,13 @@ def check(folder: Path, info: EngineInfo) -> Findings:
 
 
 def cannot_run(info: EngineInfo) -> str | None:
-    """Why not: execution is still to come."""
-    return NOT_EXECUTED
+    """What is not installed; whether there is a GPU is the preflight's affair."""
+    return find_missing("tensorrt", "tensorrt")
 
 
-def open_session(bundle: Bundle, info: EngineInfo, options: SessionOptions) -> NoReturn:
-    """Always refuses."""
-    raise EngineError(f"engine '{info.profile}' cannot be loaded: {NOT_EXECUTED}")
+def open_session(bundle: Bundle, info: EngineInfo, options: SessionOptions) -> TensorrtSession:
+    """Raises EngineError where the device refuses the engine."""
+    return open_plans(bundle, info, options, require("tensorrt", purpose="run a TensorRT engine"))
 
 
 def _load() -> ModuleType:

@@ -1,0 +1,152 @@
+"""The lowered network in files, part by part, and what engine.json says of it: shared by both TensorRT targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ...bundle import Progress
+from ...errors import BuildError
+from . import BuildRequest
+from ._canonical import load_canonical
+from ._trt_check import check_numerics, measure_half
+from ._trt_log import read_build_log
+from ._trt_parts import Part, measure_sizes, plan_parts
+from .tensorrt_network import CHUNK, LoweredNetwork, lower_network
+
+# TF32 would round the router's float32 products, and with them the choice of experts.
+SETTINGS: dict[str, Any] = {"tf32": False}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network that was checked and cut, and the fields of engine.json that follow from it.
+
+    `smallest_matrix`, elements of an expert's: a kernel that writes as much out writes experts out.
+    """
+
+    parts: list[Part]
+    total: int
+    smallest_matrix: int
+    numerics: dict[str, Any]
+    fields: dict[str, Any]
+
+    def measure_half(self, request: BuildRequest, paths: list[Path], progress: Progress | None) -> None:
+        """What half precision costs, with the parts as they were written."""
+        self.numerics["half_precision"] = measure_half(request.bundle, paths, progress)
+
+
+def prepare_network(request: BuildRequest, bound: int | None, progress: Progress | None) -> Prepared:
+    """Plan the parts so that building each takes at most `bound` bytes, and check the lowering; nothing is written yet.
+
+    Raises:
+        BuildError: sizes beyond these targets, or a bound below what one layer needs.
+        ParityError: the lowered network is not the canonical graph.
+    """
+    if request.max_batch != 1:
+        raise BuildError(
+            f"max_batch {request.max_batch}: a TensorRT engine of this version runs one sequence; use --max-batch 1"
+        )
+    if request.max_seq_len < 2:
+        raise BuildError(f"max_seq_len {request.max_seq_len}: a TensorRT engine needs room for 2 tokens or more")
+    model, config = load_canonical(request.bundle)
+    total = config.num_hidden_layers
+    network = lower_network(model, config, request.max_seq_len, real=ir.DataType.FLOAT16)
+    parts = plan_parts(measure_sizes(network.weights, total), bound)
+    # Checked here, whatever machine the engines are then built on.
+    numerics = check_numerics(request.bundle, progress, parts=parts, max_memory=request.max_memory)
+    smallest = config.moe.intermediate_size * config.hidden_size
+    return Prepared(parts, total, smallest, numerics, _describe_network(request, network, numerics))
+
+
+def write_part(request: BuildRequest, part: Part, folder: Path, progress: Progress | None) -> LoweredNetwork:
+    """Lower a part in half precision and write its graph and weights."""
+    model, config = load_canonical(request.bundle)
+    network = lower_network(model, config, request.max_seq_len, real=ir.DataType.FLOAT16, part=part)
+    network.weights.write(folder / part.weights, progress)
+    network.save(folder, part.model)
+    return network
+
+
+def shape_profiles(network: LoweredNetwork, max_seq_len: int) -> list[dict[str, list[list[int]]]]:
+    """P0: exactly one token. P1: a chunk. Each asks for the logits of one row."""
+    chunk = min(CHUNK, max_seq_len)
+    one: list[list[int]] = [[1], [1], [1]]
+    inputs = {str(value.name): value.shape for value in network.model.graph.inputs}
+    profiles: list[dict[str, list[list[int]]]] = [{}, {}]
+    for name in ("input_ids", "hidden"):
+        if name in inputs:
+            shape = inputs[name]
+            assert shape is not None
+            more = [int(size) for size in shape[1:]]  # type: ignore[arg-type]
+            profiles[0][name] = [[1, *more]] * 3
+            profiles[1][name] = [[2, *more], [chunk, *more], [chunk, *more]]
+    if "rows" in inputs:
+        for profile in profiles:
+            profile["rows"] = one
+    return profiles
+
+
+def _describe_network(request: BuildRequest, network: LoweredNetwork, numerics: dict[str, Any]) -> dict[str, Any]:
+    """engine.json's fields that follow from the whole network."""
+    weights = request.bundle.manifest["quantization"]["weights"]
+    return {
+        "precision": f"{weights} weights, fp16 products, fp32 router, norms and residual",
+        "max_batch": 1,
+        "max_seq_len": request.max_seq_len,
+        "cache": [tensor.to_json() for tensor in network.cache],
+        "session": {
+            "chunk": min(CHUNK, request.max_seq_len),
+            "cache": {
+                "shape": [1, "heads", request.max_seq_len, "width / heads"],
+                "aliased": {f"past.{tensor.name}": f"present.{tensor.name}" for tensor in network.cache},
+                "initial": "zeros",  # slots behind the length are masked, and 0 times NaN is NaN
+            },
+            "numerics": numerics,
+            "network_weights_bytes": network.weights.nbytes,
+        },
+    }
+
+
+def describe_plain_part(part: Part, network: LoweredNetwork, max_seq_len: int) -> dict[str, Any]:
+    """What is known of a part before it is built."""
+    return {
+        **part.to_json(),
+        "inputs": [str(value.name) for value in network.model.graph.inputs],
+        "outputs": [str(value.name) for value in network.model.graph.outputs],
+        "profiles": shape_profiles(network, max_seq_len),
+        "network_weights_bytes": network.weights.nbytes,
+    }
+
+
+def describe_part(
+    part: Part,
+    network: LoweredNetwork,
+    max_seq_len: int,
+    result: dict[str, Any],
+    folder: Path,
+    smallest_matrix: int,
+) -> dict[str, Any]:
+    """A built part for engine.json: its interface, and what the builder and its log say."""
+    plain = describe_plain_part(part, network, max_seq_len)
+    return plain | describe_result(result, folder / part.log, smallest_matrix)
+
+
+def describe_result(result: dict[str, Any], log: Path, smallest_matrix: int) -> dict[str, Any]:
+    return {
+        "memory": read_build_log(log).to_json(smallest_matrix),
+        "validity": result["validity"],
+        "builder_seconds": result["seconds"],
+        "peak_build_memory_bytes": result["peak_bytes"],
+    }
+
+
+def add_memory(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The parts' memory together: all are loaded at once, each with activations of its own."""
+    total: dict[str, Any] = {"weights_bytes": sum(part["memory"]["weights_bytes"] or 0 for part in parts)}
+    for key in ("activation_bytes", "kernels", "materialized_matrices"):
+        total[key] = [sum(counts) for counts in zip(*(part["memory"][key] for part in parts), strict=True)]
+    return {"memory": total, "builder_seconds": round(sum(part["builder_seconds"] for part in parts), 3)}
