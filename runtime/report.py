@@ -11,7 +11,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from ..profiles.fit import size
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+    from .report_compare import Comparison
 
 SCHEMA = 1
 SUFFIXES = (".html", ".md", ".csv", ".png")
@@ -94,20 +96,48 @@ def load_results(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]
 
     Raises:
         ReportError: not readable, not JSON, not a result, another schema version, fields missing or of no sense, or
-        more than
-            one model; names the file.
+        more than one model; names the file.
     """
+    results, _ = load_inputs(paths)
+    return results
+
+
+def load_inputs(
+    paths: Iterable[str | os.PathLike[str]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(results, evaluations) in JSON files: `moedge eval --json` may stand among the results.
+
+    Raises:
+        ReportError: as `load_results`; also evaluations of another model or of several texts.
+    """
+    from .report_quality import check_evaluation, check_together, is_evaluation
+
     results: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = []
     origins: list[str] = []
-    for path in map(Path, paths):
-        found = _read(path)
-        for index, document in enumerate(found):
-            origin = str(path) if len(found) == 1 else f"{path}[{index}]"
+    for document, origin in read_documents(paths):
+        if is_evaluation(document):
+            check_evaluation(document, origin)
+            evaluations.append(document)
+        else:
             check_result(document, origin)
             results.append(document)
             origins.append(origin)
     _check_one_model(results, origins)
-    return results
+    check_together(evaluations, results[0]["model"])
+    return results, evaluations
+
+
+def read_documents(paths: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[Any, str]]:
+    """(document, where it is from) for each document in JSON files, each one document or a list of them.
+
+    Raises:
+        ReportError: not readable, or not JSON; names the file.
+    """
+    for path in map(Path, paths):
+        found = _read(path)
+        for index, document in enumerate(found):
+            yield document, str(path) if len(found) == 1 else f"{path}[{index}]"
 
 
 def check_result(document: Any, origin: str) -> None:
@@ -137,32 +167,48 @@ def check_result(document: Any, origin: str) -> None:
         _check_times(document[key], f"{origin}: {key}")
 
 
-def write_report(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+def write_report(
+    results: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    comparison: Comparison | None = None,
+) -> None:
     """Writes the report of `results` as `path`'s suffix says (.html, .md, .csv, .png); a failure leaves nothing behind.
+
+    `evaluations` (of `moedge eval`) and `comparison` (with an earlier report) go into HTML and Markdown.
 
     Raises:
         ReportError: another suffix, no results, a result that is none, mixed models, or the place cannot be written.
         DependencyError: a PNG without matplotlib.
     """
-    target = Path(path)
+    target = check_suffix(path)
     suffix = target.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ReportError(f"{target}: the report's format is its suffix; known: {', '.join(SUFFIXES)}")
     for index, result in enumerate(results):
         check_result(result, f"result {index}")
     _check_one_model(results, [f"result {index}" for index in range(len(results))])
     if suffix == ".html":
         from .report_html import render_html
 
-        content = render_html(results).encode()
+        content = render_html(results, evaluations, comparison).encode()
     elif suffix == ".png":
         from .report_png import render_png
 
         content = render_png(results)
+    elif suffix == ".md":
+        content = render_markdown(results, evaluations, comparison).encode()
     else:
-        content = (render_markdown(results) if suffix == ".md" else render_csv(results)).encode()
+        content = render_csv(results).encode()
     with staged_file(target, error=ReportError) as staged:
         staged.write_bytes(content)
+
+
+def check_suffix(path: str | os.PathLike[str], known: Sequence[str] = SUFFIXES) -> Path:
+    """Raises ReportError where `path` has no suffix that can be written."""
+    target = Path(path)
+    if target.suffix.lower() not in known:
+        raise ReportError(f"{target}: the report's format is its suffix; known: {', '.join(known)}")
+    return target
 
 
 def make_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -205,28 +251,38 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def render_markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown document with one table."""
+def render_markdown(
+    results: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    comparison: Comparison | None = None,
+) -> str:
+    """A Markdown document with one table, and one each for quality and for what changed."""
+    from . import report_compare, report_quality
+
     rows = make_rows(results)
     headings = (
         "device | | weights | TTFT ms p50 | p90 | p99 | ITL ms p50 | p90 | p99 | decode tokens/s | prefill tokens/s "
         "| memory | read a step | of limit"
     ).split("|")
     lines = [
-        f"# Latency report: {_markdown(results[0]['model'])}",
+        f"# Latency report: {markdown_text(results[0]['model'])}",
         "",
-        _markdown(headline(rows)),
+        markdown_text(headline(rows)),
         "",
-        _markdown_row(headings),
-        _markdown_row(["---"] * 3 + ["---:"] * (len(headings) - 3)),
+        markdown_row(headings),
+        markdown_row(["---"] * 3 + ["---:"] * (len(headings) - 3)),
     ]
     for row in rows:
-        cells = [_markdown(row.device), row.kind if row.measured else f"*{row.kind}*", _markdown(row.weights)]
+        cells = [markdown_text(row.device), row.kind if row.measured else f"*{row.kind}*", markdown_text(row.weights)]
         for times in (row.ttft, row.itl):
             cells += [number(times.p50), *_spread(times)]
         cells += [number(row.decode), number(row.prefill), bytes_text(row.memory), bytes_text(row.bytes_per_token)]
-        lines.append(_markdown_row([*cells, percent(row.fraction)]))
+        lines.append(markdown_row([*cells, percent(row.fraction)]))
     lines += ["", "TTFT: time to first token. ITL: time between tokens. *predicted* rows: expected, low and high."]
+    if comparison is not None:
+        lines += report_compare.render_markdown(comparison)
+    if evaluations:
+        lines += report_quality.render_markdown(evaluations)
     return "\n".join(lines) + "\n"
 
 
@@ -353,11 +409,12 @@ def _spread(times: Times) -> tuple[str, str]:
     return number(times.p90), number(times.p99)
 
 
-def _markdown_row(cells: Iterable[str]) -> str:
+def markdown_row(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cell.strip() for cell in cells) + " |"
 
 
-def _markdown(text: Any) -> str:
+def markdown_text(text: Any) -> str:
     """Text that is neither markup nor the end of a cell."""
     plain = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
     return "".join(f"\\{letter}" if letter in "|*_`[]#" else letter for letter in plain)

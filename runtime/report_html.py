@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from . import report_compare, report_quality
 from .report import Row, Times, bytes_text, headline, make_rows, number, percent
+from .report_compare import Comparison
 from .report_style import STYLE
 
 _LOG_FROM = 20.0  # a linear scale hides the small ones when the largest is this many times the smallest
@@ -61,13 +63,19 @@ def make_scale(values: Iterable[float]) -> Scale:
     return Scale(0.0, high, False, tuple(step * index for index in range(round(high / step) + 1)))
 
 
-def render_html(results: Sequence[Mapping[str, Any]]) -> str:
+def render_html(
+    results: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    comparison: Comparison | None = None,
+) -> str:
     """The whole document for results that were checked (`report.check_result`)."""
     rows = make_rows(results)
     parts = [
         _header(results, rows),
         _legend(rows),
         _section("Devices", _main_table(rows)),
+        _section(f"Against {comparison.origin}", report_compare.render_html(comparison)) if comparison else "",
+        _section("Quality, latency, cost", report_quality.render_html(rows, evaluations)) if evaluations else "",
         _section("Time between tokens", _times_chart([row.itl for row in rows], rows), _ITL_NOTE),
         _section("Time to first token", _times_chart([row.ttft for row in rows], rows), _TTFT_NOTE),
         _section("Tokens a second", _bars([row.decode for row in rows], rows, "tokens/s"), _DECODE_NOTE),
@@ -76,15 +84,19 @@ def render_html(results: Sequence[Mapping[str, Any]]) -> str:
         _section("Every other figure", _figures_table(rows)),
         _section("How these figures were made", _provenance(rows)),
     ]
-    title = f"Latency report: {escape(str(results[0]['model']))}"
+    return page(f"Latency report: {results[0]['model']}", [_PATTERN, *parts])
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A document around `parts` (HTML) with the reports' style and nothing to fetch or run."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{_PATTERN}\n<main>\n"
-        + "\n".join(parts)
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
         + "\n</main>\n</body>\n</html>\n"
     )
 

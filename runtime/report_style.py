@@ -79,6 +79,26 @@ g.predicted .band { stroke: var(--hatch); stroke-width: 3; stroke-dasharray: 6 5
 g.predicted .bar { fill: url(#hatch); stroke: var(--hatch); stroke-width: 1.5; }
 .hatch-ground { fill: var(--predicted-ground); }
 .hatch-line { fill: var(--hatch); }
+.changes th, .changes td { min-width: 92px; }
+.changes th[scope=row] { min-width: 190px; position: sticky; left: 0; background: var(--card); }
+.changes td.slower { color: var(--bad); font-weight: 650; }
+.changes td.faster { color: var(--measured); }
+.changes td.slower small, .changes td.faster small { color: inherit; }
+.verdict { font-weight: 650; margin: 6px 0 10px; padding: 8px 12px; border-left: 4px solid; }
+.verdict.bad { color: var(--bad); }
+.verdict.good { color: var(--measured); }
+.scatter { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 2px 12px; margin: 26px 14px 18px 0; }
+.scatter svg { width: 100%; }
+.scatter .side { display: flex; flex-direction: column; justify-content: space-between; text-align: right; }
+.scatter .side, .scatter figcaption { font-size: 12.5px; color: var(--soft); }
+.scatter .side span { max-width: 9ch; }
+.scatter figcaption { text-align: center; }
+.scatter .grid { stroke: var(--line); stroke-width: 1; }
+.scatter .index { fill: var(--ink); font-size: 13px; font-weight: 650; }
+.quality th:nth-child(2) { text-align: left; }
+.quality td:first-child { font-weight: 650; }
+.quality th[scope=row] { text-align: left; min-width: 150px; overflow-wrap: anywhere; }
+.quality tr.predicted td:not(:first-child) { color: var(--predicted); }
 .made { margin: 6px 0 0; padding: 0; list-style: none; font-size: 14px; overflow-wrap: anywhere; }
 .made li { margin: 8px 0; }
 

@@ -12,9 +12,12 @@ from click.testing import CliRunner
 from moedge.bundle import Bundle
 from moedge.errors import EngineError, UsageError
 from moedge.profiles.shape import bytes_per_token
+from moedge.runtime import bench as bench_module
 from moedge.runtime import machine
-from moedge.runtime.bench import bench
-from moedge.runtime.commands import bench_command
+from moedge.runtime.bench import bench, bench_sweep
+from moedge.runtime.bench_breakdown import summarize
+from moedge.runtime.bench_commands import bench_command
+from moedge.runtime.report import check_result, load_results
 
 CONTRACT_KEYS = (
     "schema model profile backend device weights group_size batch prompt_tokens new_tokens threads repeat load_s "
@@ -117,3 +120,88 @@ def test_threads_count_cores_once_and_heed_the_quota(monkeypatch):
     assert machine.default_threads() == 2
     quota = True
     assert machine.default_threads() == 1
+
+
+def test_sweep(fake_bundle):
+    results = bench_sweep(fake_bundle, lengths=[4, 30], new_tokens=3, repeat=2, threads=1, samples=True)
+    assert [result["prompt_tokens"] for result in results] == [4, 30]
+    for result in results:
+        assert list(result)[: len(CONTRACT_KEYS)] == CONTRACT_KEYS
+        check_result(json.loads(json.dumps(result)), "sweep")
+        ttft, itl = result["samples"]["ttft_ms"], result["samples"]["itl_ms"]
+        assert result["spread"]["ttft_ms"] == {"min": min(ttft), "max": max(ttft)}
+        medians = [float(np.median(row)) for row in itl]
+        np.testing.assert_allclose(list(result["spread"]["itl_p50_ms"].values()), [min(medians), max(medians)])
+        assert "scenario" not in result
+    default = bench_sweep(fake_bundle, new_tokens=2, repeat=1, threads=1)
+    assert [result["prompt_tokens"] for result in default] == [16]  # 64 and one more have no room in 64
+
+
+def test_scenarios(fake_bundle, monkeypatch):
+    prompts = []
+    real = bench_module._run_once
+    monkeypatch.setattr(bench_module, "_run_once", lambda *given: (prompts.append(given[1].tolist()), real(*given))[1])
+    options = {"prompt_tokens": 6, "new_tokens": 4, "repeat": 3, "threads": 1, "samples": True}
+    for scenario in bench_module.SCENARIOS:
+        prompts.clear()
+        result = bench(fake_bundle, scenario=scenario, **options)
+        assert len(prompts) == 4 and len(set(map(tuple, prompts))) == 4  # each query a prompt of its own
+        samples = result["samples"]
+        queries = [first + sum(rest) for first, rest in zip(samples["ttft_ms"], samples["itl_ms"], strict=True)]
+        wanted = np.percentile(queries, [50, 90, 99])
+        np.testing.assert_allclose([result["query_ms"][key] for key in ("p50", "p90", "p99")], wanted)
+        assert result["queries"] == 3 and result["queries_per_s"] <= 3e3 / sum(queries)
+        np.testing.assert_allclose(result["output_tokens_per_s"], 4 * result["queries_per_s"])
+        assert "3 queries, not a verified MLPerf result" in result["scenario_note"]
+    prompts.clear()
+    bench(fake_bundle, **options)
+    assert len(set(map(tuple, prompts))) == 1
+    with pytest.raises(UsageError, match="scenario is 'server'; it must be one of single-stream, offline"):
+        bench(fake_bundle, scenario="server")
+
+
+def test_breakdown_of_a_profile_by_hand():
+    def node(op, start, took):
+        return {"cat": "Node", "name": f"{op}_kernel_time", "ts": start, "dur": took, "args": {"op_name": op}}
+
+    def run(start, took):
+        return {"cat": "Session", "name": "model_run", "ts": start, "dur": took}
+
+    events = [run(0, 900), node("MatMul", 5, 800)]  # warm-up
+    events += [run(1000, 500), node("MatMul", 1010, 300), node("Add", 1400, 50)]  # the prompt
+    events += [run(2000, 100), node("MatMul", 2010, 60), node("Add", 2080, 10)]  # two steps
+    events += [run(3000, 140), node("MatMul", 3010, 80)]
+    found = summarize(events, 1, 2)
+    assert found["prefill_ms"] == 0.5 and found["decode_ms"] == pytest.approx(0.12)
+    assert found["prefill"] == [
+        {"op": "MatMul", "nodes": 1, "ms": 0.3, "share": 0.6},
+        {"op": "between nodes", "nodes": 0, "ms": pytest.approx(0.15), "share": pytest.approx(0.3)},
+        {"op": "Add", "nodes": 1, "ms": 0.05, "share": pytest.approx(0.1)},
+    ]
+    assert [(row["op"], row["nodes"]) for row in found["decode"]] == [("MatMul", 1), ("between nodes", 0), ("Add", 0.5)]
+    assert [row["ms"] for row in found["decode"]] == pytest.approx([0.07, 0.045, 0.005])
+
+
+def test_breakdown(fake_bundle):
+    result = bench(fake_bundle, prompt_tokens=5, new_tokens=4, repeat=1, threads=1, breakdown=True)
+    for phase in ("prefill", "decode"):
+        rows = result["breakdown"][phase]
+        assert sum(row["share"] for row in rows) == pytest.approx(1, abs=0.02)
+        assert {"MatMul", "TopK", "between nodes"} <= {row["op"] for row in rows}
+        assert result["breakdown"][f"{phase}_ms"] == pytest.approx(sum(row["ms"] for row in rows), rel=0.02)
+    routers = next(row for row in result["breakdown"]["decode"] if row["op"] == "TopK")
+    assert routers["nodes"] == 1  # a step, of the one MoE layer
+
+
+def test_commands_of_sweep_scenario_and_breakdown(fake_bundle, tmp_path):
+    options = [str(fake_bundle), "--new-tokens", "3", "--repeat", "1", "--threads", "1"]
+    swept = CliRunner().invoke(bench_command, [*options, "--sweep", "4,8", "--json", str(tmp_path / "s.json")])
+    assert swept.exit_code == 0, swept.output
+    assert [result["prompt_tokens"] for result in load_results([tmp_path / "s.json"])] == [4, 8]
+    wrong = CliRunner().invoke(bench_command, [*options, "--sweep", "4,x"])
+    assert wrong.exit_code == 2 and "is no list of prompt lengths; for example 16,256,1024" in wrong.stderr
+    both = CliRunner().invoke(bench_command, [*options, "--sweep", "--breakdown"])
+    assert both.exit_code == 2 and "--sweep takes neither --scenario nor --breakdown" in both.stderr
+    options += ["--prompt-tokens", "4", "--breakdown", "--scenario", "offline"]
+    shown = CliRunner().invoke(bench_command, options)
+    assert shown.exit_code == 0 and "scenario offline" in shown.stdout and "MatMul" in shown.stdout

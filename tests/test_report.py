@@ -66,6 +66,9 @@ MEASURED: dict[str, Any] = {
 }
 
 
+FETCH_OR_RUN = {"script", "iframe", "img", "object", "embed", "base", "form", "audio", "video"}
+
+
 def results() -> list[dict[str, Any]]:
     names = ("rtx4090", "a100-80gb", "jetson-orin-nano-8gb")
     predicted = [estimate(deepseek_v2_lite(), load_profile(name)) for name in names]
@@ -225,7 +228,7 @@ def test_html_is_self_contained_and_well_formed() -> None:
     assert "http" not in text.replace('http-equiv="Content-Security-Policy"', "")
     assert "@import" not in text and "url(" not in text.replace("url(#hatch)", "")
     names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "iframe", "img", "object", "embed", "base", "form", "audio", "video"}
+    assert not names & FETCH_OR_RUN
     for tag, attributes in page.tags:
         assert not {"src", "srcset", "onload", "onclick", "style"} & set(attributes)
         assert attributes.get("href") in (None, "data:,") and (tag == "link") == ("href" in attributes)

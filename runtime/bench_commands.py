@@ -1,0 +1,148 @@
+"""`moedge bench`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..bundle import staged_file
+from ..progress import console_progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--profile", metavar="NAME", help="Engine. [default: the best that runs on this machine]")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences decoded at once.")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs, after one to warm up.")
+@click.option("--threads", type=click.IntRange(1), help="Threads that compute. [default: physical cores]")
+@click.option(
+    "--scenario",
+    type=click.Choice(["single-stream", "offline"]),
+    help="MLPerf's: queries one by one, or all at once; --repeat is how many.",
+)
+@click.option(
+    "--sweep",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[N,N,...]",
+    help="Several prompt lengths in place of one: 16, 64, 256, ... as far as there is room, or those given.",
+)
+@click.option("--breakdown", is_flag=True, help="Run once more under the profiler: time by kind of operation.")
+@click.option("--samples", is_flag=True, help="Keep every single time in the JSON.")
+@click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="One JSON document, on stdout or in FILE; a list with --sweep.",
+)
+def bench_command(bundle: Path, json_file: str | None, sweep: str | None, **options: Any) -> None:
+    """Measures one engine on this machine: latency, rates, memory, and the share of the memory bandwidth it uses."""
+    from .bench import bench, bench_sweep
+
+    document: dict[str, Any] | list[dict[str, Any]]
+    with console_progress() as progress:
+        if sweep is None:
+            document = bench(bundle, progress=progress, **options)
+        else:
+            lengths = _lengths(sweep, options)
+            document = bench_sweep(bundle, lengths=lengths, progress=progress, **options)
+    text = json.dumps(document, indent=1)
+    if json_file == "-":
+        click.echo(text)
+        return
+    if json_file is not None:
+        with staged_file(Path(json_file)) as staged:
+            staged.write_text(text + "\n", encoding="utf-8")
+    if isinstance(document, list):
+        _print(_sweep_table(document))
+        return
+    from .tables import bench_table
+
+    _print(bench_table(document), *_more(document))
+
+
+def _lengths(sweep: str, options: dict[str, Any]) -> list[int] | None:
+    """The lengths asked for; None for the default ones. What a sweep cannot have is refused."""
+    if options.pop("scenario") is not None or options.pop("breakdown"):
+        raise click.UsageError("--sweep takes neither --scenario nor --breakdown")
+    options.pop("prompt_tokens")
+    if sweep == "auto":
+        return None
+    words = sweep.split(",")
+    if not all(word.strip().isdigit() and int(word) for word in words):
+        told = f"{sweep!r} is no list of prompt lengths; for example 16,256,1024"
+        raise click.BadParameter(told, param_hint="--sweep")
+    return [int(word) for word in words]
+
+
+def _more(result: dict[str, Any]) -> list[Table]:
+    """Tables of what was asked for beyond the plain benchmark."""
+    from rich.table import Table
+
+    tables = []
+    if "scenario" in result:
+        table = Table(title=f"scenario {result['scenario']}", title_justify="left", show_header=False, box=None)
+        times = ", ".join(f"{name} {value:,.2f}" for name, value in result["query_ms"].items())
+        table.add_row("queries", f"{result['queries']}, {result['queries_per_s']:,.3g} a second")
+        table.add_row("a query", f"{times} ms")
+        table.add_row("output", f"{result['output_tokens_per_s']:,.1f} tokens/s")
+        table.add_row("", result["scenario_note"])
+        tables.append(table)
+    for phase, what in (("prefill", "the prompt"), ("decode", "a new token")):
+        if "breakdown" in result:
+            found = result["breakdown"]
+            title = f"{what}, by operation: {found[f'{phase}_ms']:,.3g} ms with the profiler on"
+            table = Table("operation", title=title, title_justify="left")
+            for name in ("nodes", "ms", "share"):
+                table.add_column(name, justify="right")
+            for row in _shown(found[phase]):
+                nodes = f"{row['nodes']:,.0f}" if row["nodes"] else ""
+                table.add_row(row["op"], nodes, f"{row['ms']:,.3g}", f"{100 * row['share']:.1f}%")
+            tables.append(table)
+    return tables
+
+
+def _shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The operations that take a hundredth or more, and the others together."""
+    large = [row for row in rows if row["share"] >= 0.01]
+    small = [row for row in rows if row["share"] < 0.01]
+    if len(small) > 1:
+        sums = {key: sum(row[key] for row in small) for key in ("nodes", "ms", "share")}
+        return [*large, {"op": f"{len(small)} others", **sums}]
+    return list(rows)
+
+
+def _sweep_table(results: Sequence[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    first = results[0]
+    title = f"{first['model']} {first['weights']} on {first['device']} ({first['profile']}), {first['threads']} threads"
+    table = Table(title=title, title_justify="left")
+    headings = ("prompt", "TTFT ms\np50", "\np99", "prefill\ntokens/s", "ITL ms\np50", "\np99", "decode\ntokens/s")
+    for name in (*headings, "of\nlimit"):
+        table.add_column(name, justify="right")
+    for result in results:
+        times = [f"{result[key][name]:,.2f}" for key in ("ttft_ms", "itl_ms") for name in ("p50", "p99")]
+        prefill, decode = (f"{result[f'{kind}_tokens_per_s']:,.0f}" for kind in ("prefill", "decode"))
+        share = f"{100 * result['fraction_of_limit']:.0f}%"
+        table.add_row(str(result["prompt_tokens"]), *times[:2], prefill, *times[2:], decode, share)
+    return table
+
+
+def _print(*tables: Table) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for table in tables:
+        console.print(table)
