@@ -35,7 +35,7 @@ COMMANDS = {
         ".runtime.commands", "generate_command", "Text that goes on from a prompt, streamed as it comes."
     ),
     "bench": Command(
-        ".runtime.commands",
+        ".runtime.bench_commands",
         "bench_command",
         "Measures one engine on this machine: latency, rates, memory, and the share of the memory bandwidth it uses.",
     ),
@@ -54,6 +54,16 @@ COMMANDS = {
         "profiles_command",
         "Lists device profiles, or shows one (a name, or a path that ends in .toml) with the sources of its figures.",
     ),
+    "eval": Command(
+        ".runtime.eval_commands",
+        "eval_command",
+        "Perplexity and bits per byte of a text, and agreement with a checkpoint or another bundle.",
+    ),
+    "trace": Command(
+        ".runtime.trace_commands",
+        "trace_command",
+        "Which experts each token of a text took in each layer: heat map, load figures, coloured tokens.",
+    ),
     "inspect": Command(
         ".runtime.commands",
         "inspect_command",
@@ -64,6 +74,7 @@ COMMANDS = {
         "verify_command",
         "Checks every checksum, every expert, and the engines' preflight on this machine.",
     ),
+    "serve": Command(".runtime.serve_commands", "serve_command", "OpenAI-compatible HTTP server."),
     "demo": Command(".demo", "demo_command", "The whole path on the bundled sample model."),
 }
 

@@ -133,8 +133,16 @@ def write_latency_report(bundles: dict[str, Bundle], output: Path) -> Path:
     results = []
     for weights, bundle in bundles.items():
         with timed(f"measured cpu at {weights}") as progress:
-            counts = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeat": REPEAT}
-            results.append(bench(bundle, "cpu", progress=progress, **counts))
+            results.append(
+                bench(
+                    bundle,
+                    "cpu",
+                    prompt_tokens=PROMPT_TOKENS,
+                    new_tokens=NEW_TOKENS,
+                    repeat=REPEAT,
+                    progress=progress,
+                )
+            )
     devices = [load_profile(profile) for profile in ENGINES if profile != "cpu"]
     manifest = bundles["int4"].manifest
     results += [

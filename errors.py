@@ -21,6 +21,9 @@ EXTRAS = {
     "tensorrt": "tensorrt",
     "optimum": "optimum",
     "matplotlib": "report",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
 }
 
 

@@ -1,4 +1,4 @@
-"""`moedge generate`, `bench`, `inspect` and `verify`."""
+"""`moedge generate`, `inspect` and `verify`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..bundle import Bundle, staged_file
+from ..bundle import Bundle
 from ..errors import MoedgeError, UsageError
 from ..progress import console_progress
 
@@ -36,6 +36,11 @@ NEW_TOKENS = 128
 @click.option("--top-p", type=float, metavar="P", help="Only the most likely tokens that together reach P.")
 @click.option("--min-p", type=float, metavar="P", help="Only tokens at least P times as likely as the best.")
 @click.option("--seed", type=int, metavar="N", help="Makes sampling repeat exactly.")
+@click.option("--repetition-penalty", type=float, metavar="X", help="Above 1: less of what prompt and text have.")
+@click.option("--presence-penalty", type=float, default=0.0, metavar="X", help="Taken from what the text has.")
+@click.option("--frequency-penalty", type=float, default=0.0, metavar="X", help="Likewise, for each time it does.")
+@click.option("--logprobs", type=int, metavar="N", help="With --json: how likely each token was, and N alternatives.")
+@click.option("--slide", is_flag=True, help="At the context's end go on with the newer half of the text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the text (and is left out); can be repeated.")
 @click.option("--chat", is_flag=True, help="The prompt is a message: use the model's chat template.")
 @_THREADS
@@ -48,6 +53,7 @@ def generate_command(
     max_new_tokens: int | None,
     threads: int | None,
     max_seq_len: int | None,
+    slide: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -56,7 +62,8 @@ def generate_command(
 
     text = _read_stdin() if prompt == "-" else prompt
     with load(bundle, profile, threads=threads, max_seq_len=max_seq_len) as engine:
-        generation = engine.generate(text, max_new_tokens=max_new_tokens, **options)
+        end = "slide" if slide else "error"
+        generation = engine.generate(text, max_new_tokens=max_new_tokens, context_end=end, **options)
         if max_new_tokens is None:
             generation.limit = min(NEW_TOKENS, generation.room)
         if as_json:
@@ -85,6 +92,8 @@ def _generation_json(generation: Generation, text: str, profile: str) -> dict[st
         "seconds": generation.seconds,
         "ttft_s": generation.prompt_seconds,
         "decode_tokens_per_s": (count - 1) / decoding if count > 1 and decoding > 0 else None,
+        "reused_prompt_tokens": generation.reused_tokens,
+        **({"logprobs": [found._asdict() for found in generation.logprobs]} if generation.logprobs else {}),
     }
 
 
@@ -93,41 +102,6 @@ def _read_stdin() -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"the prompt on stdin is not UTF-8 (byte {error.start}); convert it first") from None
-
-
-@click.command("bench")
-@_BUNDLE
-@_PROFILE
-@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences decoded at once.")
-@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs, after one to warm up.")
-@_THREADS
-@click.option("--samples", is_flag=True, help="Keep every single time in the JSON.")
-@click.option(
-    "--json",
-    "json_file",
-    is_flag=False,
-    flag_value="-",
-    metavar="[FILE]",
-    help="One JSON document, on stdout or in FILE.",
-)
-def bench_command(bundle: Path, json_file: str | None, **options: Any) -> None:
-    """Measures one engine on this machine: latency, rates, memory, and the share of the memory bandwidth it uses."""
-    from .bench import bench
-
-    with console_progress() as progress:
-        result = bench(bundle, progress=progress, **options)
-    text = json.dumps(result, indent=1)
-    if json_file == "-":
-        click.echo(text)
-        return
-    if json_file is not None:
-        with staged_file(Path(json_file)) as staged:
-            staged.write_text(text + "\n", encoding="utf-8")
-    from .tables import bench_table
-
-    _print(bench_table(result))
 
 
 @click.command("inspect")

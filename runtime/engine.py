@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle, read_json
 from ..errors import BundleError, EngineError, UsageError
+from .context import REUSE, Context, PrefixStore
 from .generation import Generation
 from .preflight import EngineInfo, check_engine, choose_profile, read_engine
-from .sampling import Sampling
+from .requests import ContextFull, TextRequest, check_whole, make_request
 from .sessions import Routing, Session, SessionOptions, backend_module
 from .tokens import Tokenizer
 
-# Tokens computed at once: a prompt is fed in pieces of this size, so that memory does not grow with it.
-PREFILL_CHUNK = 256
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .requests import Options
+
+# Tokens computed at once: a prompt is fed in pieces of this size, so that memory does not grow with it. It is also the
+# grain in which an earlier prompt's beginning is used again.
+PREFILL_CHUNK = 64
+TOKENIZER = "tokenizer.json"
+# Bytes of cache rows kept of earlier prompts' beginnings.
+PREFIX_BYTES = 128 << 20
 
 
 def load(
@@ -29,20 +43,30 @@ def load(
     threads: int | None = None,
     max_seq_len: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    reuse: str = "exact",
+    prefix_bytes: int = PREFIX_BYTES,
 ) -> Engine:
     """Load an engine of `bundle`: that of `profile`, or the best one that runs on this machine.
 
     threads: threads that compute; default: the physical cores this process may use.
     max_seq_len: tokens the context has room for; default and limit: what the engine was built for.
     prefill_chunk: tokens of a prompt that are computed at once; memory and the pace of cancelling follow it.
+    reuse: what a prompt need not compute again because an earlier one began alike: "exact" (whole chunks: the answer is
+        the same, bit for bit, as without), "all" (every token, also generated ones; the last bits may differ), "off".
+    prefix_bytes: the most memory for beginnings of earlier prompts; least recently used goes first. 0: only what the
+        context itself still holds.
 
     Raises:
         BundleError: no bundle there. EngineError: no such engine, or it does not fit this bundle or this machine.
         UsageError: a number out of range. DependencyError: the engine's runtime is not installed.
     """
-    _check_whole("threads", threads)
-    _check_whole("max_seq_len", max_seq_len)
-    _check_whole("prefill_chunk", prefill_chunk)
+    check_whole("threads", threads)
+    check_whole("max_seq_len", max_seq_len)
+    check_whole("prefill_chunk", prefill_chunk)
+    if reuse not in REUSE:
+        raise UsageError(f"reuse is {reuse!r}; it must be one of {', '.join(REUSE)}")
+    if type(prefix_bytes) is not int or prefix_bytes < 0:
+        raise UsageError(f"prefix_bytes is {prefix_bytes!r}; it must be a whole number, 0 (off) or more")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     info = read_engine(opened, profile if profile is not None else choose_profile(opened))
     if max_seq_len is not None and max_seq_len > info.max_seq_len:
@@ -52,21 +76,38 @@ def load(
         )
     check_engine(opened, info)
     session = backend_module(info.backend).open_session(opened, info, SessionOptions(threads, max_seq_len))
-    return Engine(opened, info, session, prefill_chunk)
+    return Engine(opened, info, session, prefill_chunk, reuse=reuse, prefix_bytes=prefix_bytes)
 
 
 class Engine:
     """A loaded engine with one context. Made by `moedge.load`; a context manager that frees the weights at its end.
 
-    Not thread-safe: one call at a time. Each call begins with an empty context, so a generation that is still running
-    when another call is made is over.
+    Thread-safe: calls from several threads take turns, a step at a time. But there is one context: each call takes it,
+    so a generation that is still running when another call is made is over (an error says so). Many texts at once are
+    the affair of `moedge.runtime.scheduler.Scheduler` and `moedge.runtime.aio.AsyncEngine`, over the same engine.
     """
 
-    def __init__(self, bundle: Bundle, info: EngineInfo, session: Session, prefill_chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        info: EngineInfo,
+        session: Session,
+        prefill_chunk: int = PREFILL_CHUNK,
+        *,
+        reuse: str = "exact",
+        prefix_bytes: int = PREFIX_BYTES,
+    ) -> None:
+        if bundle.config.get("rope", {}).get("kind", "fixed") != "fixed":
+            # Frequencies that follow the tokens so far: only a prompt computed whole is what the model was trained on.
+            prefill_chunk = max(prefill_chunk, info.max_seq_len)
         self.bundle = bundle
         self.info = info
+        self.lock = threading.RLock()  # held for each step
+        self.prefixes = PrefixStore(prefix_bytes)
         self._open: Session | None = session
         self._chunk = prefill_chunk
+        self._reuse = reuse
+        self._context = Context(session, prefill_chunk, self.prefixes, reuse)
         self._tokenizer: Tokenizer | None = None
         self._turn = 0  # counts calls: a generation whose turn has passed stops
 
@@ -80,9 +121,11 @@ class Engine:
 
     def close(self) -> None:
         """Free the weights and the cache; a second time does nothing."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+        with self.lock:
+            if self._open is not None:
+                self._open.close()
+                self._open = None
+                self.prefixes.clear()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -108,16 +151,22 @@ class Engine:
     @property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer, read when first asked for."""
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self.bundle.path)
-        return self._tokenizer
+        with self.lock:
+            if self._tokenizer is None:
+                self._tokenizer = Tokenizer(self.bundle.path)
+            return self._tokenizer
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether the bundle has one; without it `generate` takes token ids and gives `Generation.tokens` alone."""
+        return self.bundle.file(TOKENIZER).is_file()
+
+    @cached_property
     def generation_config(self) -> dict[str, Any]:
         """The model's generation_config.json; empty where it has none."""
         return self._optional_json("generation_config.json")
 
-    @property
+    @cached_property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a text, by generation_config.json, else by config.json."""
         for document in (self.generation_config, self._optional_json("config.json")):
@@ -144,9 +193,11 @@ class Engine:
         """
         tokens = self.check_tokens(ids)
         result = np.empty((len(tokens), self.info.vocab_size), np.float32)
-        session = self.begin()
-        for start, part in self._chunks(tokens):
-            values = session.step(part, np.arange(len(part)), result[start : start + len(part)])
+        with self.lock:
+            session = self.begin()
+            for start, part in self._chunks(tokens):
+                session.step(part, np.arange(len(part)), result[start : start + len(part)])
+        for start, values in self._chunks(result):
             if np.isnan(values).any():
                 place = start + int(np.isnan(values).any(axis=1).argmax())
                 raise EngineError(
@@ -162,12 +213,13 @@ class Engine:
             EngineError: no tokens, a token out of range, or too many for the context.
         """
         tokens = self.check_tokens(ids)
-        session = self.begin()
         experts, weights = [], []
-        for _, part in self._chunks(tokens):
-            session.step(part, np.empty(0, np.int64))
-            experts.append(session.routing.experts.copy())
-            weights.append(session.routing.weights.copy())
+        with self.lock:
+            session = self.begin()
+            for _, part in self._chunks(tokens):
+                session.step(part, np.empty(0, np.int64))
+                experts.append(session.routing.experts.copy())
+                weights.append(session.routing.weights.copy())
         return Routing(np.concatenate(experts, axis=1), np.concatenate(weights, axis=1))
 
     def generate(
@@ -180,8 +232,14 @@ class Engine:
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
         stop: Sequence[str] = (),
         chat: bool = False,
+        logprobs: int | None = None,
+        context_end: str = "error",
     ) -> Generation:
         """Text that goes on from `prompt` (a text, or token ids), as an iterator over pieces of whole characters.
 
@@ -189,18 +247,82 @@ class Engine:
         temperature, top_k, top_p, min_p: default: the model's generation_config if it says `do_sample`, else greedy
             (temperature 0). Given, they apply in this order. One of the last three alone means temperature 1.
         seed: makes the choice repeat exactly, on this engine and as many threads. Default: another each time.
+        repetition_penalty: divides the positive logits of tokens in prompt and text, multiplies the negative ones;
+            default: the model's own, else 1, which is off.
+        presence_penalty, frequency_penalty: taken from the logit of a generated token: once, and for each time.
+        logit_bias: token -> what is added to its logit.
         stop: texts that end the generation; they are not given out, nor is the model's end token.
         chat: the prompt is a user's message, put into the model's chat template.
+        logprobs: record each token's log-probability, and those of so many alternatives: `Generation.logprobs`.
+        context_end: what a full context means for a text that is to be longer: "error", or "slide": go on from its
+            newer half, computed anew, as often as needed; of a prompt too long the newest tokens are taken.
 
         Raises (at once, and the context's end while iterating):
             UsageError: a number out of range. EngineError: the prompt is empty, too long, or has tokens out of range.
         """
-        _check_whole("max_new_tokens", max_new_tokens)
-        sampling = Sampling.from_defaults(
-            self.generation_config, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+        request = make_request(
+            self,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            stop=stop,
+            chat=chat,
+            logprobs=logprobs,
+            context_end=context_end,
         )
-        tokens, whole = self._prompt_tokens(prompt, chat)
-        return Generation(self, tokens, sampling, max_new_tokens=max_new_tokens, stop=stop, whole_prompt=whole)
+        return Generation(self, request)
+
+    def samples(self, prompt: str | Sequence[int], n: int, **options: Unpack[Options]) -> Iterator[Generation]:
+        """`n` texts from one prompt, which is computed once; each is to be read before the next is asked for.
+
+        The options are those of `generate`; with a `seed` the texts have this one and those that follow it.
+
+        Raises:
+            UsageError, EngineError: as `generate`, at once.
+        """
+        check_whole("n", n)
+        first = make_request(self, prompt, **options)
+        return self._samples(first, n)
+
+    def _samples(self, request: TextRequest, n: int) -> Iterator[Generation]:
+        seed = request.sampling.seed
+        for index in range(n):
+            sampling = request.sampling if seed is None else replace(request.sampling, seed=seed + index)
+            yield Generation(self, replace(request, sampling=sampling), again=index > 0)
+
+    def save_snapshot(self, path: str | os.PathLike[str]) -> int:
+        """Write the context to a file, for `load_snapshot`: the last prompt's tokens and their cache; how many.
+
+        Raises:
+            EngineError: no prompt has been computed since the last other call.
+        """
+        from .snapshot import write_snapshot
+
+        with self.lock:
+            return write_snapshot(self.bundle, self.info, self._context, Path(path))
+
+    def load_snapshot(self, path: str | os.PathLike[str]) -> int:
+        """Take a saved context: a prompt that begins with its tokens pays only for what follows. How many tokens.
+
+        The prompt that was computed when it was saved costs nothing; of others that begin with it whole chunks are used
+        again, and with `reuse="all"` every token.
+
+        Raises:
+            EngineError: no snapshot there, damaged, of another bundle or engine, or too long for this context.
+        """
+        from .snapshot import read_snapshot
+
+        with self.lock:
+            self.begin()
+            return read_snapshot(self.bundle, self.info, self._context, Path(path))
 
     def prefill(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Feed `tokens` to the context in chunks; the logits [vocab] after the last, valid until the next step."""
@@ -213,23 +335,39 @@ class Engine:
 
     def begin(self) -> Session:
         """Empty the context for a new call, which ends any generation that still runs; the session."""
-        session = self.session
-        self._turn += 1
-        session.truncate(0)
-        return session
+        with self.lock:
+            session = self.session
+            self._turn += 1
+            self._context.clear()
+            return session
+
+    def take_context(self) -> Context:
+        """The context for a new prompt, with what it holds; ends any generation that still runs."""
+        with self.lock:
+            self.session  # noqa: B018  (raises where the engine is closed)
+            self._turn += 1
+            return self._context
+
+    def new_context(self) -> Context:
+        """A further, empty context over the same weights, which shares what is kept of prompts' beginnings.
+
+        Raises:
+            EngineError: its cache does not fit the memory, or the engine is closed.
+        """
+        return Context(self.session.another(), self._chunk, self.prefixes, self._reuse)
 
     @property
     def turn(self) -> int:
         """Counts the calls that began with an empty context."""
         return self._turn
 
-    def check_tokens(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    def check_tokens(self, ids: Sequence[int] | NDArray[np.int64], most: int | None = None) -> NDArray[np.int64]:
         """`ids` as int64 [tokens].
 
         Raises:
-            EngineError: none, one out of range, or more than the context has room for.
+            EngineError: none, one out of range, or more than `most` (default: what the context has room for).
         """
-        capacity = self.session.capacity
+        capacity = self.session.capacity if most is None else most
         try:
             values = np.asarray(ids)
         except ValueError:
@@ -248,6 +386,14 @@ class Engine:
             raise self.context_full(f"the prompt has {len(values)} tokens and there is room for {capacity}")
         return np.ascontiguousarray(values, np.int64)
 
+    def no_room(self, request: TextRequest, made: int, limit: int | None) -> EngineError:
+        """The error for a text of which `made` tokens fill the context and more were asked for."""
+        capacity = self.session.capacity
+        return self.context_full(
+            f"{len(request.prompt)} tokens of the prompt and {made} of the {limit} new ones fill "
+            f"the {capacity} there is room for"
+        )
+
     def context_full(self, what: str) -> EngineError:
         """The error for a context without room; `what` says how full."""
         capacity = self.session.capacity
@@ -260,20 +406,9 @@ class Engine:
             mend = f"give a shorter prompt, or make room: {build}"
         else:
             mend = f"give a shorter prompt (the model has {most} positions)"
-        return EngineError(f"context is full: {what}; {mend}")
+        return ContextFull(f"context is full: {what}; {mend}")
 
-    def _prompt_tokens(self, prompt: str | Sequence[int], chat: bool) -> tuple[NDArray[np.int64], bool]:
-        """Token ids of a prompt, and whether they end with a whole character for sure."""
-        if not isinstance(prompt, str):
-            if chat:
-                raise UsageError("chat takes a text, not token ids: the chat template is text")
-            return self.check_tokens(prompt), False
-        if chat:
-            text = self.tokenizer.chat([{"role": "user", "content": prompt}])
-            return self.check_tokens(self.tokenizer.encode(text, special=False)), True
-        return self.check_tokens(self.tokenizer.encode(prompt)), True
-
-    def _chunks(self, tokens: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    def _chunks(self, tokens: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
         for start in range(0, len(tokens), self._chunk):
             yield start, tokens[start : start + self._chunk]
 
@@ -281,7 +416,3 @@ class Engine:
         path = self.bundle.file(name)
         return read_json(path, BundleError) if path.is_file() else {}
 
-
-def _check_whole(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise UsageError(f"{name} is {value!r}; it must be a whole number, 1 or more")

@@ -1,15 +1,16 @@
 """Which token comes next: greedy, or drawn after temperature, top-k, top-p and min-p, in this order.
 
-The order and the meaning of each number are those of transformers' logits warpers. Among equal logits the lower token
-id goes first.
+Before that, greedy or not: the logit bias, the repetition penalty (over prompt and new tokens), then the frequency
+and presence penalties (over new tokens, as OpenAI defines them). Order and meaning of each number are those of
+transformers' logits processors, where it has them. Among equal logits the lower token id goes first.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,13 @@ from ..errors import EngineError, UsageError
 # Top-p looks at this many of the most likely tokens first: sorting a whole vocabulary costs more than a layer.
 _FIRST_LOOK = 256
 
+# Penalties and biases go no further: a logit must stay a finite float32.
+_MOST = 1e6
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. `temperature` 0 is greedy: then nothing else matters.
+    """How tokens are chosen. `temperature` 0 is greedy: then only penalties and bias matter beside it.
 
     Raises:
         UsageError: a number out of its range.
@@ -34,6 +38,10 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
+    repetition_penalty: float = 1.0  # above 1: logits of tokens in the text so far are divided (negative: multiplied)
+    presence_penalty: float = 0.0  # taken once from each token that was generated
+    frequency_penalty: float = 0.0  # taken from a token for each time it was generated
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token -> what is added to its logit
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, "0 (greedy) or more", lambda value: 0 <= value < math.inf)
@@ -41,6 +49,20 @@ class Sampling:
         _check("top_p", self.top_p, "above 0 and at most 1 (off)", lambda value: 0 < value <= 1)
         _check("min_p", self.min_p, "from 0 (off) to 1", lambda value: 0 <= value <= 1)
         _check("seed", self.seed, "a whole number, 0 or more", lambda value: value is None or _is_natural(value))
+        repetition = "from 0.000001 to 1000000 (1 is off)"
+        _check("repetition_penalty", self.repetition_penalty, repetition, lambda value: 1 / _MOST <= value <= _MOST)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), "from -1000000 to 1000000 (0 is off)", _is_moderate)
+        for token, bias in self.logit_bias.items():
+            _check("a token of logit_bias", token, "a whole number, 0 or more", _is_natural)
+            _check(f"logit_bias of token {token}", bias, "from -1000000 to 1000000", _is_moderate)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed by what came before, or by a bias."""
+        return bool(
+            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
+        )
 
     @classmethod
     def from_defaults(
@@ -52,10 +74,15 @@ class Sampling:
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
     ) -> Sampling:
         """What the caller gave; for the rest what the model's generation_config says, if it samples (`do_sample`).
 
         With neither, decoding is greedy. A caller who gives top_k, top_p or min_p alone wants to sample: temperature 1.
+        The model's own repetition penalty holds for greedy decoding too, as in transformers.
         """
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -65,14 +92,27 @@ class Sampling:
             defaults |= {name: generation_config[name] for name in given if generation_config.get(name) is not None}
         elif chosen and temperature is None:
             defaults = {"temperature": 1.0}
-        return cls(**{**defaults, **chosen}, seed=seed)
+        if repetition_penalty is None:
+            repetition_penalty = generation_config.get("repetition_penalty") or 1.0
+        return cls(
+            **{**defaults, **chosen},
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=dict(logit_bias or {}),
+        )
 
 
 class Sampler:
-    """Chooses tokens one after another; two samplers with one seed choose alike."""
+    """Chooses tokens one after another; two samplers with one seed choose alike.
 
-    def __init__(self, sampling: Sampling) -> None:
+    `prompt` are the tokens before the first, which the repetition penalty counts in.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] | NDArray[np.int64] = ()) -> None:
         self.sampling = sampling
+        self._adjuster = _Adjuster(sampling, prompt) if sampling.adjusts else None
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._random = np.random.Generator(np.random.PCG64(self.seed))
 
@@ -88,12 +128,59 @@ class Sampler:
                 f"the model gave no usable logits (the largest is {float(logits[best])}): the weights or the engine "
                 "are damaged; check them with `moedge verify`"
             )
+        if self._adjuster is None:
+            return self._draw(logits, best)
+        adjusted = self._adjuster.adjust(logits)
+        token = self._draw(adjusted, int(np.argmax(adjusted)))
+        self._adjuster.count(token)
+        return token
+
+    def _draw(self, logits: NDArray[np.float32], best: int) -> int:
         if self.sampling.temperature == 0:
             return best
         tokens, probabilities = distribution(logits, self.sampling)
         cumulative = np.cumsum(probabilities)
         place = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
         return int(tokens[min(place, len(tokens) - 1)])
+
+
+class _Adjuster:
+    """Bias and penalties over one text. The tokens it touches are few, so it works on those alone."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] | NDArray[np.int64]) -> None:
+        self._sampling = sampling
+        self._counts: dict[int, int] = {}  # of generated tokens
+        self._seen = dict.fromkeys(int(token) for token in prompt) if sampling.repetition_penalty != 1 else {}
+        self._bias_tokens = np.array(list(sampling.logit_bias), np.int64)
+        self._bias = np.array(list(sampling.logit_bias.values()), np.float32)
+
+    def count(self, token: int) -> None:
+        """Take a generated token into account."""
+        self._counts[token] = self._counts.get(token, 0) + 1
+        self._seen[token] = None
+
+    def adjust(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`logits` [vocab] after bias and penalties, as a new array."""
+        sampling, result = self._sampling, logits.copy()
+        if len(self._bias_tokens):
+            result[self._bias_tokens] += self._bias
+        if sampling.repetition_penalty != 1 and self._seen:
+            places = np.fromiter(self._seen, np.int64, len(self._seen))
+            scores, penalty = result[places], np.float32(sampling.repetition_penalty)
+            result[places] = np.where(scores < 0, scores * penalty, scores / penalty)
+        if (sampling.presence_penalty or sampling.frequency_penalty) and self._counts:
+            places = np.fromiter(self._counts, np.int64, len(self._counts))
+            times = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            result[places] -= np.float32(sampling.frequency_penalty) * times + np.float32(sampling.presence_penalty)
+        return result
+
+
+def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The logarithm of each token's probability by the model's own `logits` [vocab], before any sampling rule."""
+    values = logits.astype(np.float64)
+    values -= values.max()
+    result: NDArray[np.float64] = values - np.log(np.exp(values).sum())
+    return result
 
 
 def distribution(
@@ -141,6 +228,10 @@ def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.int
 
 def _is_natural(value: Any) -> bool:
     return bool(value == int(value) >= 0)
+
+
+def _is_moderate(value: Any) -> bool:
+    return bool(-_MOST <= value <= _MOST)
 
 
 def _check(name: str, value: Any, allowed: str, good: Callable[[Any], bool]) -> None:

@@ -181,6 +181,21 @@ def test_the_command_prints_the_line_and_exits_1(checkpoint: Path, tmp_path: Pat
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(("module", "extra"), [("onnx", "export"), ("onnxruntime", "cpu")])
+def test_a_package_that_is_not_installed_is_named_before_anything_is_written(
+    module: str, extra: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; import moedge\n"
+        f"try: moedge.export({str(tiny_checkpoint)!r}, {str(tmp_path / 'bundle')!r})\n"
+        "except moedge.DependencyError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.startswith(f"{module} is not installed"), result.stderr
+    assert f"pip install 'moedge[{extra}]'" in result.stdout
+    assert os.listdir(tmp_path) == []
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

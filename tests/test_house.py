@@ -86,7 +86,8 @@ def test_import_moedge_imports_nothing_heavy() -> None:
 
 
 def test_every_module_imports_without_torch_or_tensorrt() -> None:
-    names = [name for name, _ in modules() if name != "moedge.__main__"]
+    # moedge.export.torch_ops and its parts are for those who have torch, and say so in their names.
+    names = [name for name, _ in modules() if name != "moedge.__main__" and "torch" not in name.rpartition(".")[2]]
     code = "import importlib, traceback\nfor name in {}:\n    importlib.import_module(name)\n"
     run_python(code.format(names), blocked=HEAVY)
 

@@ -15,6 +15,7 @@ from moedge.runtime import machine, preflight
 from moedge.runtime.commands import verify_command
 from moedge.runtime.engine import load
 from moedge.runtime.initializers import read_placed
+from moedge.runtime.sessions import _plans
 from moedge.runtime.verify import verify
 
 
@@ -170,8 +171,10 @@ def test_a_gpu_engine_on_gpus(bundle, monkeypatch):
         "what runs here: cpu (--profile cpu)"
     )
     monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24 << 30)])
-    assert refusal(bundle, "rtx4090").endswith(
-        "builds and checks but does not execute yet; what runs here: cpu (--profile cpu)"
+    monkeypatch.setattr(_plans.importlib.util, "find_spec", lambda name: None)
+    assert refusal(bundle, "rtx4090") == (
+        "engine 'rtx4090' cannot run: tensorrt_rtx is not installed: pip install 'moedge[rtx]'; "
+        "what runs here: cpu (--profile cpu)"
     )
 
 

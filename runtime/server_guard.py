@@ -1,0 +1,165 @@
+"""What stands before the server's routes: API keys, and bodies of bounded size that come in bounded time."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .openai_answers import error_document
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+KEYS_VARIABLE = "MOEDGE_API_KEYS"
+ANONYMOUS = "anonymous"
+
+
+class Keys:
+    """Who may ask: names and keys, compared in constant time. Without any everybody may."""
+
+    def __init__(self, keys: dict[str, str]) -> None:
+        self._digests = {name: hashlib.sha256(key.encode()).digest() for name, key in keys.items()}
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    @classmethod
+    def read(cls, path: Path | None) -> Keys:
+        """Keys of a file, else of the environment's MOEDGE_API_KEYS: `name:key` or `key`, one on each line.
+
+        Raises:
+            UsageError: the file cannot be read or has no keys, or a name stands twice.
+        """
+        if path is None:
+            text = os.environ.get(KEYS_VARIABLE, "")
+            source = KEYS_VARIABLE
+        else:
+            source = str(path)
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"the API keys in {path} cannot be read: {error}") from None
+        keys: dict[str, str] = {}
+        for number, line in enumerate(text.splitlines(), start=1):
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
+            name, colon, key = line.rpartition(":")
+            name = name.strip() if colon else f"key-{number}"
+            if not key.strip() or name in keys:
+                wrong = "has no key" if not key.strip() else "has a name that was there already"
+                raise UsageError(f"line {number} of {source} {wrong}; write name:key, each name once")
+            keys[name] = key.strip()
+        if path is not None and not keys:
+            raise UsageError(f"{path} has no API keys; write one on each line, as name:key")
+        return cls(keys)
+
+    def name_of(self, given: bytes) -> str | None:
+        """The name whose key is `given`; None where it is nobody's. Takes as long for every answer."""
+        digest, found = hashlib.sha256(given).digest(), None
+        for name, known in self._digests.items():
+            if hmac.compare_digest(digest, known):
+                found = name
+        return found
+
+
+class Guard:
+    """Lets through to `app` what has a key (paths under /v1) and a body within the limits, read whole."""
+
+    def __init__(
+        self, app: App, *, keys: Keys, max_body: int, body_seconds: float, answered: Callable[[str, int], None]
+    ) -> None:
+        self._app = app
+        self._answered = answered
+        self._keys = keys
+        self._max_body = max_body
+        self._body_seconds = body_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._answered(scope["path"], message["status"])
+            await send(message)
+
+        await self._guard(scope, receive, counted)
+
+    async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        name: str | None = ANONYMOUS
+        if len(self._keys) and scope["path"].startswith("/v1"):
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            name = self._keys.name_of(key.strip()) if scheme.lower() == b"bearer" else None
+        if name is None:
+            text = "this server wants an API key: Authorization: Bearer KEY"
+            document = error_document(text, "invalid_request_error", "invalid_api_key")
+            await refuse(send, 401, document, {"www-authenticate": "Bearer"})
+            return
+        scope.setdefault("state", {})["key_name"] = name
+        try:
+            body = await asyncio.wait_for(self._read(headers, receive), self._body_seconds)
+        except asyncio.TimeoutError:
+            text = f"the body did not come within {self._body_seconds:g} s"
+            await refuse(send, 408, error_document(text, "invalid_request_error"), {"connection": "close"})
+            return
+        except _TooLarge:
+            text = f"the body is larger than {self._max_body} bytes"
+            await refuse(send, 413, error_document(text, "invalid_request_error"), {"connection": "close"})
+            return
+        if body is not None:  # else the client has gone
+            await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self._max_body:
+            raise _TooLarge
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._max_body:
+                raise _TooLarge
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    first = True
+
+    async def again() -> Message:
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return again
+
+
+async def refuse(send: Send, status: int, document: dict[str, Any], headers: dict[str, str]) -> None:
+    """Answer by an error."""
+    body = json.dumps(document).encode()
+    fixed = {"content-type": "application/json", "content-length": str(len(body))}
+    encoded = [(name.encode(), value.encode()) for name, value in {**fixed, **headers}.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,97 @@
+"""A context on disk: tokens, their cache rows, and the logits after the prompt.
+
+The file: 8 bytes of magic, the header's length (8 bytes, little-endian), the header (JSON), then the arrays one
+behind the other, and at the end the sha256 of everything before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import staged_file
+from ..errors import EngineError
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from .context import Context
+    from .preflight import EngineInfo
+
+_MAGIC = b"moedgeC1"
+_DIGEST = hashlib.sha256().digest_size
+
+
+def write_snapshot(bundle: Bundle, info: EngineInfo, context: Context, path: Path) -> int:
+    """Write the prompt in `context` to `path`; how many tokens it has."""
+    after = context.after_prompt
+    if after is None or after[0] > len(context.tokens):
+        raise EngineError("there is no prompt in the context to save; generate from one first")
+    count, logits = after
+    arrays = [*context.session.read_rows(0, count), logits]
+    header = {
+        "made_by": _identity(bundle, info),
+        "tokens": context.tokens[:count],
+        "exact": min(context.exact, count),
+        "arrays": [{"shape": list(array.shape), "dtype": str(array.dtype)} for array in arrays],
+    }
+    encoded = json.dumps(header).encode()
+    digest = hashlib.sha256()
+    with staged_file(path) as staged, staged.open("wb") as stream:
+        for part in (_MAGIC, len(encoded).to_bytes(8, "little"), encoded, *(array.tobytes() for array in arrays)):
+            digest.update(part)
+            stream.write(part)
+        stream.write(digest.digest())
+    return count
+
+
+def read_snapshot(bundle: Bundle, info: EngineInfo, context: Context, path: Path) -> int:
+    """Put what `path` holds into `context`; how many tokens."""
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise EngineError(f"there is no snapshot at {path}; write one: engine.save_snapshot(...)") from None
+    header, place = _checked_header(content, path)
+    if header["made_by"] != _identity(bundle, info):
+        raise EngineError(
+            f"{path} was saved with another bundle or engine ({header['made_by']['model']}, "
+            f"engine '{header['made_by']['profile']}'); save one with {bundle.path}: engine.save_snapshot(...)"
+        )
+    tokens: list[int] = header["tokens"]
+    if len(tokens) > context.session.capacity:
+        raise EngineError(
+            f"{path} has {len(tokens)} tokens and the context has room for {context.session.capacity}; "
+            "load the engine with a larger max_seq_len"
+        )
+    arrays: list[NDArray[Any]] = []
+    for entry in header["arrays"]:
+        array = np.frombuffer(content, np.dtype(entry["dtype"]), int(np.prod(entry["shape"])), place)
+        arrays.append(array.reshape(entry["shape"]))
+        place += array.nbytes
+    context.restore(tokens, arrays[:-1], int(header["exact"]), (len(tokens), arrays[-1].copy()))
+    return len(tokens)
+
+
+def _checked_header(content: bytes, path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a whole and undamaged file, and where its arrays begin."""
+    if not content.startswith(_MAGIC):
+        raise EngineError(f"{path} is no snapshot of this version of moedge; write one: engine.save_snapshot(...)")
+    if len(content) < 16 + _DIGEST or hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
+        raise EngineError(f"{path} is damaged (its checksum is wrong); write it again: engine.save_snapshot(...)")
+    length = int.from_bytes(content[8:16], "little")
+    return json.loads(content[16 : 16 + length]), 16 + length
+
+
+def _identity(bundle: Bundle, info: EngineInfo) -> dict[str, Any]:
+    """What computed the rows: they mean nothing to other weights, and little to another graph."""
+    return {
+        "model": str((bundle.manifest.get("model") or {}).get("name")),
+        "profile": info.profile,
+        "made_from": dict(info.made_from),
+        "files": {name: entry["sha256"] for name, entry in info.files.items()},
+        "backend": f"{info.backend} {info.backend_version}",
+    }
