@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from test_families import CASES, FAMILIES, make_model, save_model
+from family_cases import FAMILIES, make_model, save_model
+from test_families import CASES
 from test_tensorrt import needs_rtx
 
 import moedge
 from moedge.bundle import MODEL, Bundle
 from moedge.errors import BuildError
 from moedge.export.config import moe_config_from_json
+from moedge.export.quantization import hqq
 from moedge.profiles.build import build
 from moedge.profiles.targets._canonical import find_calls, find_matrix, load_canonical
 from moedge.profiles.targets._trt_attention import MASKED_DOMAIN
@@ -155,11 +157,14 @@ def test_an_op_that_is_not_lowered_is_named(tmp_path: Path) -> None:
     [
         ("deepseek_v2", "many_groups_yarn"),  # shared experts that ride along
         ("gpt_oss", "alternate_windows"),
-        ("mixtral", "top_1_mqa_tied"),
+        ("mixtral", "wide_heads_llama3"),
         ("qwen2_moe", "one_layer_dense"),  # a gated shared expert, and q, k, v with biases
     ],
 )
-def test_zero_points_become_offsets(family: str, name: str, tmp_path: Path) -> None:
+def test_zero_points_become_offsets(
+    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hqq, "ZERO_POINTS", True)
     even = {"intermediate_size": 64, "moe_intermediate_size": 32}  # an even number of groups, or there are none
     bundle = export(family, name, tmp_path, algorithm="hqq", **even)
     model, _ = load_canonical(bundle)
@@ -176,9 +181,14 @@ def test_zero_points_become_offsets(family: str, name: str, tmp_path: Path) -> N
 
 
 @needs_rtx
-def test_engine_with_zero_points_stays_fused_and_keeps_its_weights_once(tmp_path: Path) -> None:
+def test_engine_with_zero_points_stays_fused_and_keeps_its_weights_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hqq, "ZERO_POINTS", True)
     bundle = export("qwen2_moe", "one_layer_dense", tmp_path, algorithm="hqq", hidden_size=128, vocab_size=512)
     folder = build(bundle.path, "rtx4090", max_seq_len=64)
     check_engine(bundle, folder)
     session = json.loads((folder / "engine.json").read_text())["session"]
     assert session["memory"]["materialized_matrices"] == [0, 0]
+    kept = [value.name for value in ir.load(folder / MODEL).graph.initializers.values()]
+    assert any(name.endswith(".offsets") for name in kept)

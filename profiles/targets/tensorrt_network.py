@@ -130,7 +130,9 @@ def check_ops(model: ir.Model) -> None:
     """Raises BuildError naming the first op of the moedge domain that this target does not lower."""
     known = {*_INLINED, *_LOWERED, *_EXPERTS, *list_gates()}
     for node in model.graph:
-        if node.domain == DOMAIN and node.op_type not in known:
+        # A gate with a state of its own has more outputs than experts and weights.
+        stateful = node.op_type in list_gates() and len(node.outputs) != 2
+        if node.domain == DOMAIN and (node.op_type not in known or stateful):
             raise BuildError(
                 f"{node.name}: TensorRT engines of this version do not have moedge.{node.op_type}; build for the "
                 "onnxruntime target: moedge build ... --profile cpu"
