@@ -41,7 +41,7 @@ clean:
 
 # The install is editable, so only a change of what is required installs again.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "Installing moedge[$(DEMO_EXTRAS)] into $(VENV): a minute or two, about 400 MB"
+	@echo "Installing moedge[$(DEMO_EXTRAS)] into $(VENV): a minute or two, about 700 MB on disk"
 	$(PIP_INSTALL) -e '.[$(DEMO_EXTRAS)]'
 	@touch $@
 

@@ -156,12 +156,12 @@ def check_files(bundle: Bundle, progress: Progress | None = None) -> None:
 
 @contextlib.contextmanager
 def staged_directory(
-    target: Path, *, force: bool = False, error: type[MoedgeError] = BundleError
+    target: Path, *, force: bool = False, error: type[MoedgeError] = BundleError, replaces: str | None = None
 ) -> Iterator[Path]:
     """A scratch folder beside `target` that becomes `target` on success and vanishes on any failure.
 
     A `target` that holds files is refused without `force`; with it, the old folder stays whole until the new
-    one is complete.
+    one is complete. `replaces`: the file that tells a folder of our own, without which `force` replaces nothing.
 
     Raises:
         error: `target` is not an empty folder, cannot be written, or the disk is full.
@@ -169,7 +169,12 @@ def staged_directory(
     if target.exists() and not target.is_dir():
         raise error(f"{target} is a file, not a folder; name another output folder")
     if target.is_dir() and any(target.iterdir()) and not force:
-        raise error(f"{target} is not empty; name another output folder, or replace it with --force")
+        raise error(f"{target} is not empty; name another output folder, or replace it with --force (force=True)")
+    if target.is_dir() and any(target.iterdir()) and replaces and not (target / replaces).is_file():
+        raise error(
+            f"{target} holds files and no {replaces}: --force replaces bundles only; name another output folder"
+        )
+    target = target.resolve()  # the folder one stands in can be renamed by its name, not as "."
     with _writing(target, error):
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +15,7 @@ from typing import Any
 import click
 
 from .bundle import ENGINE_MANIFEST, Bundle, Progress, read_json, write_json
-from .errors import BundleError
+from .errors import BundleError, EngineError
 from .progress import console_progress
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -46,13 +50,20 @@ def demo_command(output: Path) -> None:
     heading(f"Done in {time.monotonic() - began:.0f} s")
     click.echo(f"report:  {report}")
     click.echo(f"bundles: {', '.join(str(bundle.path) for bundle in bundles.values())}")
-    click.echo(f'next:    moedge generate {bundles["int4"].path} -p "import os" -n 100')
+    options = '-p "def read(self" -n 100 --temperature 0.7'
+    click.echo(f"next:    {own_command()} generate {bundles['int4'].path} {options}")
 
 
 def check_sample() -> None:
     """The sample travels with the package; a damaged installation lacks it."""
     if not (SAMPLE / "model.safetensors").is_file():
         raise BundleError(f"{SAMPLE} lacks the sample checkpoint; install again: pip install --force-reinstall moedge")
+
+
+def own_command() -> str:
+    """How this command was called, so that what is printed can be typed again."""
+    called = Path(sys.argv[0])
+    return f"{sys.executable} -m moedge" if called.name == "__main__.py" else str(called)
 
 
 def heading(text: str) -> None:
@@ -120,29 +131,37 @@ def generate_text(bundle: Bundle) -> None:
     click.echo()
 
 
+def bench_alone(bundle: Bundle, progress: Progress) -> dict[str, Any]:
+    """`moedge bench` in a process of its own: this one still holds what exporting and building loaded."""
+    progress("measuring", 0, 1)
+    counts = {"--prompt-tokens": PROMPT_TOKENS, "--new-tokens": NEW_TOKENS, "--repeat": REPEAT}
+    options = [str(part) for option in counts.items() for part in option]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", __package__, "bench", str(bundle.path), "--profile", "cpu", *options]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+        run = subprocess.run(
+            [*command, "--json", str(result)], env=environment, capture_output=True, text=True, check=False
+        )
+        if run.returncode:
+            raise EngineError((run.stderr.strip().splitlines() or ["the benchmark failed"])[-1].removeprefix("error: "))
+        progress("measuring", 1, 1)
+        return read_json(result)
+
+
 def write_latency_report(bundles: dict[str, Bundle], output: Path) -> Path:
     """Measure the cpu engines, predict the devices, print the table, write JSON and HTML; returns the HTML's path."""
     from rich.console import Console
 
     from .profiles.device import load_profile
     from .profiles.estimate import estimate
-    from .runtime.bench import bench
     from .runtime.report import render_table, write_report
 
     heading("Latency report: this machine measured, devices predicted")
     results = []
     for weights, bundle in bundles.items():
         with timed(f"measured cpu at {weights}") as progress:
-            results.append(
-                bench(
-                    bundle,
-                    "cpu",
-                    prompt_tokens=PROMPT_TOKENS,
-                    new_tokens=NEW_TOKENS,
-                    repeat=REPEAT,
-                    progress=progress,
-                )
-            )
+            results.append(bench_alone(bundle, progress))
     devices = [load_profile(profile) for profile in ENGINES if profile != "cpu"]
     manifest = bundles["int4"].manifest
     results += [

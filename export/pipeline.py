@@ -91,10 +91,12 @@ def export_checkpoint(
     quantizer, extra = _calibrate(quantizer, checkpoint, config, plan, calibration)
     layout = plan_layout(plan, weights, group_size, zero_points=getattr(quantizer, "ZERO_POINTS", False))
     target = Path(output)
+    if not target.name:
+        target = target.resolve()  # "." is another folder once it has been replaced
     _check_target(checkpoint.path, target, layout.nbytes)
     model = build_canonical_graph(config, layout, target)
     memory = plan_memory(plan, find_needs(config, model, target) if verify else None, max_memory, extra)
-    with staged_directory(target, force=force) as staged:
+    with staged_directory(target, force=force, replaces=MANIFEST) as staged:
         errors = write_weights(checkpoint, layout, staged / WEIGHTS, quantizer, progress, memory.chunk)
         save_graph(model, staged / MODEL)
         if verify:
@@ -166,6 +168,8 @@ def _check_extent(checkpoint: Checkpoint, config: MoEConfig) -> None:
 def _check_target(source: Path, target: Path, wanted: int) -> None:
     if target.exists() and source.resolve() == target.resolve():
         raise BundleError(f"{target} is the checkpoint itself; name another output folder")
+    if target.resolve() in source.resolve().parents and (target / MANIFEST).is_file():
+        raise BundleError(f"{target} holds the checkpoint {source}, which would go with it; name another output folder")
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent

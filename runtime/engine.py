@@ -400,12 +400,12 @@ class Engine:
         built = self.info.max_seq_len
         most = int(self.config.get("max_position_embeddings", 2 * built))
         if capacity < built:
-            mend = f"give a shorter prompt, or load with max_seq_len up to {built}"
+            mend = f"ask for fewer new tokens or give a shorter prompt, or load with max_seq_len up to {built}"
         elif built < most:
             build = f"moedge build {self.bundle.path} --profile {self.profile} --max-seq-len {min(2 * built, most)}"
-            mend = f"give a shorter prompt, or make room: {build}"
+            mend = f"ask for fewer new tokens or give a shorter prompt, or make room: {build}"
         else:
-            mend = f"give a shorter prompt (the model has {most} positions)"
+            mend = f"ask for fewer new tokens or give a shorter prompt (the model has {most} positions)"
         return ContextFull(f"context is full: {what}; {mend}")
 
     def _chunks(self, tokens: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -207,7 +207,7 @@ def test_a_failing_export_leaves_the_older_bundle_as_it_was(
     before = snapshot(bundle)
     with pytest.raises(moedge.BundleError) as caught:
         moedge.export(checkpoint, bundle)
-    expected = f"{bundle} is not empty; name another output folder, or replace it with --force"
+    expected = f"{bundle} is not empty; name another output folder, or replace it with --force (force=True)"
     assert str(caught.value) == expected
     plant_nan(checkpoint)
     with pytest.raises(moedge.CheckpointError):
@@ -222,6 +222,35 @@ def test_force_replaces_the_older_bundle(tiny_checkpoint: Path, tiny_bundle: Pat
     manifest = json.loads((bundle / "moedge.json").read_text())
     assert manifest["quantization"]["weights"] == "int8"
     assert not (bundle / "engines").exists()  # they were made from the other weights
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_force_replaces_bundles_only(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "precious.txt").write_text("mine")
+    with pytest.raises(moedge.BundleError) as caught:
+        moedge.export(tiny_checkpoint, mine, force=True)
+    assert str(caught.value) == (
+        f"{mine} holds files and no moedge.json: --force replaces bundles only; name another output folder"
+    )
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    inside = Path(shutil.copytree(tiny_checkpoint, bundle / "checkpoint"))
+    with pytest.raises(moedge.BundleError) as caught:
+        moedge.export(inside, bundle, force=True)
+    assert str(caught.value) == (
+        f"{bundle} holds the checkpoint {inside}, which would go with it; name another output folder"
+    )
+    assert (mine / "precious.txt").read_text() == "mine" and (inside / "config.json").is_file()
+
+
+def test_the_folder_one_stands_in_is_replaced_like_any_other(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    monkeypatch.chdir(bundle)
+    moedge.export(tiny_checkpoint, ".", weights="int8", force=True)
+    assert json.loads((bundle / "moedge.json").read_text())["quantization"]["weights"] == "int8"
     assert os.listdir(tmp_path) == ["bundle"]
 
 

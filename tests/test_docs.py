@@ -48,10 +48,9 @@ def test_commands_of_the_readme(newcomer: Path) -> None:
 
 def test_python_of_the_readme(newcomer: Path) -> None:
     (script,) = blocks("python")
-    shutil.rmtree(newcomer / "bundle", ignore_errors=True)
     result = run([sys.executable, "-c", script], newcomer)
     assert result.returncode == 0, result.stderr
-    assert (newcomer / "bundle" / "engines" / "cpu" / "engine.json").is_file()
+    assert (newcomer / "bundle-int8" / "engines" / "cpu" / "engine.json").is_file()
 
 
 def test_every_link_of_the_documents_leads_somewhere() -> None:

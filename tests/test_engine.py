@@ -160,8 +160,9 @@ def test_context_end(tmp_path):
             pieces.extend(over)
         assert len("".join(over.tokens and pieces)) == capacity, "what there was room for has come"
         assert str(caught.value) == (
-            "context is full: 1 tokens of the prompt and 64 of the 65 new ones fill the 64 there is room for; give a "
-            f"shorter prompt, or make room: moedge build {engine.bundle.path} --profile cpu --max-seq-len 128"
+            "context is full: 1 tokens of the prompt and 64 of the 65 new ones fill the 64 there is room for; ask "
+            "for fewer new tokens or give a shorter prompt, or make room: "
+            f"moedge build {engine.bundle.path} --profile cpu --max-seq-len 128"
         )
         with pytest.raises(EngineError, match="context is full: the prompt has 65 tokens and there is room for 64; "):
             engine.generate([0] * 65)
@@ -173,7 +174,7 @@ def test_context_end(tmp_path):
             small.logits([0] * 11)
     fake_engine.edit_json(engine.bundle.path / "engines/cpu/engine.json", max_seq_len=128)
     with load(engine.bundle) as large:
-        with pytest.raises(EngineError, match=r"full: .*; give a shorter prompt \(the model has 128 positions\)"):
+        with pytest.raises(EngineError, match=r"full: .* give a shorter prompt \(the model has 128 positions\)"):
             large.logits([0] * 129)
 
 
