@@ -9,7 +9,6 @@ are left out. Bits per byte is all nats over ln 2 over the UTF-8 bytes: it compa
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import math
 import os
@@ -26,6 +25,7 @@ from ..bundle import MANIFEST, Bundle, Progress, read_json
 from ..errors import CheckpointError, EngineError, UsageError, require
 from . import machine
 from .engine import Engine, load
+from .provenance import describe_run
 from .trace_load import LoadCounter
 
 SCHEMA = 1
@@ -102,7 +102,7 @@ def evaluate(
             found = _score(engine, reference, stream, unscored, context, stride, progress)
         size = len(text.encode())
         result = {
-            **_described(engine),
+            **describe_run(engine, "eval", SCHEMA),
             "text": text_name,
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "bytes": size,
@@ -334,22 +334,3 @@ def _checkpoint_reference(folder: Path, threads: int | None) -> Reference:
         return values
 
     return Reference(folder.name, "checkpoint", logits)
-
-
-def _described(engine: Engine) -> dict[str, Any]:
-    from .. import __version__
-
-    manifest = engine.bundle.manifest
-    quantization = manifest.get("quantization") or {}
-    return {
-        "schema": SCHEMA,
-        "kind": "eval",
-        "model": str(manifest.get("model", {}).get("name", engine.bundle.path.name)),
-        "profile": engine.profile,
-        "backend": engine.info.backend,
-        "device": machine.cpu_name(),
-        "weights": quantization.get("weights"),
-        "group_size": quantization.get("group_size"),
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"moedge": __version__, "backend": engine.info.backend_version},
-    }

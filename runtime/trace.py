@@ -6,7 +6,6 @@ reading costs is measured and stated in the document (`overhead`).
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import time
@@ -20,8 +19,8 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle, Progress, staged_file
 from ..errors import EngineError, ReportError, UsageError
-from . import machine
 from .engine import Engine, load
+from .provenance import describe_run
 from .sessions import Routing
 from .tokens import StreamDecoder
 from .trace_load import Load, LoadCounter
@@ -110,7 +109,7 @@ def trace(
             raise EngineError(f"{engine.bundle.path} has no mixture-of-experts layers: there are no routes to trace")
         traced = [_trace_text(engine, name, text, max_tokens, progress) for name, text in texts]
         return Trace(
-            described=_described(engine),
+            described=describe_run(engine, "trace", SCHEMA),
             layers=tuple(engine.info.moe_layers),
             num_experts=engine.info.num_experts,
             top_k=engine.info.num_experts_per_tok,
@@ -223,22 +222,3 @@ def _overhead(engine: Engine, ids: list[int]) -> dict[str, float]:
         engine.routing(tokens)
         traced.append(time.perf_counter() - began)
     return {"tokens": len(tokens), "plain_ms": 1e3 * min(plain), "traced_ms": 1e3 * min(traced)}
-
-
-def _described(engine: Engine) -> dict[str, Any]:
-    from .. import __version__
-
-    manifest = engine.bundle.manifest
-    quantization = manifest.get("quantization") or {}
-    return {
-        "schema": SCHEMA,
-        "kind": "trace",
-        "model": str(manifest.get("model", {}).get("name", engine.bundle.path.name)),
-        "profile": engine.profile,
-        "backend": engine.info.backend,
-        "device": machine.cpu_name(),
-        "weights": quantization.get("weights"),
-        "group_size": quantization.get("group_size"),
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"moedge": __version__, "backend": engine.info.backend_version},
-    }

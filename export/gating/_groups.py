@@ -1,4 +1,4 @@
-"""What group-limited gates share: only experts of the best groups stand for selection."""
+"""What gates share: selection limited to the best groups, and weights scaled."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import Any
 import numpy as np
 
 from . import GraphBuilder
+
+
+def scale_weights(build: GraphBuilder, weights: Any, attributes: dict[str, Any]) -> Any:
+    """weights times `routed_scaling_factor`; 1 costs no node."""
+    factor = attributes["routed_scaling_factor"]
+    if factor == 1:
+        return weights
+    return build.op("Mul", [weights, build.constant(f"gate.factor.{factor}", np.array(factor, np.float32))])
 
 
 def find_group_fault(attributes: dict[str, int | float], num_experts: int) -> str | None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from . import GraphBuilder
 from ._flips import count_preceding, list_flips
+from ._groups import scale_weights
 
 OP = "BinaryCodeGate"
 ATTRIBUTES = ("top_k", "bits", "norm_topk_prob", "routed_scaling_factor")
@@ -180,9 +181,7 @@ def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]
         certainty = op("Log", [op("Sigmoid", [op("Abs", [finite])])])
         base_log = op("ReduceSum", [certainty, build.ints(1)], keepdims=1)
         weights = op("Exp", [op("Add", [base_log, gains])])
-    factor = attributes["routed_scaling_factor"]
-    if factor != 1:
-        weights = op("Mul", [weights, build.constant(f"gate.factor.{factor}", np.array(factor, np.float32))])
+    weights = scale_weights(build, weights, attributes)
     fault = op("ReduceSum", [op("Mul", [logits, zero]), build.ints(1)], keepdims=1)
     return experts, op("Add", [weights, fault])
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import GraphBuilder
-from ._groups import find_group_fault, keep_best_groups, mask_groups
+from ._groups import find_group_fault, keep_best_groups, mask_groups, scale_weights
 
 OP = "SigmoidTopKGate"
 ATTRIBUTES = ("top_k", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
@@ -112,8 +112,5 @@ def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]
     if attributes["norm_topk_prob"]:
         total = op("ReduceSum", [weights, build.ints(1)], keepdims=1)
         weights = op("Div", [weights, op("Add", [total, build.constant("gate.tiny", np.array(1e-20, np.float32))])])
-    factor = attributes["routed_scaling_factor"]
-    if factor != 1:
-        weights = op("Mul", [weights, build.constant(f"gate.factor.{factor}", np.array(factor, np.float32))])
-    return experts, weights
+    return experts, scale_weights(build, weights, attributes)
 

@@ -45,7 +45,8 @@ class Matrix:
         if not isinstance(tensor, ir.ExternalTensor) or tensor.length is None:
             return False
         middle = {4: 0x88, 8: 0x80}[self.bits]
-        return all(byte == middle for byte in tensor.tobytes())
+        content = tensor.tobytes()
+        return content.count(middle) == len(content)
 
 
 def load_canonical(bundle: Bundle) -> tuple[ir.Model, MoEConfig]:
@@ -154,11 +155,9 @@ class Rewriter:
             self.model.graph, node, [node], self._take(), node.outputs, new_outputs
         )
 
-    def prepend(self) -> None:
-        """Put the nodes made since the last replacement before all others."""
-        nodes = self._take()
-        first = next(iter(self.model.graph))
-        self.model.graph.insert_before(first, nodes)
+    def insert_before(self, node: ir.Node) -> None:
+        """Put the nodes made since the last replacement before `node`, which stays."""
+        self.model.graph.insert_before(node, self._take())
 
     def _take(self) -> list[ir.Node]:
         nodes = list(self.tape.nodes)

@@ -366,7 +366,7 @@ class _Lowering:
         self.graph.inputs.insert(1, rows)
         norm = next(iter(self.graph.initializers["final_norm.weight"].uses())).node
         norm.replace_input_with(0, self.rewriter.op("Gather", [norm.inputs[0], rows], axis=0))
-        self.graph.insert_before(norm, self.rewriter._take())
+        self.rewriter.insert_before(norm)
         reshape = self.graph.outputs[0].producer()
         assert reshape is not None and reshape.op_type == "Reshape" and reshape.inputs[0] is not None
         vocab = self.graph.outputs[0].shape[2]  # type: ignore[index]

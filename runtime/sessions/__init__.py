@@ -57,6 +57,18 @@ class Findings:
     unchecked: list[str] = field(default_factory=list)
 
 
+def check_room(capacity: int, length: int, count: int) -> None:
+    """Whether `count` more tokens fit behind the `length` in the cache.
+
+    Raises:
+        EngineError: they do not.
+    """
+    if length + count > capacity:
+        raise EngineError(
+            f"context is full: it has room for {capacity} tokens, {length} are in it and {count} more came"
+        )
+
+
 class Session(Protocol):
     """One sequence and its KV cache in an engine. Not thread-safe."""
 

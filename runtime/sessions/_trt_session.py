@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import EngineError
-from . import Routing
+from . import Routing, check_room
 
 if TYPE_CHECKING:
     from ..preflight import CacheEntry, EngineInfo
@@ -131,11 +131,7 @@ class TensorrtSession:
         self, input_ids: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
         count = len(input_ids)
-        if self._length + count > self._capacity:
-            raise EngineError(
-                f"context is full: it has room for {self._capacity} tokens, {self._length} are in it and {count} more "
-                "came"
-            )
+        check_room(self._capacity, self._length, count)
         logits = np.empty((len(rows), self._info.vocab_size), np.float32) if out is None else out
         tokens = np.ascontiguousarray(input_ids, np.int64)
         routing = _empty_routing(self._info, count)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ...bundle import MODEL
 from ...errors import EngineError, require
 from ..machine import default_threads
-from . import Findings, Routing, SessionOptions
+from . import Findings, Routing, SessionOptions, check_room
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
@@ -143,10 +143,7 @@ class OnnxruntimeCpuSession:
     ) -> NDArray[np.float32]:
         count = len(input_ids)
         past = self._length
-        if past + count > self._capacity:
-            raise EngineError(
-                f"context is full: it has room for {self._capacity} tokens, {past} are in it and {count} more came"
-            )
+        check_room(self._capacity, past, count)
         if count == 1 and len(rows) == 1 and out is None:
             logits = self._bind_one(int(input_ids[0]))
         else:
