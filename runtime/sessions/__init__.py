@@ -47,6 +47,7 @@ class SessionOptions:
     threads: int | None = None
     max_seq_len: int | None = None  # None: what the engine was built for
     profile_prefix: str | None = None  # where the backend writes a profile of its operations, if it can
+    lanes: int = 1  # sequences that are to be stepped together; an engine that cannot has fewer
 
 
 @dataclass
@@ -85,6 +86,10 @@ class Session(Protocol):
         """Threads that compute."""
 
     @property
+    def lanes(self) -> int:
+        """Sequences, this one included, that one run of this engine can step."""
+
+    @property
     def routing(self) -> Routing:
         """The experts of the last step's tokens, in MoE layers' order; valid until the next step."""
 
@@ -100,6 +105,17 @@ class Session(Protocol):
 
         Raises:
             EngineError: there is no room for them, or memory is short; the cache is then what it was.
+        """
+
+    def step_together(self, others: Sequence[Any], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one of `tokens` [B] to this sequence and to each of `others`; the logits [B, vocab] after them.
+
+        The others come from `another()` of the same engine, B = 1 + len(others) is at most `lanes`, and each token
+        stands behind its own sequence's length. The logits are valid until the next step of any of them. `routing` of
+        each is then that of its own token.
+
+        Raises:
+            EngineError: one has no room, or memory is short; all caches are then what they were.
         """
 
     def truncate(self, length: int) -> None:
@@ -124,6 +140,24 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free the cache, and the weights when no other sequence uses them."""
+
+
+class OneLane:
+    """`lanes` and `step_together` of a session whose engine steps one sequence a run."""
+
+    @property
+    def lanes(self) -> int:
+        return 1
+
+    def step_together(self, others: Sequence[Any], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        if others or len(tokens) != 1:
+            raise ValueError(f"this engine steps 1 sequence a run, not {1 + len(others)}")
+        return self.step(tokens, np.zeros(1, np.int64))
+
+    def step(
+        self, input_ids: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        raise NotImplementedError
 
 
 class Backend(Protocol):

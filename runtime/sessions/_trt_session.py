@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import EngineError
-from . import Routing, check_room
+from . import OneLane, Routing, check_room
 
 if TYPE_CHECKING:
     from ..preflight import CacheEntry, EngineInfo
@@ -78,7 +78,7 @@ class _Part:
     path: Path
 
 
-class TensorrtSession:
+class TensorrtSession(OneLane):
     """One sequence; see `Session` for what the members do.
 
     A run is of one token or of a chunk, and gives the logits of one of its tokens: more rows than one are runs of their

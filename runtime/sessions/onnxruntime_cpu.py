@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ...bundle import MODEL
 from ...errors import EngineError, require
 from ..machine import default_threads
-from . import Findings, Routing, SessionOptions, check_room
+from . import Findings, OneLane, Routing, SessionOptions, check_room
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
@@ -84,7 +84,7 @@ def open_session(bundle: Bundle, info: EngineInfo, options: SessionOptions) -> O
     return OnnxruntimeCpuSession(session, info, options.max_seq_len or info.max_seq_len, threads)
 
 
-class OnnxruntimeCpuSession:
+class OnnxruntimeCpuSession(OneLane):
     """One sequence in an onnxruntime session; see `Session` for what the members do."""
 
     def __init__(self, session: Any, info: EngineInfo, capacity: int, threads: int) -> None:
