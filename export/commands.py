@@ -25,6 +25,12 @@ from .options import ALGORITHMS, BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES
     help="Input channels that share a scale; the largest that divides is used, up to this; or one a channel.",
 )
 @click.option("--algorithm", type=click.Choice(ALGORITHMS), default="rtn", show_default=True)
+@click.option(
+    "--zero-points/--symmetric",
+    "zero_points",
+    default=None,
+    help="A zero point for each group of a layer's matrices, or none.  [default: --symmetric]",
+)
 @click.option("--adapter", metavar="FOLDER", type=click.Path(path_type=Path), help="LoRA adapter (PEFT) to merge.")
 @click.option(
     "--calibration", metavar="FILE", type=click.Path(path_type=Path), help="Text that --algorithm gptq calibrates with."
@@ -43,6 +49,7 @@ def export_command(
     weights: str,
     group_size: str,
     algorithm: str,
+    zero_points: bool | None,
     adapter: Path | None,
     calibration: Path | None,
     max_memory: str | None,
@@ -67,6 +74,7 @@ def export_command(
             weights=weights,
             group_size=BY_CHANNEL if group_size == "channel" else int(group_size),
             algorithm=algorithm,
+            zero_points=zero_points,
             adapter=adapter,
             calibration=calibration,
             max_memory=max_memory,
@@ -93,6 +101,7 @@ def _summary(bundle: Bundle, output: Path) -> str:
     for role, entry in quantization["classes"].items():
         if "relative_error" in entry:
             error = 100 * entry["relative_error"]
-            lines.append(f"  {role}: {entry['dtype']}, group {entry['group_size']}, relative error {error:.2f}%")
+            own = ", zero points" if entry["zero_points"] else ""
+            lines.append(f"  {role}: {entry['dtype']}, group {entry['group_size']}{own}, relative error {error:.2f}%")
     lines += [f"  note: {note}" for note in manifest["provenance"]["notes"]]
     return "\n".join([*lines, f"written: {output / MANIFEST}"])

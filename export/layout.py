@@ -93,7 +93,7 @@ class Choice:
 
 
 def plan_layout(plan: list[Weight], weights: str, group_size: int, *, zero_points: bool) -> Layout:
-    """Give each tensor its dtype, group size and place. `zero_points`: the algorithm makes its own for int4.
+    """Give each tensor its dtype, group size and place. `zero_points`: those of linears are their own, not the middle.
 
     `group_size`: the largest; `BY_CHANNEL` for one scale a row. Integers that a quantized checkpoint brings are kept as
     they are, whatever `weights` and `group_size` say.
@@ -165,15 +165,13 @@ def _choose(weight: Weight, brought: dict[str, _Brought], weights: str, group_si
     group_size = max(GROUP_SIZES) if by_channel else group_size
     if link.least_bits == 8:
         weights, group_size, by_channel = "int8", min(group_size, _FINE), False
-    if weights == "int4" and weight.precision != "table":
-        group = pick_group_size(group_size, *widths, even=True) if zero_points else None
-        if group is not None:
-            return Choice("uint4", group, True, by_channel)
-    group = pick_group_size(group_size, *widths)
-    if group is None:
-        return Choice("float32")
     dtype: Dtype = "uint8" if weights == "int8" or weight.precision == "table" else "uint4"
-    return Choice(dtype, group, by_channel=by_channel)
+    if zero_points and weight.precision != "table":
+        group = pick_group_size(group_size, *widths, even=dtype == "uint4")
+        if group is not None:
+            return Choice(dtype, group, True, by_channel)
+    group = pick_group_size(group_size, *widths)
+    return Choice("float32") if group is None else Choice(dtype, group, by_channel=by_channel)
 
 
 def _keep(weight: Weight, link: _Brought) -> Choice:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..errors import ParityError
 from . import reference
 from .checkpoint import Checkpoint
 from .config import MoEConfig
+from .digests import Digest, Key
 from .graph_runner import GraphRunner, Step, Values, warm_up
 from .layout import Layout, Stored
 from .memory import GraphNeeds, MemoryPlan, rows_at_once
@@ -33,7 +34,6 @@ Array = np.ndarray[Any, Any]
 TOLERANCE = 1e-4  # of the largest activation, graph against reference on equal weights
 # Root mean square of (value - original) in units of the group's scale. Rounding alone gives 1/sqrt(12) = 0.29.
 MAX_ROUNDING = 0.45
-_KEPT_ROUNDING = 1e-3  # the same for integers that the checkpoint brings: float32 rounding of code times scale
 _SEED = 20261122
 _TOKENS = 48
 _HEAD_TOKENS = 16  # logits are as wide as the vocabulary
@@ -49,14 +49,17 @@ def check_parity(
     memory: MemoryPlan | None = None,
     progress: Progress | None = None,
     max_rounding: float = MAX_ROUNDING,
+    digests: dict[Key, Digest] | None = None,
 ) -> None:
     """Both halves, within `memory`. `max_rounding`: what the algorithm may move a group's values, in its steps.
+
+    `digests`: what the writer noted of the values it quantized.
 
     Raises:
         ParityError: names the first tensor or layer that differs, by how much, and how many do.
     """
     memory = memory or MemoryPlan()
-    faults = find_weight_faults(checkpoint, layout, weights_path, memory.chunk, progress, max_rounding)
+    faults = find_weight_faults(checkpoint, layout, weights_path, memory.chunk, progress, max_rounding, digests)
     checkpoint.whole.clear()
     _raise_first(faults, "tensors differ from the checkpoint")
     faults = find_graph_faults(config, layout, model, weights_path, memory, progress)
@@ -93,18 +96,19 @@ def _raise_first(faults: list[str], what: str) -> None:
 
 @dataclass
 class _Difference:
-    """What was found so far of one piece: values that differ, or the worst rounding and its row."""
+    """What was found so far of one piece: values that differ, or the worst rounding and its row, and the digest."""
 
     wrong: int = 0
     worst: float = 0.0
     row: int = 0
+    digest: Digest = field(default_factory=Digest)
 
-    def describe(self, limit: float) -> str | None:
+    def describe(self, limit: float, noted: Digest | None) -> str | None:
         if self.wrong:
             return f"{self.wrong} values differ"
-        if self.worst <= limit:
-            return None
-        return f"row {self.row} is off by {self.worst:.2f} quantization steps (root mean square), at most {limit}"
+        if not self.worst <= limit:
+            return f"row {self.row} is off by {self.worst:.2f} quantization steps (root mean square), at most {limit}"
+        return None if noted is None else noted.find_fault(self.digest)
 
 
 def find_weight_faults(
@@ -114,6 +118,7 @@ def find_weight_faults(
     chunk: int,
     progress: Progress | None = None,
     max_rounding: float = MAX_ROUNDING,
+    digests: dict[Key, Digest] | None = None,
 ) -> list[str]:
     """One line for each checkpoint tensor that weights.bin does not give back."""
     reader = WeightsReader(weights_path, layout, chunk)
@@ -122,7 +127,7 @@ def find_weight_faults(
     done = 0
     for stored in layout.stored.values():
         for unit in range(len(stored.weight.units)):
-            for name, fault in _compare_unit(checkpoint, reader, stored, unit, max_rounding).items():
+            for name, fault in _compare_unit(checkpoint, reader, stored, unit, max_rounding, digests or {}).items():
                 faults.append(f"{name} (as {stored.weight.name}): {fault}")
             done += math.prod(stored.weight.unit_shape)
             if progress is not None:
@@ -131,7 +136,12 @@ def find_weight_faults(
 
 
 def _compare_unit(
-    checkpoint: Checkpoint, reader: WeightsReader, stored: Stored, unit: int, max_rounding: float
+    checkpoint: Checkpoint,
+    reader: WeightsReader,
+    stored: Stored,
+    unit: int,
+    max_rounding: float,
+    digests: dict[Key, Digest],
 ) -> dict[str, str]:
     """By tensor of the checkpoint: what is wrong with it in one unit."""
     weight = stored.weight
@@ -144,12 +154,15 @@ def _compare_unit(
         scales = _scales_of(reader, stored, unit * rows + start, unit * rows + stop)
         for place, target, first, theirs in _read_theirs(checkpoint, weight, unit, start, stop):
             difference = found.setdefault(place, _Difference())
-            part_scales = None if scales is None else scales[target]
+            kept = scales is None or weight.units[unit][place].integers is not None
+            part_scales = None if kept or scales is None else scales[target]
             _compare_rows(stored, first, ours[target], theirs, part_scales, difference)
+            if (weight.name, unit, place) in digests:
+                difference.digest.add(theirs, ours[target])
     faults = {}
     for place, difference in found.items():
         piece = weight.units[unit][place]
-        fault = difference.describe(max_rounding if piece.integers is None else _KEPT_ROUNDING)
+        fault = difference.describe(max_rounding, digests.get((weight.name, unit, place)))
         if fault is not None:
             faults[piece.names[0]] = fault
     return faults
@@ -177,7 +190,8 @@ def _read_theirs(
 def _compare_rows(
     stored: Stored, first: int, mine: Array, theirs: Array, scales: Array | None, found: _Difference
 ) -> None:
-    """mine and theirs float32 [rows, in], scales [rows, groups]; `first`: the row of the piece that they begin with."""
+    """mine and theirs float32 [rows, in]; `first`: the row of the piece that they begin with. `scales` [rows, groups]
+    where values were quantized here; without, they must be equal."""
     if scales is None:
         expected = theirs.astype(np.float16).astype(np.float32) if stored.data.dtype == "float16" else theirs
         found.wrong += int(np.count_nonzero(mine != expected))

@@ -24,6 +24,7 @@ from ..errors import BundleError, CheckpointError
 from .adapter import bind_adapter
 from .checkpoint import Checkpoint
 from .config import MoEConfig
+from .digests import Digest, Key
 from .families import Family, find_family
 from .functions import DOMAIN
 from .graph import build_canonical_graph, save_graph
@@ -53,6 +54,7 @@ def export_checkpoint(
     weights: str = "int4",
     group_size: int = 128,
     algorithm: str = "rtn",
+    zero_points: bool | None = None,
     verify: bool = True,
     force: bool = False,
     adapter: str | os.PathLike[str] | None = None,
@@ -69,6 +71,8 @@ def export_checkpoint(
         group_size: input channels that share a scale; the largest that divides a tensor's width is used, up to this;
             0 is one scale for each output channel.
         algorithm: how weights are quantized.
+        zero_points: whether each group of a layer's matrices gets a zero point of its own, or all are symmetric;
+            None is the algorithm's own way. Embeddings and head are symmetric.
         verify: run the parity check.
         force: replace a folder that holds files.
         adapter: a PEFT folder of a LoRA adapter that is merged on the way.
@@ -89,7 +93,8 @@ def export_checkpoint(
     config = family.read_config(checkpoint)
     plan, notes = _make_plan(checkpoint, family, config, adapter)
     quantizer, extra = _calibrate(quantizer, checkpoint, config, plan, calibration)
-    layout = plan_layout(plan, weights, group_size, zero_points=getattr(quantizer, "ZERO_POINTS", False))
+    own = quantizer.ZERO_POINTS if zero_points is None else zero_points
+    layout = plan_layout(plan, weights, group_size, zero_points=own)
     target = Path(output)
     if not target.name:
         target = target.resolve()  # "." is another folder once it has been replaced
@@ -97,11 +102,12 @@ def export_checkpoint(
     model = build_canonical_graph(config, layout, target)
     memory = plan_memory(plan, find_needs(config, model, target) if verify else None, max_memory, extra)
     with staged_directory(target, force=force, replaces=MANIFEST) as staged:
-        errors = write_weights(checkpoint, layout, staged / WEIGHTS, quantizer, progress, memory.chunk)
+        digests: dict[Key, Digest] | None = {} if verify else None
+        errors = write_weights(checkpoint, layout, staged / WEIGHTS, quantizer, progress, memory.chunk, digests)
         save_graph(model, staged / MODEL)
         if verify:
             rounding = getattr(quantizer, "MAX_ROUNDING", MAX_ROUNDING)
-            check_parity(checkpoint, config, layout, model, staged / WEIGHTS, memory, progress, rounding)
+            check_parity(checkpoint, config, layout, model, staged / WEIGHTS, memory, progress, rounding, digests)
         _copy_files(checkpoint.path, staged)
         said = quantizer.notes() if isinstance(quantizer, Calibrated) else []
         manifest = _describe(checkpoint, config, layout, errors, [*notes, *describe_sources(plan, errors), *said])
@@ -201,7 +207,8 @@ def _describe(
         entry: dict[str, Any] = {"dtype": stored.data.dtype}
         if stored.quantized:
             role = stored.weight.role
-            entry |= {"group_size": stored.group_size, "relative_error": errors[role].relative}
+            entry |= {"group_size": stored.group_size, "zero_points": not stored.shared_zero_points}
+            entry["relative_error"] = errors[role].relative
         if stored.quantized or stored.weight.role not in classes:
             classes[stored.weight.role] = entry
     return {

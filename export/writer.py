@@ -13,6 +13,7 @@ import numpy as np
 from ..bundle import Progress
 from ..errors import CheckpointError
 from .checkpoint import Array, Checkpoint
+from .digests import Digest, Key
 from .layout import Layout, Slot, Stored
 from .memory import rows_at_once
 from .quantization import Algorithm, Calibrated, Quantized, pack_int4
@@ -54,10 +55,11 @@ def write_weights(
     algorithm: Algorithm,
     progress: Progress | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    digests: dict[Key, Digest] | None = None,
 ) -> dict[str, ClassError]:
     """Write every tensor of `layout` to `path`; returns the quantization error by role.
 
-    `chunk_bytes`: float32 bytes that are converted at once.
+    `chunk_bytes`: float32 bytes that are converted at once. `digests`: filled with what was quantized, for the check.
 
     Raises:
         CheckpointError: a value is not finite, or does not fit float16.
@@ -73,7 +75,7 @@ def write_weights(
         for stored in layout.stored.values():
             for part in read_parts(checkpoint, stored, chunk_bytes):
                 error = errors.setdefault(stored.weight.role, ClassError())
-                _write_part(stream, stored, part, algorithm, error)
+                _write_part(stream, stored, part, algorithm, error, digests)
                 done += part.values.size
                 if progress is not None:
                     progress("writing weights", done, total)
@@ -116,7 +118,14 @@ def _read_part(
     return values, tuple(kept)
 
 
-def _write_part(stream: BinaryIO, stored: Stored, part: Part, algorithm: Algorithm, error: ClassError) -> None:
+def _write_part(
+    stream: BinaryIO,
+    stored: Stored,
+    part: Part,
+    algorithm: Algorithm,
+    error: ClassError,
+    digests: dict[Key, Digest] | None = None,
+) -> None:
     if not stored.quantized:
         values = part.values
         if stored.data.dtype == "float16":
@@ -131,10 +140,23 @@ def _write_part(stream: BinaryIO, stored: Stored, part: Part, algorithm: Algorit
         return
     quantized = _quantize(stored, part, algorithm)
     difference = quantized.dequantize()
+    if digests is not None:
+        _note_digests(digests, stored, part, difference)
     difference -= part.values
     error.noise += float(np.square(difference, out=difference).sum(dtype=np.float64))
     error.signal += float(np.square(part.values).sum(dtype=np.float64))
     _write_quantized(stream, stored, part.start, quantized)
+
+
+def _note_digests(digests: dict[Key, Digest], stored: Stored, part: Part, values: Array) -> None:
+    """Of the pieces that were quantized here; integers that came are compared with the checkpoint to the bit."""
+    weight = stored.weight
+    rows = math.prod(weight.unit_shape[:-1])
+    unit, start = divmod(part.start, rows)
+    for piece in list_rows(weight, unit, start, start + part.stop - part.start):
+        if piece.piece.integers is None:
+            key = weight.name, unit, weight.units[unit].index(piece.piece)
+            digests.setdefault(key, Digest()).add(part.values[piece.target], values[piece.target])
 
 
 def _quantize(stored: Stored, part: Part, algorithm: Algorithm) -> Quantized:

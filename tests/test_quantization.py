@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from checkpoints import make_model, save_model
+from click.testing import CliRunner
 
 import moedge
+from moedge import cli
 from moedge.bundle import Bundle
 from moedge.export import writer
 from moedge.export.checkpoint import Checkpoint
@@ -175,14 +178,13 @@ def run_lowered(bundle: Path, ids: Array, accuracy_level: int) -> tuple[Array, l
 @pytest.mark.parametrize("group", GROUP_SIZES)
 @pytest.mark.parametrize("sizes", [(256, 256), (384, 384), (96, 48)])
 def test_kernels_read_zero_points_as_the_canonical_graph_does(
-    sizes: tuple[int, int], group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[int, int], group: int, tmp_path: Path
 ) -> None:
     """Even and odd numbers of groups to a row, in matrices and in stacks of experts."""
-    monkeypatch.setattr(hqq, "ZERO_POINTS", True)
     hidden, inner = sizes
     model = make_model(3, hidden_size=hidden, moe_intermediate_size=inner, num_hidden_layers=2, n_routed_experts=4)
     checkpoint = save_model(model, tmp_path / "c")
-    moedge.export(checkpoint, tmp_path / "b", weights="int4", group_size=group, algorithm="hqq")
+    moedge.export(checkpoint, tmp_path / "b", weights="int4", group_size=group, algorithm="hqq", zero_points=True)
     graph = onnx.load(tmp_path / "b" / "model.onnx", load_external_data=False).graph
     zeros = [tensor for tensor in graph.initializer if tensor.name.endswith(".zero_points")]
     places = {entry.value for tensor in zeros for entry in tensor.external_data if entry.key == "offset"}
@@ -195,6 +197,30 @@ def test_kernels_read_zero_points_as_the_canonical_graph_does(
     assert "QMoE" in kinds or not target.has_router_weights()
     near, _ = run_lowered(tmp_path / "b", ids, target.ACCURACY_LEVEL)
     assert np.median(np.abs(near - expected[0])) < 0.15 * expected.std()
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("size", ["32", "64", "128", "channel"])
+def test_the_command_takes_any_group_with_and_without_zero_points(weights: str, size: str, tmp_path: Path) -> None:
+    """Parity checked, said in the manifest, and run by the kernels as by the canonical graph."""
+    model = make_model(6, hidden_size=256, moe_intermediate_size=256, intermediate_size=256, num_hidden_layers=2)
+    checkpoint = save_model(model, tmp_path / "c")
+    errors = {}
+    for option in ("--zero-points", "--symmetric"):
+        command = ["export", checkpoint, "-o", tmp_path / "b", "--weights", weights, "--group-size", size, option]
+        result = CliRunner().invoke(cli.main, [str(part) for part in (*command, "--json", "--force")])
+        assert result.exit_code == 0, result.output
+        manifest = json.loads(result.stdout)
+        experts = manifest["quantization"]["classes"]["experts"]
+        assert experts["zero_points"] is (option == "--zero-points") and manifest["provenance"]["verified"]
+        assert experts["group_size"] == (128 if size == "channel" else int(size))
+        errors[option] = experts["relative_error"]
+        ids = np.random.default_rng(2).integers(0, 320, 24)
+        (expected,) = ort.InferenceSession(str(tmp_path / "b" / "model.onnx")).run(None, {"input_ids": ids[None]})
+        logits, _ = run_lowered(tmp_path / "b", ids, 0)
+        off = np.abs(logits - expected[0])  # kernels for 8 bits round the activations too
+        assert off.max() < 1e-4 if weights == "int4" else np.median(off) < 0.05 * expected.std()
+    assert errors["--zero-points"] < errors["--symmetric"]
 
 
 def test_gptq_keeps_products_better_than_hqq() -> None:

@@ -17,7 +17,6 @@ import moedge
 from moedge.bundle import MODEL, Bundle
 from moedge.errors import BuildError
 from moedge.export.config import moe_config_from_json
-from moedge.export.quantization import hqq
 from moedge.profiles.build import build
 from moedge.profiles.targets._canonical import find_calls, find_matrix, load_canonical
 from moedge.profiles.targets._trt_attention import MASKED_DOMAIN
@@ -41,7 +40,13 @@ BUILT = {
 
 
 def export(
-    family: str, name: str, folder: Path, weights: str = "int4", algorithm: str = "rtn", **changes: Any
+    family: str,
+    name: str,
+    folder: Path,
+    weights: str = "int4",
+    algorithm: str = "rtn",
+    zero_points: bool | None = None,
+    **changes: Any,
 ) -> Bundle:
     configurations = FAMILIES[family].configurations
     seed, settings = configurations[name]
@@ -50,9 +55,8 @@ def export(
         save_model(make_model(family, "changed"), family, folder / "checkpoint")
     finally:
         del configurations["changed"]
-    return moedge.export(
-        folder / "checkpoint", folder / "bundle", weights=weights, algorithm=algorithm, group_size=16, verify=False
-    )
+    options: dict[str, Any] = {"weights": weights, "algorithm": algorithm, "zero_points": zero_points}
+    return moedge.export(folder / "checkpoint", folder / "bundle", group_size=16, verify=False, **options)
 
 
 def lower(bundle: Bundle, folder: Path, slots: int = LENGTH + 8) -> LoweredNetwork:
@@ -161,12 +165,9 @@ def test_an_op_that_is_not_lowered_is_named(tmp_path: Path) -> None:
         ("qwen2_moe", "one_layer_dense"),  # a gated shared expert, and q, k, v with biases
     ],
 )
-def test_zero_points_become_offsets(
-    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hqq, "ZERO_POINTS", True)
+def test_zero_points_become_offsets(family: str, name: str, tmp_path: Path) -> None:
     even = {"intermediate_size": 64, "moe_intermediate_size": 32}  # an even number of groups, or there are none
-    bundle = export(family, name, tmp_path, algorithm="hqq", **even)
+    bundle = export(family, name, tmp_path, algorithm="hqq", zero_points=True, **even)
     model, _ = load_canonical(bundle)
     stacks = [find_matrix(call.inputs[3]) for kind in ("Experts", "BiasedExperts") for call in find_calls(model, kind)]
     assert stacks and not any(stack.symmetric for stack in stacks)
@@ -181,11 +182,9 @@ def test_zero_points_become_offsets(
 
 
 @needs_rtx
-def test_engine_with_zero_points_stays_fused_and_keeps_its_weights_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hqq, "ZERO_POINTS", True)
-    bundle = export("qwen2_moe", "one_layer_dense", tmp_path, algorithm="hqq", hidden_size=128, vocab_size=512)
+def test_engine_with_zero_points_stays_fused_and_keeps_its_weights_once(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "vocab_size": 512}
+    bundle = export("qwen2_moe", "one_layer_dense", tmp_path, algorithm="hqq", zero_points=True, **sizes)
     folder = build(bundle.path, "rtx4090", max_seq_len=64)
     check_engine(bundle, folder)
     session = json.loads((folder / "engine.json").read_text())["session"]

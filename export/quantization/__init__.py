@@ -105,7 +105,7 @@ def check_finite(checkpoint: Checkpoint, name: str, values: Array, start: int = 
 
 
 class Algorithm(Protocol):
-    """What an algorithm's module offers. `ZERO_POINTS`: int4 gets zero points of its own unless told otherwise."""
+    """What an algorithm's module offers. `ZERO_POINTS`: what it makes where nobody says."""
 
     ZERO_POINTS: bool
 
