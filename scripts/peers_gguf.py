@@ -1,0 +1,186 @@
+"""Write a random GGUF file of a shape, as llama.cpp's quantizer would: python scripts/peers_gguf.py CONFIG.json OUT
+
+Q4_0 for every matrix but the head (Q6_K, what llama-quantize takes for it) and the routers, which stay F32 as do the
+norms. Blocks are drawn from one pool of random ones, so no matrix is ever held in memory. Needs the package gguf.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_DEVIATION = 0.02  # of the weights, as models are initialized
+_POOL = 1 << 20  # blocks
+_SEED = 0
+
+
+class Tensor(NamedTuple):
+    """A tensor's name, its shape with the output dimension first, and its type as gguf names it."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str = "Q4_0"
+
+
+def write_gguf(config: dict[str, Any], path: Path) -> None:
+    """Write the file for a Hugging Face config of type olmoe, qwen3_moe or deepseek_v2."""
+    import gguf
+
+    arch, tensors, fields = _ARCHITECTURES[config["model_type"]](config)
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_name("random")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(float(config["rope_theta"]))
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
+    pools = {kind: _pool(kind) for kind in ("Q4_0", "Q6_K")}
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        shape, dtype = tensor.shape, np.dtype(np.float32)
+        if kind != gguf.GGMLQuantizationType.F32:
+            shape, dtype = gguf.quant_shape_to_byte_shape(tensor.shape, kind), np.dtype(np.uint8)
+        writer.add_tensor_info(tensor.name, shape, dtype, math.prod(shape) * dtype.itemsize, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    random = np.random.default_rng(_SEED)
+    for tensor in tensors:
+        writer.write_tensor_data(_values(tensor, pools, random))
+    writer.close()
+
+
+def _values(tensor: Tensor, pools: dict[str, NDArray[np.uint8]], random: np.random.Generator) -> NDArray[Any]:
+    if tensor.kind == "F32":
+        if len(tensor.shape) == 1:
+            return np.ones(tensor.shape, np.float32)
+        return random.normal(0, _DEVIATION, tensor.shape).astype(np.float32)
+    pool = pools[tensor.kind]
+    per_block = {"Q4_0": 32, "Q6_K": 256}[tensor.kind]
+    count = math.prod(tensor.shape) // per_block
+    start = int(random.integers(len(pool)))
+    return np.resize(np.roll(pool, start, axis=0), (count, pool.shape[1]))
+
+
+def _pool(kind: str) -> NDArray[np.uint8]:
+    """Random blocks: a scale in half precision and random codes (ggml-common.h has the layouts)."""
+    random = np.random.default_rng(_SEED)
+    if kind == "Q4_0":
+        blocks = random.integers(0, 256, (_POOL, 18), np.uint8)
+        blocks[:, :2] = np.array([_DEVIATION / 4.6], np.float16).view(np.uint8)
+        return blocks
+    blocks = random.integers(0, 256, (_POOL // 8, 210), np.uint8)
+    blocks[:, 192:208] = random.integers(20, 60, (len(blocks), 16), np.uint8)
+    blocks[:, 208:] = np.array([_DEVIATION / 18.5 / 40], np.float16).view(np.uint8)
+    return blocks
+
+
+def _common(config: dict[str, Any]) -> Iterator[Tensor]:
+    vocab, hidden = config["vocab_size"], config["hidden_size"]
+    yield Tensor("token_embd.weight", (vocab, hidden))
+    yield Tensor("output_norm.weight", (hidden,), "F32")
+    yield Tensor("output.weight", (vocab, hidden), "Q6_K")
+
+
+def _experts(prefix: str, hidden: int, width: int, count: int) -> Iterator[Tensor]:
+    yield Tensor(f"{prefix}.ffn_gate_inp.weight", (count, hidden), "F32")
+    yield Tensor(f"{prefix}.ffn_gate_exps.weight", (count, width, hidden))
+    yield Tensor(f"{prefix}.ffn_up_exps.weight", (count, width, hidden))
+    yield Tensor(f"{prefix}.ffn_down_exps.weight", (count, hidden, width))
+
+
+def _mlp(prefix: str, hidden: int, width: int, suffix: str = "") -> Iterator[Tensor]:
+    yield Tensor(f"{prefix}.ffn_gate{suffix}.weight", (width, hidden))
+    yield Tensor(f"{prefix}.ffn_up{suffix}.weight", (width, hidden))
+    yield Tensor(f"{prefix}.ffn_down{suffix}.weight", (hidden, width))
+
+
+def _grouped(config: dict[str, Any]) -> tuple[str, list[Tensor], dict[str, Any]]:
+    """OLMoE and Qwen3-MoE: keys and values by heads, norms on queries and keys, every layer of experts."""
+    arch = {"olmoe": "olmoe", "qwen3_moe": "qwen3moe"}[config["model_type"]]
+    hidden, heads, groups = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
+    head = config.get("head_dim") or hidden // heads
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
+    by_head = arch == "qwen3moe"
+    tensors = list(_common(config))
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"blk.{layer}"
+        tensors += [
+            Tensor(f"{prefix}.attn_norm.weight", (hidden,), "F32"),
+            Tensor(f"{prefix}.ffn_norm.weight", (hidden,), "F32"),
+            Tensor(f"{prefix}.attn_q.weight", (heads * head, hidden)),
+            Tensor(f"{prefix}.attn_k.weight", (groups * head, hidden)),
+            Tensor(f"{prefix}.attn_v.weight", (groups * head, hidden)),
+            Tensor(f"{prefix}.attn_output.weight", (hidden, heads * head)),
+            Tensor(f"{prefix}.attn_q_norm.weight", (head if by_head else heads * head,), "F32"),
+            Tensor(f"{prefix}.attn_k_norm.weight", (head if by_head else groups * head,), "F32"),
+            *_experts(prefix, hidden, width, config["num_experts"]),
+        ]
+    fields = {"head_count_kv": groups, "expert_count": config["num_experts"]}
+    if by_head:
+        fields |= {"key_length": head, "value_length": head, "expert_feed_forward_length": width}
+    return arch, tensors, fields
+
+
+def _latent(config: dict[str, Any]) -> tuple[str, list[Tensor], dict[str, Any]]:
+    """DeepSeek-V2 without a low-rank query (V2-Lite), in the absorbed form llama.cpp converts to: one latent head."""
+    assert config.get("q_lora_rank") is None, "only shapes without q_lora_rank"
+    hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    width, shared, dense = config["moe_intermediate_size"], config["n_shared_experts"], config["first_k_dense_replace"]
+    tensors = list(_common(config))
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"blk.{layer}"
+        tensors += [
+            Tensor(f"{prefix}.attn_norm.weight", (hidden,), "F32"),
+            Tensor(f"{prefix}.ffn_norm.weight", (hidden,), "F32"),
+            Tensor(f"{prefix}.attn_q.weight", (heads * (nope + rope), hidden)),
+            Tensor(f"{prefix}.attn_kv_a_mqa.weight", (rank + rope, hidden)),
+            Tensor(f"{prefix}.attn_kv_a_norm.weight", (rank,), "F32"),
+            Tensor(f"{prefix}.attn_k_b.weight", (heads, rank, nope)),
+            Tensor(f"{prefix}.attn_v_b.weight", (heads, value, rank)),
+            Tensor(f"{prefix}.attn_output.weight", (hidden, heads * value)),
+        ]
+        if layer < dense:
+            tensors += _mlp(prefix, hidden, config["intermediate_size"])
+        else:
+            tensors += _experts(prefix, hidden, width, config["n_routed_experts"])
+            tensors += _mlp(prefix, hidden, width * shared, "_shexp")
+    fields = {
+        "head_count_kv": 1,
+        "kv_lora_rank": rank,
+        "key_length": rank + rope,
+        "value_length": rank,
+        "key_length_mla": nope + rope,
+        "value_length_mla": value,
+        "rope_dimension_count": rope,
+        "leading_dense_block_count": dense,
+        "expert_count": config["n_routed_experts"],
+        "expert_shared_count": shared,
+        "expert_feed_forward_length": width,
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": bool(config["norm_topk_prob"]),
+    }
+    return "deepseek2", tensors, fields
+
+
+_ARCHITECTURES = {"olmoe": _grouped, "qwen3_moe": _grouped, "deepseek_v2": _latent}
+
+
+if __name__ == "__main__":
+    write_gguf(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))

@@ -1,0 +1,130 @@
+"""docs/performance.md and its chart, made from what scripts/bench_peers.py measured; no number is typed by hand."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+OURS, THEIRS = "moedge", "llama.cpp"
+# (what is compared, the result's list, tokens of a run, the goal for the ratio)
+WHAT = (
+    ("prefill", "prefill_s", "prompt_tokens", 2.5),
+    ("decode", "decode_s", None, 1.6),
+    ("decode at the long context", "decode_long_s", None, 1.6),
+)
+_INK, _OURS, _THEIRS = "#222222", "#1f6f6f", "#b9b9b0"
+
+
+def rates(result: dict[str, Any], peer: str, key: str, tokens: str | None) -> list[float]:
+    """Tokens a second, round by round."""
+    count = result[tokens] if tokens else 1
+    return [count / seconds for seconds in result["peers"][peer][key]]
+
+
+def ratios(result: dict[str, Any], key: str) -> list[float]:
+    """How many times faster than llama.cpp, round by round."""
+    pairs = zip(result["peers"][THEIRS][key], result["peers"][OURS][key], strict=True)
+    return [theirs / ours for theirs, ours in pairs]
+
+
+def fraction(result: dict[str, Any], which: str) -> float:
+    """Of the memory limit: bytes a token has to read over the median time, over the bandwidth of the same rounds."""
+    seconds = statistics.median(result["peers"][OURS][f"{which}_s"])
+    limit = statistics.median(result["bandwidth_bytes_per_s"])
+    return float(result["bytes_per_token"][which] / seconds / limit)
+
+
+def write_page(results: Sequence[dict[str, Any]], page: Path) -> None:
+    """The page, and the chart beside it where matplotlib is installed."""
+    chart = page.with_suffix(".svg")
+    try:
+        draw(results, chart)
+    except ImportError:
+        chart.unlink(missing_ok=True)
+    page.write_text(render(results, chart.name if chart.exists() else None), encoding="utf-8")
+
+
+def render(results: Sequence[dict[str, Any]], chart: str | None) -> str:
+    lines = [
+        "# Performance beside llama.cpp",
+        "",
+        "Made by `scripts/bench_peers.py` from its measurements (performance.json beside this file has the rounds).",
+        "Random weights of the shape named; moedge at int4 in groups of 128, llama.cpp at Q4_0, each with its",
+        "defaults; batch 1. Both are loaded, take turns round by round, and stand still while the other runs. Rates",
+        "are medians of the rounds; ratios are of one round: the median, the least and the most.",
+        "",
+        *([f"![Tokens a second, by shape]({chart})", ""] if chart else []),
+    ]
+    for title, key, tokens, goal in WHAT:
+        lines += [f"## {title[0].upper()}{title[1:]}", "", *_table(results, key, tokens, goal), ""]
+    lines += ["## Loading and memory", "", *_memory(results), "", "## Machine", ""]
+    lines += [f"- {each}" for each in dict.fromkeys(_machine(result) for result in results)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(results: Sequence[dict[str, Any]], key: str, tokens: str | None, goal: float) -> list[str]:
+    which = key.removesuffix("_s")
+    decodes = which in results[0]["bytes_per_token"]
+    head = ["shape", "context", "moedge tokens/s", "llama.cpp tokens/s", "ratio", "least to most", f"goal {goal}x"]
+    head += ["of the memory limit"] if decodes else []
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    for result in results:
+        ours, theirs, times = rates(result, OURS, key, tokens), rates(result, THEIRS, key, tokens), ratios(result, key)
+        context = result["long_context"] if which == "decode_long" else result["prompt_tokens"]
+        cells = [result["shape"], f"{context:,}", f"{statistics.median(ours):.1f}", f"{statistics.median(theirs):.1f}"]
+        cells += [f"{statistics.median(times):.2f}", f"{min(times):.2f} to {max(times):.2f}"]
+        cells += ["met" if statistics.median(times) >= goal else "not met"]
+        cells += [f"{fraction(result, which):.0%}"] if decodes else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _memory(results: Sequence[dict[str, Any]]) -> list[str]:
+    lines = ["| shape | | load | resident | of it private |", "| --- | --- | ---: | ---: | ---: |"]
+    for result in results:
+        for peer, found in result["peers"].items():
+            size = [f"{found['memory'].get(key, 0) / 2**30:.1f} GiB" for key in ("resident_bytes", "private_bytes")]
+            lines.append(f"| {result['shape']} | {peer} | {found['about']['load_s']:.1f} s | {' | '.join(size)} |")
+    return lines
+
+
+def _machine(result: dict[str, Any]) -> str:
+    bandwidth = statistics.median(result["bandwidth_bytes_per_s"]) / 1e9
+    other = result["peers"][THEIRS]["about"]
+    flags = ", ".join(part.split("=")[0].strip() for part in other.get("system", "").split("|") if "= 1" in part)
+    return (
+        f"{result['shape']}, {result['date']}: {result['machine']['cpu']}, {result['threads']} threads, "
+        f"{bandwidth:.1f} GB/s read in the same rounds, load before {result['load_before']:.1f}; onnxruntime "
+        f"{result['backend_version']}; {other['version']} ({flags})"
+    )
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars by shape: prefill and decode, ours beside theirs, the rounds' range as a line."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update({"svg.hashsalt": "moedge", "font.size": 9, "text.color": _INK})
+    figure, axes = pyplot.subplots(1, len(WHAT), figsize=(9.6, 0.9 + 0.75 * len(results)), sharey=True)
+    for axis, (title, key, tokens, _) in zip(axes, WHAT, strict=True):
+        for place, result in enumerate(results):
+            for peer, color, offset in ((OURS, _OURS, -0.19), (THEIRS, _THEIRS, 0.19)):
+                values = rates(result, peer, key, tokens)
+                middle = statistics.median(values)
+                axis.barh(place + offset, middle, 0.34, color=color, label=peer if not place else None)
+                axis.plot([min(values), max(values)], [place + offset] * 2, color=_INK, linewidth=1)
+                axis.text(max(values), place + offset, f"  {middle:.0f}", va="center", fontsize=8)
+        axis.set_title(f"{title}, tokens/s", fontsize=9, loc="left")
+        axis.margins(x=0.18)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(left=False)
+    axes[0].set_yticks(range(len(results)), [result["shape"] for result in results])
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower right", ncols=2, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
