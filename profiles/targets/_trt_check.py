@@ -21,7 +21,7 @@ from ...export.config import MoEConfig
 from ...runtime import machine
 from ._canonical import Array, load_canonical
 from ._trt_parts import Part, whole
-from .tensorrt_network import lower_network
+from .tensorrt_network import NetworkForm, lower_network
 
 TOLERANCE = 1e-4  # of a logit, relative where the largest is above 1
 CHUNKS = (2, 1, 2)  # a chunk at the beginning, one token, a chunk behind others
@@ -40,6 +40,7 @@ def check_numerics(
     *,
     parts: Sequence[Part] | None = None,
     max_memory: int | None = None,
+    form: NetworkForm | None = None,
 ) -> dict[str, Any]:
     """Compare the lowered network, its `parts` chained, with the canonical graph; returns what engine.json keeps of it.
 
@@ -51,13 +52,13 @@ def check_numerics(
     if layers == 0:
         whose = "this machine's memory" if max_memory is None else "the bound on memory"
         return {"checked": False, "reason": f"{whose} does not hold a dequantized layer of experts"}
-    parts = parts or whole(total)
+    parts, form = parts or whole(total), form or NetworkForm()
     worst = math.inf
     with tempfile.TemporaryDirectory(prefix="moedge-check-") as scratch:
         # Two routers' scores may lie closer than rounding, so that another order of sums picks another expert: other
         # tokens then decide. A wrong lowering is wrong for both.
         for seed in _SEEDS:
-            worst = min(worst, _compare(bundle, layers, parts, Path(scratch), seed, progress))
+            worst = min(worst, _compare(bundle, layers, parts, form, Path(scratch), seed, progress))
             if worst <= TOLERANCE:
                 return {
                     "checked": True,
@@ -108,23 +109,49 @@ def keep_layers(model: ir.Model, layers: int, config: MoEConfig) -> None:
 
 
 class NetworkRunner:
-    """A lowered network on onnxruntime, or its parts chained, with its cache: what a session does on a GPU."""
+    """A lowered network on onnxruntime, or its parts chained, with its cache: what a session does on a GPU.
 
-    def __init__(self, *paths: Path) -> None:
+    `lanes`, as it was lowered for: so many sequences, each with a `length` of its own.
+    """
+
+    def __init__(self, *paths: Path, lanes: int = 1) -> None:
         self.sessions = [open_plain_session(path) for path in paths]
         self.cache: dict[str, Array] = {}
+        self.lanes = lanes
         for session in self.sessions:
             for value in session.get_inputs():
                 if value.name.startswith("past."):
                     dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-                    self.cache[value.name.removeprefix("past.")] = np.zeros(value.shape, dtype)
-        self.length = 0
+                    name, shape = value.name.removeprefix("past."), (lanes, *value.shape[1:])
+                    self.cache[name] = np.zeros(shape, dtype)
+                    self.slots = int(shape[2])
+        self.lengths = [0] * lanes
 
-    def step(self, tokens: Sequence[int]) -> dict[str, Array]:
-        """Append tokens to the sequence; every output but the cache: logits float32 [tokens, vocab], routing."""
-        feeds: dict[str, Array] = {f"past.{name}": rows for name, rows in self.cache.items()}
-        feeds["input_ids"] = np.array(tokens, np.int64)
-        feeds["start"] = np.array([self.length], np.int64)
+    @property
+    def length(self) -> int:
+        return self.lengths[0]
+
+    def step(self, tokens: Sequence[int], lane: int = 0) -> dict[str, Array]:
+        """Append tokens to a sequence; every output but the cache: logits float32 [tokens, vocab], routing."""
+        results = self._run(np.array(tokens, np.int64), [self.lengths[lane]], [0], slice(lane, lane + 1))
+        self.lengths[lane] += len(tokens)
+        return results
+
+    def step_together(self, tokens: dict[int, int]) -> dict[str, Array]:
+        """Append a token to the sequence of each lane named; the outputs have a row for each lane, named or not."""
+        busy = [lane in tokens for lane in range(self.lanes)]
+        starts = [self.lengths[lane] if busy[lane] else self.slots - 1 for lane in range(self.lanes)]
+        source = [lane if busy[lane] else min(tokens) for lane in range(self.lanes)]
+        ids = np.array([tokens.get(lane, 0) for lane in range(self.lanes)], np.int64)
+        results = self._run(ids, starts, source, slice(None))
+        for lane in tokens:
+            self.lengths[lane] += 1
+        return results
+
+    def _run(self, tokens: Array, starts: list[int], source: list[int], lanes: slice) -> dict[str, Array]:
+        feeds: dict[str, Array] = {f"past.{name}": rows[lanes] for name, rows in self.cache.items()}
+        feeds["input_ids"] = tokens
+        feeds["start"], feeds["source"] = np.array(starts, np.int64), np.array(source, np.int64)
         feeds["rows"] = np.arange(len(tokens), dtype=np.int64)
         results: dict[str, Array] = {}
         for session in self.sessions:
@@ -133,8 +160,8 @@ class NetworkRunner:
             results |= dict(zip(names, session.run(names, taken), strict=True))
             if "hidden.next" in results:
                 feeds["hidden"] = results.pop("hidden.next")
-        self.cache = {name: results.pop(f"present.{name}") for name in self.cache}
-        self.length += len(tokens)
+        for name, rows in self.cache.items():
+            rows[lanes] = results.pop(f"present.{name}")
         return results
 
 
@@ -155,22 +182,29 @@ def open_plain_session(model: Path | bytes, external: Path | None = None) -> Any
 
 
 def _compare(
-    bundle: Bundle, layers: int, parts: Sequence[Part], scratch: Path, seed: int, progress: Progress | None
+    bundle: Bundle,
+    layers: int,
+    parts: Sequence[Part],
+    form: NetworkForm,
+    scratch: Path,
+    seed: int,
+    progress: Progress | None,
 ) -> float:
     """`difference` between the float32 form, run in CHUNKS, and the canonical graph, of the first layers."""
     kept = [Part(part.start, min(part.stop, layers), layers) for part in parts if part.start < layers]
     for part in kept:
         model, config = load_canonical(bundle)
         keep_layers(model, layers, config)
-        network = lower_network(model, config, sum(CHUNKS) + 3, real=ir.DataType.FLOAT, part=part)
+        network = lower_network(model, config, sum(CHUNKS) + 3, real=ir.DataType.FLOAT, part=part, form=form)
         network.weights.write(scratch / part.weights)
         network.save(scratch, part.model)
-    tokens = draw_tokens(bundle, seed)
-    runner = NetworkRunner(*[scratch / part.model for part in kept])
-    return _run_both(bundle, layers, runner, tokens, _TITLE, progress)[0]
+    runner = NetworkRunner(*[scratch / part.model for part in kept], lanes=form.lanes)
+    return _run_both(bundle, layers, runner, draw_tokens(bundle, seed), _TITLE, progress)[0]
 
 
-def measure_half(bundle: Bundle, paths: list[Path], progress: Progress | None = None) -> dict[str, Any] | None:
+def measure_half(
+    bundle: Bundle, paths: list[Path], form: NetworkForm, progress: Progress | None = None
+) -> dict[str, Any] | None:
     """How far the half precision form, as written part by part in `paths`, is from the canonical graph.
 
     None where this onnxruntime has no half precision kernels for it, or the model is too large to bother.
@@ -185,7 +219,7 @@ def measure_half(bundle: Bundle, paths: list[Path], progress: Progress | None = 
     layers, tokens = int(bundle.config["num_hidden_layers"]), draw_tokens(bundle, _SEEDS[0])
     unable = ort.capi.onnxruntime_pybind11_state
     try:
-        runner = NetworkRunner(*paths)
+        runner = NetworkRunner(*paths, lanes=form.lanes)
         worst, same = _run_both(bundle, layers, runner, tokens, "measuring half precision", progress)
     except (unable.NotImplemented, unable.Fail):
         return None
@@ -201,18 +235,35 @@ def _run_both(
     bundle: Bundle, layers: int, runner: NetworkRunner, tokens: Array, title: str, progress: Progress | None
 ) -> tuple[float, float]:
     """(`difference`, share of tokens whose largest logit is the same) of a lowered network and the canonical graph."""
+    steps = len(CHUNKS) + (2 if runner.lanes > 1 else 1)
+    report = progress or (lambda what, done, total: None)
     pieces = []
     for done, length in enumerate(CHUNKS):
-        if progress is not None:
-            progress(title, done, len(CHUNKS) + 1)
+        report(title, done, steps)
         pieces.append(runner.step(tokens[runner.length : runner.length + length].tolist())["logits"])
-    if progress is not None:
-        progress(title, len(CHUNKS), len(CHUNKS) + 1)
-    found, expected = np.concatenate(pieces), canonical_logits(bundle, layers, tokens)
-    if progress is not None:
-        progress(title, len(CHUNKS) + 1, len(CHUNKS) + 1)
+    places = list(range(len(tokens)))
+    if runner.lanes > 1:
+        report(title, len(CHUNKS), steps)
+        pieces += _step_lanes(runner, tokens, places)
+    report(title, steps - 1, steps)
+    found, expected = np.concatenate(pieces), canonical_logits(bundle, layers, tokens)[places]
+    report(title, steps, steps)
     same = float((found.argmax(axis=-1) == expected.argmax(axis=-1)).mean())
     return difference(found, expected), same
+
+
+def _step_lanes(runner: NetworkRunner, tokens: Array, places: list[int]) -> list[Array]:
+    """The last lane begins the same text, steps with all others idle, then with the first lane a token behind it.
+
+    Appends the place of each row to `places`.
+    """
+    last = runner.lanes - 1
+    pieces = [runner.step(tokens[:2].tolist(), last)["logits"]]
+    pieces.append(runner.step_together({last: int(tokens[2])})["logits"][last:])
+    runner.lengths[0] = 2
+    both = runner.step_together({0: int(tokens[2]), last: int(tokens[3])})["logits"]
+    places += [0, 1, 2, 2, 3]
+    return [*pieces, both[:1], both[last:]]
 
 
 def draw_tokens(bundle: Bundle, seed: int) -> Array:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .tensorrt_network import Lowering
 
 
+# All experts in INT8 are read, written out in half precision (twice the bytes) and read again, for a product.
+_WRITTEN_OUT = 5
+
+
 @dataclass(frozen=True)
 class _Mixture:
     """gate_up [E*2I, H] and down [H, E*I]; `choices` experts a token.
@@ -80,10 +84,19 @@ def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
         inner,
         biased,
     )
-    inputs = (lowering.half(x), experts, weights)
-    few = _sparse(lowering, mixture, *[lowering.first_rows(value) for value in inputs])
-    many = _dense(lowering, mixture, *[lowering.other_rows(value) for value in inputs])
+    inputs, end = (lowering.half(x), experts, weights), _sparse_rows(lowering, mixture)
+    row, own, weight = (lowering.first_rows(value, end) for value in inputs)
+    if end is lowering.inputs.stepping and lowering.inputs.sources is not None:
+        own = lowering.rewriter.op("Gather", [own, lowering.inputs.sources], axis=0)
+    few = _sparse(lowering, mixture, row, own, weight)
+    many = _dense(lowering, mixture, *[lowering.other_rows(value, end) for value in inputs])
     return [lowering.rewriter.op("Concat", [few, many], axis=0)]
+
+
+def _sparse_rows(lowering: Lowering, mixture: _Mixture) -> ir.Value:
+    """How many rows read their own experts alone: a token of each lane, unless that is more to read than all experts."""
+    several = lowering.lanes * mixture.choices <= mixture.experts * (_WRITTEN_OUT if mixture.down.bits == 8 else 1)
+    return lowering.inputs.stepping if several else lowering.inputs.single
 
 
 def _biases_of(lowering: Lowering, call: ir.Node) -> _Biased | None:

@@ -15,7 +15,7 @@ from ._canonical import load_canonical
 from ._trt_check import check_numerics, measure_half
 from ._trt_log import read_build_log
 from ._trt_parts import Part, measure_sizes, plan_parts
-from .tensorrt_network import CHUNK, LoweredNetwork, lower_network
+from .tensorrt_network import CHUNK, LoweredNetwork, NetworkForm, lower_network
 
 # TF32 would round the router's float32 products, and with them the choice of experts.
 SETTINGS: dict[str, Any] = {"tf32": False}
@@ -30,13 +30,14 @@ class Prepared:
 
     parts: list[Part]
     total: int
+    form: NetworkForm
     smallest_matrix: int
     numerics: dict[str, Any]
     fields: dict[str, Any]
 
     def measure_half(self, request: BuildRequest, paths: list[Path], progress: Progress | None) -> None:
         """What half precision costs, with the parts as they were written."""
-        self.numerics["half_precision"] = measure_half(request.bundle, paths, progress)
+        self.numerics["half_precision"] = measure_half(request.bundle, paths, self.form, progress)
 
 
 def prepare_network(request: BuildRequest, bound: int | None, progress: Progress | None) -> Prepared:
@@ -46,47 +47,45 @@ def prepare_network(request: BuildRequest, bound: int | None, progress: Progress
         BuildError: sizes beyond these targets, or a bound below what one layer needs.
         ParityError: the lowered network is not the canonical graph.
     """
-    if request.max_batch != 1:
-        raise BuildError(
-            f"max_batch {request.max_batch}: a TensorRT engine of this version runs one sequence; use --max-batch 1"
-        )
     if request.max_seq_len < 2:
         raise BuildError(f"max_seq_len {request.max_seq_len}: a TensorRT engine needs room for 2 tokens or more")
     model, config = load_canonical(request.bundle)
     total = config.num_hidden_layers
-    network = lower_network(model, config, request.max_seq_len, real=ir.DataType.FLOAT16)
+    form = NetworkForm(lanes=request.max_batch)
+    network = lower_network(model, config, request.max_seq_len, real=ir.DataType.FLOAT16, form=form)
     parts = plan_parts(measure_sizes(network.weights, total), bound)
     # Checked here, whatever machine the engines are then built on.
-    numerics = check_numerics(request.bundle, progress, parts=parts, max_memory=request.max_memory)
+    numerics = check_numerics(request.bundle, progress, parts=parts, max_memory=request.max_memory, form=form)
     smallest = config.moe.intermediate_size * config.hidden_size
-    return Prepared(parts, total, smallest, numerics, _describe_network(request, network, numerics))
+    return Prepared(parts, total, form, smallest, numerics, _describe_network(request, network, numerics))
 
 
-def write_part(request: BuildRequest, part: Part, folder: Path, progress: Progress | None) -> LoweredNetwork:
+def write_part(
+    request: BuildRequest, part: Part, form: NetworkForm, folder: Path, progress: Progress | None
+) -> LoweredNetwork:
     """Lower a part in half precision and write its graph and weights."""
     model, config = load_canonical(request.bundle)
-    network = lower_network(model, config, request.max_seq_len, real=ir.DataType.FLOAT16, part=part)
+    network = lower_network(model, config, request.max_seq_len, real=ir.DataType.FLOAT16, part=part, form=form)
     network.weights.write(folder / part.weights, progress)
     network.save(folder, part.model)
     return network
 
 
 def shape_profiles(network: LoweredNetwork, max_seq_len: int) -> list[dict[str, list[list[int]]]]:
-    """P0: exactly one token. P1: a chunk. Each asks for the logits of one row."""
-    chunk = min(CHUNK, max_seq_len)
-    one: list[list[int]] = [[1], [1], [1]]
-    inputs = {str(value.name): value.shape for value in network.model.graph.inputs}
-    profiles: list[dict[str, list[list[int]]]] = [{}, {}]
-    for name in ("input_ids", "hidden"):
-        if name in inputs:
-            shape = inputs[name]
-            assert shape is not None
-            more = [int(size) for size in shape[1:]]  # type: ignore[arg-type]
-            profiles[0][name] = [[1, *more]] * 3
-            profiles[1][name] = [[2, *more], [chunk, *more], [chunk, *more]]
-    if "rows" in inputs:
-        for profile in profiles:
-            profile["rows"] = one
+    """P0: exactly one token. P1: a chunk. Each asks for the logits of one row. Of several lanes P2: a token for each."""
+    chunk, lanes = min(CHUNK, max_seq_len), network.form.lanes
+    runs = [((1, 1), 1), ((2, chunk), 1)] + ([((lanes, lanes), lanes)] if lanes > 1 else [])
+    profiles: list[dict[str, list[list[int]]]] = []
+    for (least, most), sequences in runs:
+        sizes = {"T": (least, most), "S": (sequences, sequences), "R": (sequences, sequences)}
+        shapes = {}
+        for value in network.model.graph.inputs:
+            assert value.shape is not None and value.name is not None
+            ranges = [sizes[str(size.value)] if isinstance(size, ir.SymbolicDim) else (size, size) for size in value.shape]
+            low, high = ([pair[end] for pair in ranges] for end in (0, 1))
+            if any(isinstance(size, ir.SymbolicDim) for size in value.shape):
+                shapes[value.name] = [low, high, high]
+        profiles.append(shapes)
     return profiles
 
 
@@ -95,13 +94,13 @@ def _describe_network(request: BuildRequest, network: LoweredNetwork, numerics: 
     weights = request.bundle.manifest["quantization"]["weights"]
     return {
         "precision": f"{weights} weights, fp16 products, fp32 router, norms and residual",
-        "max_batch": 1,
+        "max_batch": network.form.lanes,
         "max_seq_len": request.max_seq_len,
         "cache": [tensor.to_json() for tensor in network.cache],
         "session": {
             "chunk": min(CHUNK, request.max_seq_len),
             "cache": {
-                "shape": [1, "heads", request.max_seq_len, "width / heads"],
+                "shape": [network.form.lanes, "heads", network.slots, "width / heads"],
                 "aliased": {f"past.{tensor.name}": f"present.{tensor.name}" for tensor in network.cache},
                 "initial": "zeros",  # slots behind the length are masked, and 0 times NaN is NaN
             },

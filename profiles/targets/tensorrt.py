@@ -64,7 +64,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     }
     parts = []
     for part in prepared.parts:
-        network = write_part(request, part, folder, progress)
+        network = write_part(request, part, prepared.form, folder, progress)
         parts.append(describe_plain_part(part, network, request.max_seq_len))
     prepared.measure_half(request, [folder / part.model for part in prepared.parts], progress)
     fields["session"] |= {"parts": parts, "max_build_memory_bytes": bound}

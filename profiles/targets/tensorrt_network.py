@@ -1,8 +1,8 @@
 """The network that both TensorRT targets build: a canonical graph lowered to one ONNX with the cache inside.
 
-One sequence: T = new tokens, L = slots of the cache (max_seq_len), n = heads, r = kv_lora_rank, E = experts, H = hidden
-size, I = intermediate size. Two optimization profiles are built from it: exactly one token, and a chunk of 2 or more.
-Matrix products are in half precision (`real`), all else in float32; with `real` FLOAT the very same network runs on
+T = new tokens, S = sequences in a run (lanes), L = slots of the cache, n = heads, r = kv_lora_rank, E = experts, H =
+hidden size, I = intermediate size. Two optimization profiles are built from it: exactly one token, and a chunk of 2 or
+more; of several lanes a third: one token for each lane. Matrix products are in half precision (`real`), all else in float32; with `real` FLOAT the very same network runs on
 onnxruntime's CPU, which is how its numerics are checked.
 """
 
@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from ...errors import BuildError
-from ...export.config import MoEConfig
+from ...export.config import LatentAttentionConfig, MoEConfig
 from ...export.functions import DOMAIN
 from ...export.gating import list_gates
 from ._canonical import (
@@ -40,6 +40,7 @@ from ._trt_attention import (
     lower_latent_attention,
     lower_sink_attention,
 )
+from ._trt_inputs import RunInputs, count_slots, lower_angles_by_lane, lower_inputs
 from ._trt_moe import lower_experts
 from ._trt_parts import Part, cut_part
 from ._trt_weights import LoweredWeights, Stored
@@ -58,8 +59,15 @@ _EXPERTS = ("Experts", "BiasedExperts")
 
 
 @dataclass(frozen=True)
+class NetworkForm:
+    """What is chosen of a network beside its sizes. `lanes`: sequences that one run can step."""
+
+    lanes: int = 1
+
+
+@dataclass(frozen=True)
 class CacheTensor:
-    """A tensor of the cache, [1, heads, L, dim]."""
+    """A tensor of the cache, [lanes, heads, L, dim]."""
 
     name: str
     heads: int
@@ -72,10 +80,12 @@ class CacheTensor:
 
 @dataclass
 class LoweredNetwork:
-    """The lowered graph, its weights' plan, and the tensors of its cache in order."""
+    """The lowered graph, its weights' plan, and the tensors of its cache in order, with `slots` tokens' room."""
 
     model: ir.Model
     weights: LoweredWeights
+    form: NetworkForm
+    slots: int
     cache: list[CacheTensor] = field(default_factory=list)
 
     def save(self, folder: Path, name: str) -> None:
@@ -84,13 +94,19 @@ class LoweredNetwork:
 
 
 def lower_network(
-    model: ir.Model, config: MoEConfig, max_seq_len: int, *, real: ir.DataType, part: Part | None = None
+    model: ir.Model,
+    config: MoEConfig,
+    max_seq_len: int,
+    *,
+    real: ir.DataType,
+    part: Part | None = None,
+    form: NetworkForm | None = None,
 ) -> LoweredNetwork:
     """Rewrite a canonical model, or a `part` of it, in place.
 
-    Afterwards: inputs input_ids int64 [T], start int64 [1] (the first new token's position), rows int64 [R] (which of
-    the new tokens get logits) and past.NAME [1, heads, L, dim] (zeros at first: what lies behind the length is masked,
-    but must be finite); outputs logits float32 [R, vocab], present.NAME (to be bound to the address of past.NAME),
+    Afterwards: inputs input_ids int64 [T], start int64 [S] (each lane's first new token's position), rows int64 [R]
+    (which of the new tokens get logits), where there are several lanes source int64 [S] (`RunInputs`), and past.NAME
+    [S, heads, L, dim] (zeros at first: what lies behind the length is masked, but must be finite); outputs logits float32 [R, vocab], present.NAME (to be bound to the address of past.NAME),
     experts.LAYER int64 and weights.LAYER float32 [T, k]. A part that is not the first takes hidden float32 [T, H] in
     place of input_ids; one that is not the last gives hidden.next [T, H] in place of logits, and takes no rows.
 
@@ -102,8 +118,10 @@ def lower_network(
     check_ops(model)
     part = part or Part(0, config.num_hidden_layers, config.num_hidden_layers)
     cut_part(model, part, config.hidden_size)
-    lowering = Lowering(model, config, max_seq_len, LoweredWeights(real, part.weights))
-    lowering.lower_inputs(part)
+    lowering = Lowering(model, config, max_seq_len, LoweredWeights(real, part.weights), form or NetworkForm())
+    lowering.inputs = lower_inputs(lowering, part)
+    if lowering.lanes > 1:
+        lower_angles_by_lane(lowering)
     if part.is_first:
         lowering.lower_embedding()
     for kind, lower in _LOWERED.items():
@@ -116,10 +134,10 @@ def lower_network(
     else:
         lowering.type_output(0, "hidden.next", ir.DataType.FLOAT, ["T", config.hidden_size])
     # What lower_linears asks for first must outlive the pass; in a part without experts nothing else does.
-    assert lowering.single is not None
-    model.graph.outputs.append(lowering.single)
+    shared = [lowering.inputs.single, lowering.inputs.stepping]
+    model.graph.outputs.extend(shared)
     RemoveUnusedNodesPass()(model)
-    model.graph.outputs.pop()
+    del model.graph.outputs[-len(shared) :]
     lowering.lower_linears()
     lowering.lower_gates()
     lowering.finish()
@@ -140,26 +158,25 @@ def check_ops(model: ir.Model) -> None:
 
 
 class Lowering:
-    def __init__(self, model: ir.Model, config: MoEConfig, max_seq_len: int, weights: LoweredWeights) -> None:
+    inputs: RunInputs
+
+    def __init__(
+        self, model: ir.Model, config: MoEConfig, max_seq_len: int, weights: LoweredWeights, form: NetworkForm
+    ) -> None:
         self.model = model
         self.graph = model.graph
         self.config = config
-        self.max_seq_len = max_seq_len
+        self.lanes = form.lanes
+        self.slot_count = count_slots(max_seq_len, form.lanes, _cache_widths(config))
         self.weights = weights
         self.real = weights.real
         self.rewriter = Rewriter(model)
         self.linears = find_linears(model)
-        self.network = LoweredNetwork(model, weights)
+        self.network = LoweredNetwork(model, weights, form, self.slot_count)
         self.more_outputs: list[ir.Value] = []
         self.head_weight = "embed.weight" if config.tie_word_embeddings else "head.weight"
         self.table: Stored | None = None
-        self.start: ir.Value | None = None
-        self.places: ir.Value | None = None  # int64 [T]: positions
-        self.slots: ir.Value | None = None  # int64 [1, L]
-        self.length: ir.Value | None = None  # int32 [1]: tokens in the cache with the new ones
-        self.masks: dict[int, ir.Value] = {}  # by window: bool [T, L]
         self.expert_inputs: set[ir.Value | None] = set()
-        self.single: ir.Value | None = None  # int64 [1]: T where it is one token, else 0
 
     # precision
 
@@ -175,27 +192,6 @@ class Lowering:
         return self.full(self.rewriter.op("MatMul", [x, weight]))
 
     # inputs and outputs
-
-    def lower_inputs(self, part: Part) -> None:
-        """Positions begin at `start`; the mask and the choice of the branch are made once for all layers."""
-        op, ints = self.rewriter.op, self.rewriter.ints
-        tokens, self.start = ir.val("input_ids", ir.DataType.INT64, ["T"]), ir.val("start", ir.DataType.INT64, [1])
-        self.graph.inputs[0].replace_all_uses_with(tokens)
-        first = tokens if part.is_first else self.graph.inputs[1]
-        self.graph.inputs[:] = [first, self.start]
-        (call,) = find_calls(self.model, "Positions")
-        count = op("Shape", [first], start=0, end=1)
-        zero = self.rewriter.constant("int.0", np.array(0, np.int64))
-        one = self.rewriter.constant("int.1", np.array(1, np.int64))
-        places = op("Add", [op("Range", [zero, op("Squeeze", [count, ints(0)]), one]), self.start])
-        length = self.rewriter.constant(f"int.{self.max_seq_len}", np.array(self.max_seq_len, np.int64))
-        self.places, self.slots = places, op("Unsqueeze", [op("Range", [zero, length, one]), ints(0)])
-        # From the positions: from the shape, TensorRT would copy it from the host to the device in each step.
-        last = op("Add", [op("ReduceMax", [places], keepdims=1), ints(1)])
-        self.length = op("Cast", [last], to=int(ir.DataType.INT32), name="length")
-        # Never an If: TensorRT folds shape arithmetic in each profile, so the half that has no rows vanishes.
-        self.single = op("Where", [op("LessOrEqual", [count, ints(1)]), count, ints(0)], name="single")
-        self.rewriter.replace(call, [op("Unsqueeze", [places, ints(0)])])
 
     def lower_embedding(self) -> None:
         """TensorRT lets only a DequantizeLinear read codes: one that only casts, then rows and scales are looked up."""
@@ -274,13 +270,13 @@ class Lowering:
     # attention
 
     def update_cache(self, name: str, new: ir.Value, heads: int, dim: int) -> ir.Value:
-        """Write rows [1, heads, T, dim] at `start`; the whole cache, [1, heads, L, dim]."""
-        shape = ir.Shape([1, heads, self.max_seq_len, dim])
+        """Write rows [S, heads, t, dim] at `start`; the whole cache, [S, heads, L, dim]."""
+        shape = ir.Shape([1 if self.lanes == 1 else "S", heads, self.slot_count, dim])
         past = ir.val(f"past.{name}", self.real, shape)
         self.graph.inputs.append(past)
-        inputs = [past, self.half(new), self.start]
+        inputs = [past, self.half(new), self.inputs.start]
         present = self.rewriter.op("TensorScatter", inputs, domain=DOMAIN, name=f"present.{name}", axis=2)
-        present.dtype, present.shape = self.real, shape
+        present.dtype, present.shape = self.real, ir.Shape(list(shape))
         self.more_outputs.append(present)
         self.network.cache.append(CacheTensor(name, heads, dim))
         return present
@@ -358,14 +354,16 @@ class Lowering:
 
     def multiply_split(self, x: ir.Value | None, weight: Stored) -> ir.Value:
         """Codes: sums for one token, a product for a chunk. Left to itself TensorRT makes sums of the small products of
-        the first profile, reads them in another layout, and so stores those codes twice."""
+        the first profile, reads them in another layout, and so stores those codes twice. A token of each lane goes
+        with the chunk, but for INT8, which a product would first write out in half precision."""
         h = self.half(x)
-        rest = self.other_rows(h)
+        end = self.inputs.stepping if weight.bits == 8 else self.inputs.single
+        rest = self.other_rows(h, end)
         if x not in self.expert_inputs or weight.bits == 8:
             many = self.multiply(rest, weight)
         else:
             many = self.multiply_apart(rest, weight)
-        return self.rewriter.op("Concat", [self.multiply_few(self.first_rows(h), weight), many], axis=0)
+        return self.rewriter.op("Concat", [self.multiply_few(self.first_rows(h, end), weight), many], axis=0)
 
     def multiply_apart(self, x: ir.Value, weight: Stored) -> ir.Value:
         """In another rank, or TensorRT would join it with the experts' product of the same x and store both forms."""
@@ -390,14 +388,28 @@ class Lowering:
         terms = op("Mul", [op("Unsqueeze", [self.half(x), ints(1)]), matrix])
         return op("ReduceSum", [self.full(terms), ints(2)], keepdims=0)
 
-    def first_rows(self, x: ir.Value, axis: int = 0) -> ir.Value:
-        """All tokens of `axis` where there is one, else none."""
-        return self.rewriter.op("Slice", [x, self.rewriter.ints(0), self.single, self.rewriter.ints(axis)])
+    def first_rows(self, x: ir.Value, end: ir.Value | None = None, axis: int = 0) -> ir.Value:
+        """The first `end` of `axis`: unless given all tokens where there is one, else none."""
+        end = end or self.inputs.single
+        return self.rewriter.op("Slice", [x, self.rewriter.ints(0), end, self.rewriter.ints(axis)])
 
-    def other_rows(self, x: ir.Value, axis: int = 0) -> ir.Value:
-        """No token of `axis` where there is one, else all."""
+    def other_rows(self, x: ir.Value, start: ir.Value | None = None, axis: int = 0) -> ir.Value:
+        """What `first_rows` leaves."""
         end = self.rewriter.ints(np.iinfo(np.int64).max)
-        return self.rewriter.op("Slice", [x, self.single, end, self.rewriter.ints(axis)])
+        return self.rewriter.op("Slice", [x, start or self.inputs.single, end, self.rewriter.ints(axis)])
+
+    def by_lane(self, *shape: int) -> ir.Value:
+        """int64: [S, *shape], to reshape to."""
+        if self.inputs.lane_count is None:
+            return self.rewriter.ints(1, *shape)
+        return self.rewriter.op("Concat", [self.inputs.lane_count, self.rewriter.ints(*shape)], axis=0)
+
+    def by_lane_and(self, count: int, *shape: int) -> ir.Value:
+        """int64: [S * count, *shape], to reshape to."""
+        if self.inputs.lane_count is None:
+            return self.rewriter.ints(count, *shape)
+        product = self.rewriter.op("Mul", [self.inputs.lane_count, self.rewriter.ints(count)])
+        return self.rewriter.op("Concat", [product, self.rewriter.ints(*shape)], axis=0)
 
     def store_linear(self, name: str, matrices: list[Matrix]) -> Stored:
         return self.put_stored(self.weights.linear(f"{name}.lowered", matrices))
@@ -424,6 +436,14 @@ class Lowering:
         """1 in `real`: the scale of a DequantizeLinear that only casts."""
         dtype = np.float32 if self.real == ir.DataType.FLOAT else np.float16
         return self.rewriter.constant("unit", np.array(1, dtype))
+
+
+def _cache_widths(config: MoEConfig) -> list[int]:
+    """Elements of a token in each tensor of a layer's cache."""
+    attention = config.attention
+    if isinstance(attention, LatentAttentionConfig):
+        return [attention.kv_lora_rank, attention.qk_rope_head_dim]
+    return [attention.num_key_value_heads * attention.head_dim]
 
 
 def _gathered_matrix(node: ir.Node) -> Matrix:

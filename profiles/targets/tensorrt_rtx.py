@@ -61,7 +61,9 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     if [part["layers"] for part in parts] != [[part.start, part.stop] for part in prepared.parts]:
         final = [Part(part["layers"][0], part["layers"][1], prepared.total) for part in parts]
         prepared.numerics.update(
-            check_numerics(request.bundle, progress, parts=final, max_memory=request.max_memory)
+            check_numerics(
+                request.bundle, progress, parts=final, max_memory=request.max_memory, form=prepared.form
+            )
         )
     fields = prepared.fields | {
         "backend": PACKAGE,
@@ -93,7 +95,7 @@ def build_parts(
     waiting, parts, results = list(prepared.parts), [], []
     while waiting:
         part = waiting.pop(0)
-        network = write_part(request, part, folder, progress)
+        network = write_part(request, part, prepared.form, folder, progress)
         if not part.suffix:
             prepared.measure_half(request, [folder / part.model], progress)
         job, title = job_of(part, network)
