@@ -35,7 +35,7 @@ class FakeDevice:
         if nbytes + sum(block.nbytes for block in self.memory.values()) > self.most:
             raise EngineError("CUDA refuses cudaMalloc: out of memory (error 2)")
         address = self.next
-        self.next += nbytes + 4096
+        self.next += -(-nbytes // 256) * 256 + 4096
         self.memory[address] = np.zeros(nbytes, np.uint8)
         return address
 
@@ -43,9 +43,13 @@ class FakeDevice:
         del self.memory[address]
 
     def view(self, address: int, nbytes: int) -> np.ndarray[Any, Any]:
-        block = self.memory[address]
-        assert nbytes <= block.nbytes, f"{nbytes} bytes at an address that has {block.nbytes}"
+        start = max(known for known in self.memory if known <= address)
+        block = self.memory[start][address - start :]
+        assert 0 < nbytes <= block.nbytes, f"{nbytes} bytes at an address that has {block.nbytes}"
         return block[:nbytes]
+
+    def clear(self, address: int, nbytes: int) -> None:
+        self.view(address, nbytes)[:] = 0
 
     def write(self, address: int, values: np.ndarray[Any, Any]) -> None:
         self.view(address, values.nbytes)[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
@@ -84,6 +88,7 @@ class FakePlan:
 
     def bind(self, name: str, address: int) -> None:
         assert name in self.part["inputs"] or name in self.part["outputs"], name
+        assert address % 256 == 0, f"{name} at {address}: TensorRT wants tensors to begin at a multiple of 256"
         self.addresses[name] = address
         self.binds += 1
 
@@ -100,6 +105,7 @@ class FakePlan:
         feeds = {}
         for value in self.session.get_inputs():
             shape = self.shapes.get(value.name) or tuple(value.shape)
+            assert all(isinstance(size, int) for size in shape), f"{value.name} {shape}: no shape was set"
             feeds[value.name] = self._tensor(value, shape).copy()
         outputs = self.session.get_outputs()
         results = self.session.run([value.name for value in outputs], feeds)

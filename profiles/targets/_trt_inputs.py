@@ -2,8 +2,7 @@
 takes them.
 
 T = new tokens, S = sequences in the run (lanes), t = T / S new tokens of each, L = slots of the cache. A network of one
-lane has S = 1 written out. One of B lanes is built for S = 1 with t = 1, S = 1 with a chunk, and S = B with t = 1: never
-for many tokens of many sequences.
+lane has S = 1 written out. One of B lanes is built for S = 1 with t = 1, S = 1 with a chunk, and S = B with t = 1.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ def mask_by_head(lowering: Lowering, mask: ir.Value) -> ir.Value:
 
 
 def lower_angles_by_lane(lowering: Lowering) -> None:
-    """Rotary angles whose frequencies follow the length: each lane's own length, where the functions take the longest's.
+    """Rotary angles whose frequencies follow the length: each lane's own, where the functions take the longest's.
 
     The same sums as the functions' bodies; see there for the sources.
     """

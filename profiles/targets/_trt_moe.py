@@ -94,7 +94,7 @@ def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
 
 
 def _sparse_rows(lowering: Lowering, mixture: _Mixture) -> ir.Value:
-    """How many rows read their own experts alone: a token of each lane, unless that is more to read than all experts."""
+    """How many rows read their own experts alone: a token of each lane, unless all experts are less to read."""
     several = lowering.lanes * mixture.choices <= mixture.experts * (_WRITTEN_OUT if mixture.down.bits == 8 else 1)
     return lowering.inputs.stepping if several else lowering.inputs.single
 

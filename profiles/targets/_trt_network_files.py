@@ -72,7 +72,7 @@ def write_part(
 
 
 def shape_profiles(network: LoweredNetwork, max_seq_len: int) -> list[dict[str, list[list[int]]]]:
-    """P0: exactly one token. P1: a chunk. Each asks for the logits of one row. Of several lanes P2: a token for each."""
+    """P0: exactly one token. P1: a chunk. Each asks for the logits of one row. Of several lanes P2: a token of each."""
     chunk, lanes = min(CHUNK, max_seq_len), network.form.lanes
     runs = [((1, 1), 1), ((2, chunk), 1)] + ([((lanes, lanes), lanes)] if lanes > 1 else [])
     profiles: list[dict[str, list[list[int]]]] = []
@@ -81,9 +81,9 @@ def shape_profiles(network: LoweredNetwork, max_seq_len: int) -> list[dict[str, 
         shapes = {}
         for value in network.model.graph.inputs:
             assert value.shape is not None and value.name is not None
-            ranges = [sizes[str(size.value)] if isinstance(size, ir.SymbolicDim) else (size, size) for size in value.shape]
-            low, high = ([pair[end] for pair in ranges] for end in (0, 1))
-            if any(isinstance(size, ir.SymbolicDim) for size in value.shape):
+            dims = [size if isinstance(size, int) else str(size.value) for size in value.shape]
+            low, high = ([sizes[size][end] if isinstance(size, str) else size for size in dims] for end in (0, 1))
+            if any(isinstance(size, str) for size in dims):
                 shapes[value.name] = [low, high, high]
         profiles.append(shapes)
     return profiles

@@ -2,8 +2,8 @@
 
 T = new tokens, S = sequences in a run (lanes), L = slots of the cache, n = heads, r = kv_lora_rank, E = experts, H =
 hidden size, I = intermediate size. Two optimization profiles are built from it: exactly one token, and a chunk of 2 or
-more; of several lanes a third: one token for each lane. Matrix products are in half precision (`real`), all else in float32; with `real` FLOAT the very same network runs on
-onnxruntime's CPU, which is how its numerics are checked.
+more; of several lanes a third: one token for each lane. Matrix products are in half precision (`real`), all else in
+float32; with `real` FLOAT the very same network runs on onnxruntime's CPU, which is how its numerics are checked.
 """
 
 from __future__ import annotations
@@ -106,9 +106,10 @@ def lower_network(
 
     Afterwards: inputs input_ids int64 [T], start int64 [S] (each lane's first new token's position), rows int64 [R]
     (which of the new tokens get logits), where there are several lanes source int64 [S] (`RunInputs`), and past.NAME
-    [S, heads, L, dim] (zeros at first: what lies behind the length is masked, but must be finite); outputs logits float32 [R, vocab], present.NAME (to be bound to the address of past.NAME),
-    experts.LAYER int64 and weights.LAYER float32 [T, k]. A part that is not the first takes hidden float32 [T, H] in
-    place of input_ids; one that is not the last gives hidden.next [T, H] in place of logits, and takes no rows.
+    [S, heads, L, dim] (zeros at first: what lies behind the length is masked, but must be finite); outputs logits
+    float32 [R, vocab], present.NAME (to be bound to the address of past.NAME), experts.LAYER int64 and weights.LAYER
+    float32 [T, k]. A part that is not the first takes hidden float32 [T, H] in place of input_ids; one that is not the
+    last gives hidden.next [T, H] in place of logits, and takes no rows.
 
     Raises:
         BuildError: an op that is not lowered, or weights that TensorRT does not take.

@@ -92,4 +92,4 @@ def open_plans(bundle: Bundle, info: EngineInfo, options: SessionOptions, trt: M
             f"engine '{info.profile}' was built by an older version of moedge; build it again: moedge build "
             f"{bundle.path} --profile {info.profile}"
         )
-    return TensorrtSession(CudaDevice(trt), bundle.engine_dir(info.profile), info, capacity)
+    return TensorrtSession(CudaDevice(trt), bundle.engine_dir(info.profile), info, capacity, options.lanes)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import EngineError, require
-from ._trt_session import Plan
+from ._trt_engines import Plan
 
 CUDA = "cuda.bindings.runtime"
 
@@ -34,11 +34,14 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> int:
         address = int(self._call("cudaMalloc", max(nbytes, 1)))
-        self._call("cudaMemsetAsync", address, 0, max(nbytes, 1), self._stream)
+        self.clear(address, max(nbytes, 1))
         return address
 
     def free(self, address: int) -> None:
         self._call("cudaFree", address)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        self._call("cudaMemsetAsync", address, 0, nbytes, self._stream)
 
     def write(self, address: int, values: NDArray[Any]) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
