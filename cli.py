@@ -70,7 +70,7 @@ COMMANDS = {
         "What is in a bundle: model, gating, quantization, sizes, engines, provenance.",
     ),
     "verify": Command(
-        ".runtime.commands",
+        ".profiles.verify_commands",
         "verify_command",
         "Checks every checksum, every expert, and the engines' preflight on this machine.",
     ),

@@ -32,6 +32,11 @@ def _keep_best_groups(choice: Tensor, n_group: int, topk_group: int, best: int) 
     return torch.where(kept.unsqueeze(-1), grouped, grouped.new_zeros(())).view_as(choice)
 
 
+def _fault_of(scores: Tensor) -> Tensor:
+    """[T, 1]: NaN for a token with a score of NaN, which the choice may have passed over; else 0."""
+    return scores.sum(dim=1, keepdim=True) * 0
+
+
 def _fake_choice(logits: Tensor, top_k: int) -> Choice:
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
@@ -42,12 +47,13 @@ def softmax_topk_gate(
     logits: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: int, routed_scaling_factor: float
 ) -> tuple[Tensor, Tensor]:
     """See export/gating/softmax_topk.py. logits float32 [T, E]."""
-    candidates = _keep_best_groups(torch.softmax(logits, dim=-1), n_group, topk_group, best=1)
+    scores = torch.softmax(logits, dim=-1)
+    candidates = _keep_best_groups(scores, n_group, topk_group, best=1)
     experts = _first_k(candidates, top_k)
     picked = candidates.gather(1, experts)
     if norm_topk_prob:
         picked = picked / picked.sum(dim=-1, keepdim=True)
-    return experts, picked * routed_scaling_factor
+    return experts, picked * routed_scaling_factor + _fault_of(scores)
 
 
 @torch.library.custom_op("moedge::sigmoid_topk_gate", mutates_args=())
@@ -62,11 +68,12 @@ def sigmoid_topk_gate(
 ) -> tuple[Tensor, Tensor]:
     """See export/gating/sigmoid_topk.py. logits float32 [T, E], bias float32 [E]."""
     scores = torch.sigmoid(logits)
-    experts = _first_k(_keep_best_groups(scores + bias, n_group, topk_group, best=2), top_k)
+    choice = scores + bias
+    experts = _first_k(_keep_best_groups(choice, n_group, topk_group, best=2), top_k)
     picked = scores.gather(1, experts)
     if norm_topk_prob:
         picked = picked / (picked.sum(dim=-1, keepdim=True) + 1e-20)
-    return experts, picked * routed_scaling_factor
+    return experts, picked * routed_scaling_factor + _fault_of(choice)
 
 
 @torch.library.custom_op("moedge::binary_code_gate", mutates_args=())

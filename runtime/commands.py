@@ -1,4 +1,4 @@
-"""`moedge generate`, `inspect` and `verify`."""
+"""`moedge generate` and `inspect`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import click
 
 from ..bundle import Bundle
 from ..errors import MoedgeError, UsageError
-from ..progress import console_progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -148,31 +147,6 @@ def _inspection(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     keys = ("format", "model", "config", "gating", "quantization", "sizes", "cache", "provenance", "files")
     return {"bundle": str(bundle.path), **{key: manifest.get(key) for key in keys}, "engines": engines}
-
-
-@click.command("verify")
-@_BUNDLE
-@_JSON
-def verify_command(bundle: Path, as_json: bool) -> None:
-    """Checks every checksum, every expert, and the engines' preflight on this machine."""
-    from .verify import verify
-
-    opened = Bundle.open(bundle)
-    with console_progress() as progress:
-        verdict = verify(opened, progress)
-    if as_json:
-        click.echo(json.dumps({"bundle": str(bundle), **verdict.to_json()}, indent=1))
-    else:
-        files = f"{verdict.files} files ({verdict.bytes / 2**20:,.1f} MiB)"
-        click.echo(f"{files}, {verdict.experts} experts, {len(verdict.engines)} engines")
-        for profile, state in verdict.engines.items():
-            told = "runs here" if state["runs_here"] else state["reason"]
-            click.echo(f"engine {profile}: {'ok' if state['ok'] else 'damaged'}; {told}")
-        for line in verdict.unchecked:
-            click.echo(f"not checked: {line}")
-        for line in verdict.faults:
-            click.echo(f"fault: {line}")
-    verdict.raise_for_faults()
 
 
 def _print(*tables: Table) -> None:

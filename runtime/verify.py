@@ -41,7 +41,7 @@ class Verdict:
         }
 
     def raise_for_faults(self) -> None:
-        """Raise the first fault as a BundleError that says how many there are."""
+        """Raise the one fault as a BundleError, or how many there are and the first."""
         if self.faults:
             count = f"{len(self.faults)} faults, the first: " if len(self.faults) > 1 else ""
             raise BundleError(count + self.faults[0])
@@ -51,18 +51,24 @@ def verify(bundle: Bundle, progress: Progress | None = None) -> Verdict:
     """Check the whole bundle; nothing is loaded and no GPU is needed."""
     files = bundle.manifest["files"]
     verdict = Verdict(files=len(files), bytes=sum(entry["bytes"] for entry in files.values()))
-    damaged = find_faults(bundle.path, files, progress)
-    verdict.faults += [f"{fault}; export the bundle again: moedge export ... --force" for fault in damaged]
+    damaged = []
+    for name in sorted(files):
+        for fault in find_faults(bundle.path, {name: files[name]}, progress):
+            damaged.append(name)
+            verdict.faults.append(f"{fault}; {_again()}")
     try:
         _check_experts(bundle, verdict, progress)
     except BundleError as error:
         verdict.faults.append(str(error))
     for profile in bundle.engines():
-        _check_engine(bundle, profile, verdict, progress)
+        _check_engine(bundle, profile, verdict, damaged, progress)
     return verdict
 
 
-def _check_engine(bundle: Bundle, profile: str, verdict: Verdict, progress: Progress | None) -> None:
+def _check_engine(
+    bundle: Bundle, profile: str, verdict: Verdict, damaged: list[str], progress: Progress | None
+) -> None:
+    """`damaged`: files of the bundle, without which no engine of it loads."""
     try:
         info = read_engine(bundle, profile)
         findings = inspect_engine(bundle, info, whole=True, progress=progress)
@@ -73,7 +79,9 @@ def _check_engine(bundle: Bundle, profile: str, verdict: Verdict, progress: Prog
         return
     verdict.faults += findings.faults
     verdict.unchecked += findings.unchecked
-    ok = not findings.faults
+    if damaged:
+        reason = f"it needs the bundle's {' and '.join(damaged)}"
+    ok = not findings.faults and not damaged
     verdict.engines[profile] = {
         "ok": ok,
         "status": info.status,

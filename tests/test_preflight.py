@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from moedge.bundle import Bundle
 from moedge.errors import BundleError, EngineError, MoedgeError
+from moedge.profiles.verify_commands import verify_command
 from moedge.runtime import machine, preflight
-from moedge.runtime.commands import verify_command
 from moedge.runtime.engine import load
 from moedge.runtime.initializers import read_placed
 from moedge.runtime.sessions import _plans
@@ -257,15 +257,37 @@ def test_verify_of_a_flipped_byte(bundle):
     content = bytearray((bundle / "weights.bin").read_bytes())
     content[1000] ^= 1
     (bundle / "weights.bin").write_bytes(content)
-    result = run_verify(bundle)
-    assert isinstance(result.exception, BundleError)
-    assert str(result.exception) == (
+    fault = (
         f"{bundle}/weights.bin does not have the checksum in the manifest; "
         "export the bundle again: moedge export ... --force"
     )
-    assert f"fault: {bundle}/weights.bin does not have the checksum" in result.stdout
+    result = run_verify(bundle)
+    assert isinstance(result.exception, BundleError)
+    assert str(result.exception) == f"{bundle}: 1 fault, listed above with what mends it"
+    # Once, and no engine of a damaged bundle is said to run.
+    assert result.stdout.splitlines()[1:] == [
+        "engine cpu: damaged; it needs the bundle's weights.bin",
+        f"fault: {fault}",
+    ]
     (bundle / "tokenizer.json").unlink()
-    assert str(run_verify(bundle).exception).startswith("2 faults, the first: ")
+    assert str(run_verify(bundle).exception) == f"{bundle}: 2 faults, listed above with what mends it"
+    result = run_verify(bundle, "--json")
+    document = json.loads(result.stdout)
+    assert document["engines"]["cpu"] == {
+        "ok": False,
+        "status": "ready",
+        "runs_here": False,
+        "reason": "it needs the bundle's tokenizer.json and weights.bin",
+    }
+    assert str(result.exception).startswith("2 faults, the first: ") and fault in document["faults"]
+
+
+def test_verify_of_a_damaged_engine_says_so_once(bundle):
+    with (bundle / "engines/cpu/model.onnx").open("ab") as stream:
+        stream.write(b"x")
+    result = run_verify(bundle)
+    assert result.stdout.count("model.onnx") == 1 and "engine cpu: damaged\n" in result.stdout
+    assert str(result.exception) == f"{bundle}: 1 fault, listed above with what mends it"
 
 
 def test_verify_of_a_lost_expert(bundle):

@@ -1,4 +1,4 @@
-"""What gates share: selection limited to the best groups, and weights scaled."""
+"""What gates share: selection limited to the best groups, weights scaled, NaN passed on."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ def scale_weights(build: GraphBuilder, weights: Any, attributes: dict[str, Any])
     if factor == 1:
         return weights
     return build.op("Mul", [weights, build.constant(f"gate.factor.{factor}", np.array(factor, np.float32))])
+
+
+def pass_on_nan(build: GraphBuilder, weights: Any, scores: Any) -> Any:
+    """weights [T, k], NaN where a score of that token [T, E] is: TopK may have passed it over. `scores` are finite else."""
+    zero = build.constant("float.0", np.array(0, np.float32))
+    return build.op("Add", [weights, build.op("Mul", [build.op("ReduceSum", [scores, build.ints(1)], keepdims=1), zero])])
 
 
 def find_group_fault(attributes: dict[str, int | float], num_experts: int) -> str | None:

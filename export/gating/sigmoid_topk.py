@@ -3,7 +3,8 @@
 Scores are sigmoids of the logits. Experts are chosen by score + correction bias within the `topk_group` best of
 `n_group` groups, a group counting as the sum of its two best; weights come from the plain scores. As in
 transformers' `DeepseekV3TopkRouter`, experts outside the chosen groups stand at 0 and not at minus infinity, so a
-bias that makes every chosen-group score negative lets them in; ties go to the lower index.
+bias that makes every chosen-group score negative lets them in; ties go to the lower index. A token with a NaN gets
+weights of NaN.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import GraphBuilder
-from ._groups import find_group_fault, keep_best_groups, mask_groups, scale_weights
+from ._groups import find_group_fault, keep_best_groups, mask_groups, pass_on_nan, scale_weights
 
 OP = "SigmoidTopKGate"
 ATTRIBUTES = ("top_k", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
@@ -66,7 +67,10 @@ SigmoidTopKGate <top_k, n_group, topk_group, norm_topk_prob, routed_scaling_fact
     normalize = Cast <to = 9> (normalize_int)
     plain = Where (normalize, shares, picked)
     factor = Constant <value_float: float = @routed_scaling_factor> ()
-    weights = Mul (plain, factor)
+    scaled = Mul (plain, factor)
+    all_scores = ReduceSum <keepdims = 1> (choice, one)
+    fault = Mul (all_scores, zero)
+    weights = Add (scaled, fault)
 }
 """
 
@@ -93,7 +97,9 @@ def reference(
     weights = np.take_along_axis(scores, experts, axis=1)
     if norm_topk_prob:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + np.float32(1e-20))
-    return experts.astype(np.int64), (weights * np.float32(routed_scaling_factor)).astype(np.float32)
+    weights = (weights * np.float32(routed_scaling_factor)).astype(np.float32)
+    weights[np.isnan(scores + bias).any(axis=-1)] = np.nan
+    return experts.astype(np.int64), weights
 
 
 def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, Any]:
@@ -104,13 +110,12 @@ def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]
     logits, bias = inputs
     op = build.op
     scores = op("Sigmoid", [logits])
-    choice = op("Add", [scores, bias])
+    choice = candidates = op("Add", [scores, bias])
     if attributes["topk_group"] < attributes["n_group"]:
-        choice = mask_groups(build, choice, logits, attributes, best=2)
-    _, experts = build.ops("TopK", [choice, build.ints(attributes["top_k"])], 2, axis=-1)
+        candidates = mask_groups(build, choice, logits, attributes, best=2)
+    _, experts = build.ops("TopK", [candidates, build.ints(attributes["top_k"])], 2, axis=-1)
     weights = op("GatherElements", [scores, experts], axis=1)
     if attributes["norm_topk_prob"]:
         total = op("ReduceSum", [weights, build.ints(1)], keepdims=1)
         weights = op("Div", [weights, op("Add", [total, build.constant("gate.tiny", np.array(1e-20, np.float32))])])
-    return experts, scale_weights(build, weights, attributes)
-
+    return experts, scale_weights(build, pass_on_nan(build, weights, choice), attributes)

@@ -4,6 +4,7 @@ Mixtral (arXiv:2401.04088), OLMoE, Qwen-MoE, and DeepSeek-V2 (arXiv:2405.04434),
 of `n_group` groups first, a group counting as its best expert; others stand at 0 then, as in transformers'
 `DeepseekV2MoEGate`. `norm_topk_prob` divides by the sum of the chosen: that equals a softmax over the chosen logits
 alone, so gates that select first and normalize after (Granite, gpt-oss) are this op too. Ties go to the lower index.
+A token with a NaN gets weights of NaN.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import GraphBuilder
-from ._groups import find_group_fault, keep_best_groups, mask_groups, scale_weights
+from ._groups import find_group_fault, keep_best_groups, mask_groups, pass_on_nan, scale_weights
 
 OP = "SoftmaxTopKGate"
 ATTRIBUTES = ("top_k", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
@@ -57,7 +58,10 @@ SoftmaxTopKGate <top_k, n_group, topk_group, norm_topk_prob, routed_scaling_fact
     normalize = Cast <to = 9> (normalize_int)
     plain = Where (normalize, shares, picked)
     factor = Constant <value_float: float = @routed_scaling_factor> ()
-    weights = Mul (plain, factor)
+    scaled = Mul (plain, factor)
+    all_scores = ReduceSum <keepdims = 1> (scores, one)
+    fault = Mul (all_scores, zero)
+    weights = Add (scaled, fault)
 }
 """
 
@@ -70,14 +74,17 @@ def reference(
     logits: Any, *, top_k: int, n_group: int, topk_group: int, norm_topk_prob: int, routed_scaling_factor: float
 ) -> tuple[Any, Any]:
     """numpy: logits float32 [T, E] -> (experts int64 [T, k], weights float32 [T, k])."""
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     scores = (shifted / shifted.sum(axis=-1, keepdims=True)).astype(np.float32)
     candidates = keep_best_groups(scores, scores.reshape(len(scores), n_group, -1).max(axis=-1), topk_group)
     experts = np.argsort(-candidates, axis=-1, kind="stable")[:, :top_k]
     weights = np.take_along_axis(candidates, experts, axis=1)
     if norm_topk_prob:
         weights = weights / weights.sum(axis=-1, keepdims=True)
-    return experts.astype(np.int64), (weights * np.float32(routed_scaling_factor)).astype(np.float32)
+    weights = (weights * np.float32(routed_scaling_factor)).astype(np.float32)
+    weights[np.isnan(scores).any(axis=-1)] = np.nan
+    return experts.astype(np.int64), weights
 
 
 def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, Any]:
@@ -87,17 +94,13 @@ def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]
     """
     (logits,) = inputs
     op = build.op
-    top_k = build.ints(attributes["top_k"])
     grouped = attributes["topk_group"] < attributes["n_group"]
-    if attributes["norm_topk_prob"] and not grouped:
-        # The softmax of the chosen logits alone: two nodes less, and no sum over all experts.
-        chosen, experts = build.ops("TopK", [logits, top_k], 2, axis=-1)
-        weights = op("Softmax", [chosen], axis=-1)
-    else:
-        scores = op("Softmax", [logits], axis=-1)
-        if grouped:
-            scores = mask_groups(build, scores, logits, attributes, best=1)
-        weights, experts = build.ops("TopK", [scores, top_k], 2, axis=-1)
-        if attributes["norm_topk_prob"]:
-            weights = op("Div", [weights, op("ReduceSum", [weights, build.ints(1)], keepdims=1)])
+    scores = candidates = op("Softmax", [logits], axis=-1)
+    if grouped:
+        candidates = mask_groups(build, scores, logits, attributes, best=1)
+    weights, experts = build.ops("TopK", [candidates, build.ints(attributes["top_k"])], 2, axis=-1)
+    if attributes["norm_topk_prob"]:
+        weights = op("Div", [weights, op("ReduceSum", [weights, build.ints(1)], keepdims=1)])
+    if grouped:  # else one NaN has made every score NaN
+        weights = pass_on_nan(build, weights, scores)
     return experts, scale_weights(build, weights, attributes)

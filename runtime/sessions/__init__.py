@@ -70,6 +70,24 @@ def check_room(capacity: int, length: int, count: int) -> None:
         )
 
 
+def check_routing(routing: Routing, moe_layers: Sequence[int], start: int) -> None:
+    """Whether every weight of a step's routes is a number; `start`: tokens before the step's first.
+
+    A NaN in a router's logits comes out as weights of NaN, whatever experts were then picked.
+
+    Raises:
+        EngineError: names the first layer with a NaN, and its first token.
+    """
+    total = routing.weights.sum()
+    if total == total:  # one sum a step: NaN alone differs from itself
+        return
+    layer, token = np.argwhere(np.isnan(routing.weights).any(axis=-1))[0]
+    raise EngineError(
+        f"the router of layer {moe_layers[layer]} gave NaN for token {start + token}: the weights or the engine are "
+        "damaged; check them with `moedge verify`"
+    )
+
+
 class Session(Protocol):
     """One sequence and its KV cache in an engine. Not thread-safe."""
 
@@ -104,7 +122,8 @@ class Session(Protocol):
         They are written to `out` (C-contiguous) where it is given; else they are valid until the next step.
 
         Raises:
-            EngineError: there is no room for them, or memory is short; the cache is then what it was.
+            EngineError: there is no room for them, memory is short, or a router gave NaN (`check_routing`); the cache
+                is then what it was.
         """
 
     def step_together(self, others: Sequence[Any], tokens: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import EngineError
-from . import Routing, check_room
+from . import Routing, check_room, check_routing
 from ._trt_engines import CHUNK, LANES, ONE_TOKEN, CacheBlock, Device, Engines, lane_shape, rows_shape
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ class TensorrtSession:
             for index in wanted[1:]:
                 logits[index] = logits[wanted[0]]
             self._length = first + stop
-        self._routing = routing
+        self._length = first
+        check_routing(routing, self._info.moe_layers, first)
+        self._length, self._routing = first + count, routing
         return logits
 
     def step_together(self, others: Sequence[TensorrtSession], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -124,6 +126,8 @@ class TensorrtSession:
                     logits[index] = found[lane]
                     own = slice(lane, lane + 1)
                     routings[index] = Routing(routing.experts[:, own], routing.weights[:, own])
+        for sequence, route in zip(sequences, routings, strict=True):
+            check_routing(route, self._info.moe_layers, sequence._length)
         for sequence, route in zip(sequences, routings, strict=True):
             sequence._length += 1
             sequence._routing = route

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ...bundle import MODEL
 from ...errors import EngineError, require
 from ..machine import default_threads
-from . import Findings, OneLane, Routing, SessionOptions, check_room
+from . import Findings, OneLane, Routing, SessionOptions, check_room, check_routing
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
@@ -154,6 +154,7 @@ class OnnxruntimeCpuSession(OneLane):
             bind_input(past_name, *_CPU, kind, (past, width), address)
             bind_output(new_name, *_CPU, kind, (count, width), address + past * row)
         self._run()
+        check_routing(self._routing, self._moe_layers, past)
         self._length = past + count
         return logits
 
