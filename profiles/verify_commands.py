@@ -4,46 +4,74 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..bundle import Bundle
 from ..errors import BundleError
-from ..progress import console_progress
+from ..progress import Progress, console_progress
 
 if TYPE_CHECKING:
     from ..runtime.verify import Verdict
+    from .deep import Deep
 
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--deep", is_flag=True, help="Run a few tokens: does each engine route as the canonical graph does?")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def verify_command(bundle: Path, as_json: bool) -> None:
+def verify_command(bundle: Path, deep: bool, as_json: bool) -> None:
     """Checks every checksum, every expert, and the engines' preflight on this machine."""
     from ..runtime.verify import verify
 
     opened = Bundle.open(bundle)
     with console_progress() as progress:
         verdict = verify(opened, progress)
+        routes = _follow_routes(opened, verdict, progress) if deep else None
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle), **verdict.to_json()}, indent=1))
+        document = {"bundle": str(bundle), **verdict.to_json()}
+        click.echo(json.dumps(document | ({"deep": routes.to_json()} if routes else {}), indent=1))
         verdict.raise_for_faults()
         return
-    _print(verdict)
+    _print(verdict, routes)
     if verdict.faults:
         count = "1 fault" if len(verdict.faults) == 1 else f"{len(verdict.faults)} faults"
         raise BundleError(f"{bundle}: {count}, listed above with what mends it")
 
 
-def _print(verdict: Verdict) -> None:
+def _follow_routes(bundle: Bundle, verdict: Verdict, progress: Progress | None) -> Deep:
+    """The routes of every engine that is whole; what is found there joins the verdict."""
+    from .deep import verify_routes
+
+    routes = verify_routes(bundle, [name for name, state in verdict.engines.items() if state["ok"]], progress)
+    verdict.faults += routes.faults
+    verdict.unchecked += routes.unchecked
+    return routes
+
+
+def _print(verdict: Verdict, routes: Deep | None) -> None:
     files = f"{verdict.files} files ({verdict.bytes / 2**20:,.1f} MiB)"
     click.echo(f"{files}, {verdict.experts} experts, {len(verdict.engines)} engines")
     for profile, state in verdict.engines.items():
         # A fault of its own stands below, once.
         told = "runs here" if state["runs_here"] else "" if state["reason"] in verdict.faults else state["reason"]
         click.echo(f"engine {profile}: " + "; ".join(filter(None, ["ok" if state["ok"] else "damaged", told])))
+    for profile, found in (routes.engines if routes else {}).items():
+        for line in _describe_routes(found):
+            click.echo(f"routes of {profile}: {line}")
     for line in verdict.unchecked:
         click.echo(f"not checked: {line}")
     for line in verdict.faults:
         click.echo(f"fault: {line}")
+
+
+def _describe_routes(found: dict[str, Any]) -> list[str]:
+    """What was followed, and how the experts run, where several layers do alike once."""
+    layers = found["layers"]
+    if not layers:
+        return []
+    elsewhere, near = (sum(each[key] for each in layers) for key in ("tokens_elsewhere", "near_ties"))
+    rounding = f"tokens that rounding sent elsewhere {elsewhere}, near ties {near}"
+    lines = [f"{len(layers)} layers by {found['how']}; {rounding}"]
+    return lines + [f"experts: {text}" for text in dict.fromkeys(each["experts"] for each in layers) if text]

@@ -1,6 +1,6 @@
 """Does a model learn as well behind `BinaryCodeGate` as behind a linear softmax router?
 
-    python scripts/train_binary_gate.py [--steps 1500] [--seeds 0 1 2]
+    python scripts/train_binary_gate.py [--steps 1000] [--seeds 0 1 2]
 
 A small mixture of experts over bytes of Python's standard library is trained from the same weights on the same windows
 in the same order, once with each gate of `moedge.export.torch_ops`; what is compared is the loss on held-out files. The
@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 # The neighbour: a script's own folder is first on the path.
 from distill_data import read_corpus
+from torch import Tensor, nn
 
 from moedge.export import torch_ops
 
@@ -196,14 +196,15 @@ def make_page(document: dict[str, Any]) -> str:
     lines = [
         "# What a router of sign bits costs in quality",
         "",
-        "Made by `scripts/train_binary_gate.py`: a mixture of experts over bytes of Python's standard library, trained from",
-        "the same weights on the same windows, once with a linear softmax router (`moedge.SoftmaxTopKGate`) and once with",
-        "`moedge.BinaryCodeGate`; losses are of files neither has seen, in nats a byte.",
+        "Made by `scripts/train_binary_gate.py`: a mixture of experts over bytes of Python's standard library, trained",
+        "from the same weights on the same windows, once with a linear softmax router (`moedge.SoftmaxTopKGate`) and",
+        "once with `moedge.BinaryCodeGate`; losses are of files neither has seen, in nats a byte.",
         "",
-        f"{settings['layers']} layers of {settings['experts']} experts, {settings['top_k']} for each token, hidden size "
-        f"{settings['hidden']}, experts of {settings['inner']}; {settings['steps']:,} steps of",
-        f"{settings['batch'] * settings['window']:,} bytes; {first['softmax']['parameters']:,} parameters. The routers are "
-        f"{first['softmax']['router_bytes']:,} bytes, the binary ones {first['binary']['router_bytes']:,}.",
+        f"{settings['layers']} layers of {settings['experts']} experts, {settings['top_k']} for each token, hidden "
+        f"size {settings['hidden']}, experts of {settings['inner']};",
+        f"{settings['steps']:,} steps of {settings['batch'] * settings['window']:,} bytes; "
+        f"{first['softmax']['parameters']:,} parameters. The linear routers are {first['softmax']['router_bytes']:,}",
+        f"bytes, those of the binary gates {first['binary']['router_bytes']:,}.",
         "",
         "| seed | linear router | binary gate | gap | load, linear | load, binary |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -218,7 +219,7 @@ def make_page(document: dict[str, Any]) -> str:
         "",
         f"The gap is {100 * mean:+.2f}% on average, {words}; the linear router's own losses lie "
         f"{100 * (max(spread) / min(spread) - 1):.2f}% apart between seeds.",
-        "Load: the mean over the maximum of an expert's tokens on the held-out text, in the layer where it is least even.",
+        "Load: the mean over the maximum of an expert's tokens on the held-out text, in the less even layer.",
         "",
         f"torch {document['torch']}, one thread; corpus: {document['corpus']}. To repeat:",
         "",
@@ -233,7 +234,7 @@ def make_page(document: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"hidden": 96, "heads": 4, "layers": 2, "experts": 64, "top-k": 4, "inner": 48}
-    for name, value in {**sizes, "steps": 1500, "batch": 16, "window": 128, "held-windows": 512}.items():
+    for name, value in {**sizes, "steps": 1000, "batch": 16, "window": 128, "held-windows": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))

@@ -18,9 +18,10 @@ def scale_weights(build: GraphBuilder, weights: Any, attributes: dict[str, Any])
 
 
 def pass_on_nan(build: GraphBuilder, weights: Any, scores: Any) -> Any:
-    """weights [T, k], NaN where a score of that token [T, E] is: TopK may have passed it over. `scores` are finite else."""
+    """weights [T, k], NaN where a score [T, E] of the token is: TopK may have passed it over. No score is infinite."""
     zero = build.constant("float.0", np.array(0, np.float32))
-    return build.op("Add", [weights, build.op("Mul", [build.op("ReduceSum", [scores, build.ints(1)], keepdims=1), zero])])
+    total = build.op("ReduceSum", [scores, build.ints(1)], keepdims=1)
+    return build.op("Add", [weights, build.op("Mul", [total, zero])])
 
 
 def find_group_fault(attributes: dict[str, int | float], num_experts: int) -> str | None:

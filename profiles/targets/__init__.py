@@ -6,11 +6,15 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...bundle import Bundle, Progress
 from ...errors import BuildError
 from ..device import DeviceProfile
+
+if TYPE_CHECKING:
+    from ...runtime.preflight import EngineInfo
+    from ._routes import Traced
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,13 @@ class Target(Protocol):
 
         Raises:
             BuildError: this device or model is beyond the target, or its builder failed.
+        """
+
+    def trace_routes(self, bundle: Bundle, info: EngineInfo, tokens: Any, layers: int) -> Traced:
+        """Which experts the engine chooses for `tokens` int64 [T], at least in its first `layers` layers.
+
+        Raises:
+            EngineError: it does not load, or a router gives NaN.
         """
 
 

@@ -29,9 +29,12 @@ from ._canonical import (
     replace_each,
 )
 from ._ort_attention import MS, AttentionLowering, CacheEntry, layer_of
+from ._routes import trace_session
 
 # int8 activations inside the product: three times the rate of the default for one token (docs/decisions.md).
 ACCURACY_LEVEL = 4
+
+trace_routes = trace_session
 
 
 def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ...bundle import Progress, file_entry, find_faults, read_json, write_json
 from ...errors import BuildError
 from ...runtime import machine
 from . import BuildRequest
+from ._routes import trace_network
 from ._trt_build import BuildJob, run_builder
 from ._trt_network_files import (
     SETTINGS,
@@ -29,6 +30,8 @@ PACKAGE = "tensorrt"
 MINIMUM = (10, 15)  # the in-place cache layer came with it
 FOLDER_FORMAT = 2
 MANIFEST = "build.json"
+
+trace_routes = trace_network
 
 _README = """\
 This folder holds a model lowered for TensorRT {minimum} or later, to be built on {title}.

@@ -10,6 +10,7 @@ from ...bundle import Progress
 from ...errors import BuildError, require
 from ..device import DeviceProfile
 from . import BuildRequest
+from ._routes import trace_network
 from ._trt_build import BuildJob, run_builder
 from ._trt_check import check_numerics
 from ._trt_network_files import (
@@ -25,6 +26,8 @@ from ._trt_parts import Part, too_small
 from .tensorrt_network import LoweredNetwork
 
 PACKAGE = "tensorrt_rtx"
+
+trace_routes = trace_network
 
 
 def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dict[str, Any]:

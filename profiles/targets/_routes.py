@@ -1,0 +1,346 @@
+"""What routes a graph takes, layer by layer, beside the router's logits that led to them: for `moedge verify --deep`.
+
+T = tokens, k = experts a token, n = logits a token. Lowered graphs are run on onnxruntime's CPU as they stand in the
+engine's folder, with the routers' logits as further outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from ...bundle import MODEL, Bundle
+from ...export.config import MoEConfig
+from ...export.gating import list_gates
+from ...runtime.preflight import EngineInfo
+from ...runtime.sessions import SessionOptions, backend_module
+from ._canonical import Array, attributes_of, find_calls, find_matrix, load_canonical
+from ._trt_attention import layer_of
+from ._trt_check import MOST_PARAMETERS_HALF, NetworkRunner, keep_layers, open_plain_session
+from ._trt_parts import Part
+from .tensorrt_network import lower_network
+
+CPU = "CPUExecutionProvider"
+_ROUTE_TYPES = (ir.DataType.INT64, ir.DataType.FLOAT)  # of experts, of weights
+# Nodes whose place matters; shapes and masks may be computed anywhere.
+_HEAVY = ("MatMul", "Gemm", "Attention", "QMoE", "Experts", "TopK", "Softmax")
+
+
+class Route(NamedTuple):
+    """A layer's experts int64 and weights float32 [T, k]; logits float32 [T, n], None where they are not to be had."""
+
+    experts: Array
+    weights: Array
+    logits: Array | None
+
+
+@dataclass(frozen=True)
+class CanonicalGate:
+    """A gate of the canonical graph: its op, its attributes, its inputs (the logits first) and the route it takes."""
+
+    op: str
+    attributes: dict[str, Any]
+    inputs: tuple[Array, ...]
+    route: Route
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a graph runs a layer's experts: `chosen` alone, `every` one for every token, or both, by count of tokens."""
+
+    chosen: bool
+    every: bool
+
+    @property
+    def text(self) -> str:
+        if self.every:
+            return "one token its own, several tokens every expert" if self.chosen else "every expert for every token"
+        return "each token its own"
+
+
+@dataclass
+class Traced:
+    """An engine's routes by layer. `strays`: heavy nodes that ran on another provider than was asked for."""
+
+    how: str
+    routes: dict[int, Route]
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    strays: list[str] = field(default_factory=list)
+    provider: str = CPU
+
+
+def cut_steps(tokens: Array) -> list[Array]:
+    """A chunk, then tokens one by one, then a chunk behind others: both halves of whatever branches there are."""
+    third = max(1, len(tokens) // 3)
+    single = range(third, 2 * third + 1)
+    return [part for part in np.split(tokens, single) if len(part)]
+
+
+# the canonical graph
+
+
+def trace_canonical(bundle: Bundle, layers: int, tokens: Array) -> dict[int, CanonicalGate]:
+    """The gates of the first `layers` layers; those with a state of their own are left out."""
+    model, config = load_canonical(bundle)
+    keep_layers(model, layers, config)
+    calls = {layer_of(call): call for op in list_gates() for call in find_calls(model, op) if len(call.outputs) == 2}
+    model.graph.outputs.clear()
+    for call in calls.values():
+        logits = call.inputs[0]
+        assert logits is not None
+        for value, dtype in ((logits, ir.DataType.FLOAT), *zip(call.outputs, _ROUTE_TYPES, strict=True)):
+            value.dtype, value.shape = dtype, ir.Shape(["T", f"{value.name}.width"])
+            model.graph.outputs.append(value)
+    if not calls:
+        return {}
+    session = open_plain_session(ir.to_proto(model).SerializeToString(), bundle.path)
+    outputs = iter(session.run(None, {"input_ids": tokens[None]}))
+    gates = {}
+    for layer, call in calls.items():
+        logits, experts, weights = next(outputs), next(outputs), next(outputs)
+        inputs = (logits, *(_read_constant(value) for value in call.inputs[1:]))
+        gates[layer] = CanonicalGate(call.op_type, attributes_of(call), inputs, Route(experts, weights, logits))
+    return gates
+
+
+def _read_constant(value: ir.Value | None) -> Array:
+    tensor = find_matrix(value).data.const_value
+    assert tensor is not None
+    return tensor.numpy().astype(np.float32)
+
+
+# lowered graphs
+
+
+def find_constants(nodes: Iterable[ir.Node], known: Iterable[ir.Value]) -> set[ir.Value]:
+    """`known`, and the values that come from them alone."""
+    constants = set(known)
+    for node in nodes:
+        if all(value is None or value in constants for value in node.inputs):
+            constants |= set(node.outputs)
+    return constants
+
+
+def _constants_of(model: ir.Model) -> set[ir.Value]:
+    return find_constants(model.graph, model.graph.initializers.values())
+
+
+def find_logits(model: ir.Model, layer: int, constants: set[ir.Value]) -> ir.Value | None:
+    """What a layer's router gives, its bias added: the first value behind its weights that is no constant."""
+    waiting = [value for value in constants if str(value.name).startswith(f"layers.{layer}.router.weight")]
+    found = None
+    while waiting and found is None:
+        for use in waiting.pop().uses():
+            if use.node.outputs[0] in constants:
+                waiting += use.node.outputs
+            else:
+                found = use.node.outputs[0]
+    for use in found.uses() if found is not None else ():
+        other = use.node.inputs[1 - use.idx] if use.node.op_type == "Add" else None
+        if other is not None and str(other.name).startswith(f"layers.{layer}.router.logits_bias"):
+            return use.node.outputs[0]
+    return found
+
+
+def describe_experts(model: ir.Model, layer: int, top_k: int, constants: set[ir.Value]) -> Evaluation | None:
+    """How the graph evaluates a layer's experts, by what reads their weights; None where nothing does."""
+    prefix = f"layers.{layer}.experts."
+    weights = model.graph.initializers.items()
+    starts = [value for name, value in weights if name.startswith(prefix) and "bias" not in name]
+    chosen, every = _find_readers(model, starts, constants, top_k)
+    return Evaluation(chosen, every) if chosen or every else None
+
+
+def _find_readers(
+    model: ir.Model, starts: Sequence[ir.Value], constants: set[ir.Value], top_k: int
+) -> tuple[bool, bool]:
+    """Whether something looks up the chosen experts among `starts`, and whether something multiplies by all of them."""
+    waiting, seen = list(starts), set[ir.Node]()
+    chosen = every = False
+    while waiting:
+        for node in {use.node: None for use in waiting.pop().uses()}:
+            function = model.functions.get(node.op_identifier())
+            if node in seen or node.op_type in ("Shape", "Size"):
+                continue
+            seen.add(node)
+            if function is not None:
+                inner = [name for name, value in zip(function.inputs, node.inputs, strict=False) if value in constants]
+                nodes = ir.traversal.RecursiveGraphIterator(function.graph)
+                looks_up, multiplies = _find_readers(model, inner, find_constants(nodes, inner), top_k)
+                chosen, every = chosen or looks_up, every or multiplies
+            elif node.domain:  # a kernel, which takes k of each token's
+                k = node.attributes.get_int("k", 0)
+                chosen, every = chosen or k <= top_k, every or k > top_k
+            elif node.outputs[0] in constants:
+                waiting += node.outputs
+            elif node.op_type.startswith("Gather"):
+                chosen = True
+            elif node.op_type in ("MatMul", "Gemm", "Einsum", "Mul"):
+                every = True
+    return chosen, every
+
+
+# the engine's own session
+
+
+class _Probed(Bundle):
+    """A bundle whose engine is read from elsewhere."""
+
+    def __init__(self, bundle: Bundle, folder: Path) -> None:
+        super().__init__(bundle.path, bundle.manifest)
+        self.folder = folder
+
+    def engine_dir(self, profile: str) -> Path:
+        return self.folder
+
+
+def trace_session(bundle: Bundle, info: EngineInfo, tokens: Array, layers: int) -> Traced:
+    """Routes of an onnxruntime engine by its own session.
+
+    A session gives experts and weights of a fixed width: the logits ride behind the weights, in as many columns more.
+    """
+    model = ir.load(bundle.engine_dir(info.profile) / MODEL)
+    constants, top_k, moe = _constants_of(model), info.num_experts_per_tok, bundle.config["moe"]
+    logits = {layer: find_logits(model, layer, constants) for layer in info.moe_layers}
+    evaluations = {layer: describe_experts(model, layer, top_k, constants) for layer in info.moe_layers}
+    width = 0
+    if None not in logits.values():
+        width = int(moe["gate"]["attributes"].get("bits", moe["num_experts"]))
+        for layer, value in logits.items():
+            _widen_route(model, layer, value, top_k + width)
+    provider = str(info.session.get("provider", CPU))
+    with tempfile.TemporaryDirectory(prefix="moedge-routes-") as scratch:
+        folder = Path(scratch)
+        (folder / MODEL).write_bytes(ir.to_proto(model).SerializeToString())
+        options = SessionOptions(1, len(tokens), str(folder / "profile"))
+        wide = dataclasses.replace(info, num_experts_per_tok=top_k + width)
+        session: Any = backend_module(info.backend).open_session(_Probed(bundle, folder), wide, options)
+        experts, weights = [], []
+        for part in cut_steps(tokens):
+            session.step(part, np.empty(0, np.int64))
+            experts.append(session.routing.experts.copy())
+            weights.append(session.routing.weights.copy())
+        strays = find_strays(session.end_profiling(), provider) if hasattr(session, "end_profiling") else []
+        session.close()
+    all_experts, all_weights = np.concatenate(experts, axis=1), np.concatenate(weights, axis=1)
+    routes = {
+        layer: Route(
+            all_experts[place, :, :top_k],
+            all_weights[place, :, :top_k],
+            all_weights[place, :, top_k:] if width else None,
+        )
+        for place, layer in enumerate(info.moe_layers)
+    }
+    found = {layer: each for layer, each in evaluations.items() if each is not None}
+    return Traced("its own session", routes, found, strays, provider)
+
+
+def _widen_route(model: ir.Model, layer: int, logits: ir.Value | None, width: int) -> None:
+    """Put the logits behind the weights, and as many numbers that mean nothing behind the experts."""
+    graph = model.graph
+    for place, value in enumerate(list(graph.outputs)):
+        kind, _, number = str(value.name).partition(".")
+        if kind not in ("experts", "weights") or number != str(layer):
+            continue
+        name, dtype = value.name, _ROUTE_TYPES[kind == "weights"]
+        value.name = f"{name}.narrow"
+        tape = ir.tape.Tape()
+        more = tape.op("Cast", [tape.op("IsNaN", [logits])], {"to": int(dtype)}) if kind == "experts" else logits
+        wide = tape.op("Concat", [value, more], {"axis": 1})
+        wide.name, wide.dtype, wide.shape = name, dtype, ir.Shape(["S", width])
+        graph.extend(tape.nodes)
+        graph.outputs[place] = wide
+
+
+def find_strays(profile: Path, provider: str) -> list[str]:
+    """Heavy nodes that onnxruntime's profile shows on another provider than `provider`, each once."""
+    strays = {}
+    for event in json.loads(Path(profile).read_text(encoding="utf-8")):
+        arguments = event.get("args", {})
+        op, where = arguments.get("op_name", ""), arguments.get("provider")
+        if event.get("cat") == "Node" and where and where != provider and any(word in op for word in _HEAVY):
+            strays[str(event["name"]).removesuffix("_kernel_time")] = f"{op} on {where}"
+    return [f"{name} ({what})" for name, what in strays.items()]
+
+
+# the network that TensorRT was given
+
+
+def trace_network(bundle: Bundle, info: EngineInfo, tokens: Array, layers: int) -> Traced:
+    """Routes of a TensorRT engine's network on onnxruntime: that in its folder, or its first layers lowered again."""
+    parts = [Part(int(entry["layers"][0]), int(entry["layers"][1]), info.layers) for entry in info.session["parts"]]
+    small = bundle.manifest["model"]["parameters"] <= MOST_PARAMETERS_HALF
+    folder = bundle.engine_dir(info.profile)
+    if small and all((folder / part.model).is_file() for part in parts):
+        try:
+            return _trace_parts(bundle, info, parts, tokens, info.layers, folder)
+        except _unable():
+            pass  # no half precision kernels for it here
+    return _trace_parts(bundle, info, [p for p in parts if p.start < layers], tokens, layers, None)
+
+
+def _unable() -> tuple[type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return (state.NotImplemented, state.Fail)
+
+
+def _trace_parts(
+    bundle: Bundle, info: EngineInfo, parts: Sequence[Part], tokens: Array, layers: int, folder: Path | None
+) -> Traced:
+    """`folder`: where the graphs are; None: they are lowered again, in float32."""
+    real = ir.DataType.FLOAT if folder is None else ir.DataType.FLOAT16
+    slots = len(tokens) + 3 if folder is None else info.max_seq_len
+    how = f"the network lowered again ({layers} of {info.layers} layers)" if folder is None else "its folder's network"
+    moe_layers = [layer for layer in info.moe_layers if layer < layers]
+    evaluations: dict[int, Evaluation] = {}
+    with tempfile.TemporaryDirectory(prefix="moedge-routes-") as scratch:
+        place = Path(scratch)
+        for part in parts:
+            part = Part(part.start, min(part.stop, layers), layers)
+            model, config = load_canonical(bundle)
+            keep_layers(model, layers, config)
+            if folder is not None and (folder / part.weights).is_file():
+                shutil.copyfile(folder / part.weights, place / part.weights)
+                lowered = ir.load(folder / part.model)
+            else:
+                network = lower_network(model, config, slots, real=real, part=part)
+                network.weights.write(place / part.weights)
+                lowered = network.model if folder is None else ir.load(folder / part.model)
+            evaluations |= _add_logits(lowered, config, part)
+            (place / part.model).write_bytes(ir.to_proto(lowered).SerializeToString())
+        kept = [Part(part.start, min(part.stop, layers), layers) for part in parts]
+        runner = NetworkRunner(*[place / part.model for part in kept])
+        steps = [runner.step(part.tolist()) for part in cut_steps(tokens)]
+    joined = {name: np.concatenate([step[name] for step in steps]) for name in steps[0] if name != "logits"}
+    routes = {
+        layer: Route(joined[f"experts.{layer}"], joined[f"weights.{layer}"], joined.get(f"router_logits.{layer}"))
+        for layer in moe_layers
+    }
+    return Traced(f"{how}, on onnxruntime", routes, evaluations)
+
+
+def _add_logits(model: ir.Model, config: MoEConfig, part: Part) -> dict[int, Evaluation]:
+    """Make the routers' logits outputs router_logits.LAYER; how each layer's experts are evaluated."""
+    evaluations, constants = {}, _constants_of(model)
+    for layer in [layer for layer in config.moe.layers if part.start <= layer < part.stop]:
+        logits = find_logits(model, layer, constants)
+        if logits is not None:
+            tape = ir.tape.Tape()
+            output = tape.op("Identity", [logits])
+            output.name, output.dtype, output.shape = f"router_logits.{layer}", ir.DataType.FLOAT, ir.Shape(["T", "n"])
+            model.graph.extend(tape.nodes)
+            model.graph.outputs.append(output)
+        evaluation = describe_experts(model, layer, config.moe.num_experts_per_tok, constants)
+        if evaluation is not None:
+            evaluations[layer] = evaluation
+    return evaluations
