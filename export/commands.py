@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..bundle import MANIFEST, Bundle
 from ..progress import console_progress
-from .options import ALGORITHMS, BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES
+from .options import ALGORITHMS, BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES, names_builder
 
 
 @click.command("export")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.option("-o", "--output", required=True, metavar="BUNDLE", type=click.Path(path_type=Path), help="Output.")
 @click.option("--weights", type=click.Choice(WEIGHTS_CHOICES), default="int4", show_default=True)
 @click.option(
@@ -40,11 +41,17 @@ from .options import ALGORITHMS, BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES
     metavar="SIZE",
     help="Bound on peak resident memory, the check included: 2GiB, 500MB, bytes. Default: a quarter of what is free.",
 )
+@click.option(
+    "--tokenizer", metavar="FOLDER", type=click.Path(path_type=Path), help="tokenizer.json to go with a torch model."
+)
+@click.option(
+    "--max-positions", type=click.IntRange(1), metavar="N", help="Tokens that a torch model takes. [default: found out]"
+)
 @click.option("--no-verify", is_flag=True, help="Skip the parity check.")
 @click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest on stdout.")
 def export_command(
-    source: Path,
+    source: str,
     output: Path,
     weights: str,
     group_size: str,
@@ -53,39 +60,53 @@ def export_command(
     adapter: Path | None,
     calibration: Path | None,
     max_memory: str | None,
+    tokenizer: Path | None,
+    max_positions: int | None,
     no_verify: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Checkpoint folder to bundle.
 
-    SOURCE is a Hugging Face checkpoint folder: config.json and safetensors.
+    SOURCE is a Hugging Face checkpoint folder: config.json and safetensors. Or it names a function of yours that takes
+    nothing and returns a PyTorch model, my_package.my_module:build_model; it is imported from the current folder or
+    the installed packages and called, so this runs its code (docs/torch.md).
     """
-    if calibration is None:
-        # Before numpy loads: the products of an export are small, and threads that wait for each other cost more than
-        # they bring. Calibration multiplies large matrices.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from .pipeline import export_checkpoint
-
+    common: dict[str, Any] = {
+        "weights": weights,
+        "group_size": BY_CHANNEL if group_size == "channel" else int(group_size),
+        "algorithm": algorithm,
+        "zero_points": zero_points,
+        "verify": not no_verify,
+        "force": force,
+    }
+    of_checkpoints: dict[str, Any] = {"adapter": adapter, "calibration": calibration, "max_memory": max_memory}
+    of_models: dict[str, Any] = {"tokenizer": tokenizer, "max_positions": max_positions}
     with console_progress() as progress:
-        bundle = export_checkpoint(
-            source,
-            output,
-            weights=weights,
-            group_size=BY_CHANNEL if group_size == "channel" else int(group_size),
-            algorithm=algorithm,
-            zero_points=zero_points,
-            adapter=adapter,
-            calibration=calibration,
-            max_memory=max_memory,
-            verify=not no_verify,
-            force=force,
-            progress=progress,
-        )
+        if names_builder(source) and not Path(source).exists():
+            _refuse(of_checkpoints, "is for checkpoints, and this is a torch model")
+            from .torch_model import export_torch_model
+
+            bundle = export_torch_model(source, output, **common, **of_models, progress=progress)
+        else:
+            _refuse(of_models, "is for torch models (my_package:build_model), and this is a checkpoint folder")
+            if calibration is None:
+                # Before numpy loads: the products of an export are small, and threads that wait for each other cost
+                # more than they bring. Calibration multiplies large matrices.
+                os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+            from .pipeline import export_checkpoint
+
+            bundle = export_checkpoint(source, output, **common, **of_checkpoints, progress=progress)
     if as_json:
         click.echo(json.dumps(bundle.manifest, indent=1))
     else:
         click.echo(_summary(bundle, output))
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} {why}")
 
 
 def _summary(bundle: Bundle, output: Path) -> str:

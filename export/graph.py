@@ -26,7 +26,7 @@ from .gating import list_gates
 from .layout import Layout, Slot
 
 IR_VERSION = 11
-_DTYPES = {
+DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "uint8": ir.DataType.UINT8,
@@ -274,13 +274,13 @@ class _GraphBuilder:
                 WEIGHTS,
                 slot.offset,
                 slot.nbytes,
-                _DTYPES[slot.dtype],
+                DTYPES[slot.dtype],
                 shape=shape,
                 name=slot.name,
                 base_dir=self.base_dir,
             )
             self.initializers[slot.name] = ir.Value(
-                name=slot.name, shape=shape, type=ir.TensorType(_DTYPES[slot.dtype]), const_value=tensor
+                name=slot.name, shape=shape, type=ir.TensorType(DTYPES[slot.dtype]), const_value=tensor
             )
         return self.initializers[slot.name]
 

@@ -283,7 +283,7 @@ class _GraphCheck:
         names = [value.name or "" for value in step.node.inputs[:3] if value is not None]
         (name,) = [value.name or "" for value in step.node.outputs]
         h, choices, shares = (values[name] for name in names)
-        rows, visits, weights = _visit_rest(choices, self.config.moe.num_experts)
+        rows, visits, weights = visit_rest(choices, self.config.moe.num_experts)
         rows %= len(h)
         parts = [np.concatenate(pair) for pair in ((h, h[rows]), (choices, visits), (shares, weights))]
         y = self.runner.run_step(step, {**values, **dict(zip(names, parts, strict=True))})[name]
@@ -319,7 +319,7 @@ class _GraphCheck:
         return total
 
 
-def _visit_rest(choices: Array, num_experts: int) -> tuple[Array, Array, Array]:
+def visit_rest(choices: Array, num_experts: int) -> tuple[Array, Array, Array]:
     """Tokens for the experts that `choices` [T, k] leave out: rows [n], choices [n, k], weights [n, k].
 
     The last row repeats its first expert with weight 0 where the experts do not fill it.

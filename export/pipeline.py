@@ -86,7 +86,7 @@ def export_checkpoint(
         ParityError: the export differs from the checkpoint.
         BundleError: the output cannot be written.
     """
-    _check_options(weights, group_size)
+    check_options(weights, group_size)
     quantizer = find_algorithm(algorithm)
     checkpoint = Checkpoint.open(source)
     family = find_family(checkpoint)
@@ -118,7 +118,8 @@ def export_checkpoint(
     return Bundle.open(target)
 
 
-def _check_options(weights: str, group_size: int) -> None:
+def check_options(weights: str, group_size: int) -> None:
+    """Raises CheckpointError for precisions and group sizes that are not known."""
     if weights not in WEIGHTS_CHOICES:
         raise CheckpointError(f"weights {weights!r} is not known; known: {', '.join(WEIGHTS_CHOICES)}")
     if group_size not in (*GROUP_SIZES, BY_CHANNEL):
@@ -176,6 +177,11 @@ def _check_target(source: Path, target: Path, wanted: int) -> None:
         raise BundleError(f"{target} is the checkpoint itself; name another output folder")
     if target.resolve() in source.resolve().parents and (target / MANIFEST).is_file():
         raise BundleError(f"{target} holds the checkpoint {source}, which would go with it; name another output folder")
+    check_room(target, wanted)
+
+
+def check_room(target: Path, wanted: int) -> None:
+    """Raises BundleError where the disk has not `wanted` bytes."""
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -202,15 +208,6 @@ def _describe(
     experts = sum(math.prod(s.weight.shape) for s in layout.stored.values() if s.weight.role == "experts")
     idle = experts * (config.moe.num_experts - config.moe.num_experts_per_tok) // config.moe.num_experts
     gate = config.moe.gate
-    classes: dict[str, Any] = {}
-    for stored in layout.stored.values():
-        entry: dict[str, Any] = {"dtype": stored.data.dtype}
-        if stored.quantized:
-            role = stored.weight.role
-            entry |= {"group_size": stored.group_size, "zero_points": not stored.shared_zero_points}
-            entry["relative_error"] = errors[role].relative
-        if stored.quantized or stored.weight.role not in classes:
-            classes[stored.weight.role] = entry
     return {
         "format": FORMAT,
         "model": {
@@ -221,7 +218,7 @@ def _describe(
         },
         "config": config.to_json(),
         "gating": [{"op": f"{DOMAIN}.{gate.op}", "layers": list(config.moe.layers), "attributes": gate.attributes}],
-        "quantization": {"classes": classes},
+        "quantization": {"classes": describe_classes(layout, errors)},
         "sizes": _sizes(config, layout),
         "cache": [{"name": name, "width": width} for name, width in config.cache_entries()],
         "provenance": {
@@ -233,6 +230,20 @@ def _describe(
             "notes": [*config.notes, *notes],
         },
     }
+
+
+def describe_classes(layout: Layout, errors: dict[str, ClassError]) -> dict[str, Any]:
+    """How the tensors of each role are stored; of a role that has several ways, the quantized one."""
+    classes: dict[str, Any] = {}
+    for stored in layout.stored.values():
+        entry: dict[str, Any] = {"dtype": stored.data.dtype}
+        if stored.quantized:
+            role = stored.weight.role
+            entry |= {"group_size": stored.group_size, "zero_points": not stored.shared_zero_points}
+            entry["relative_error"] = errors[role].relative
+        if stored.quantized or stored.weight.role not in classes:
+            classes[stored.weight.role] = entry
+    return classes
 
 
 def _sizes(config: MoEConfig, layout: Layout) -> dict[str, int]:

@@ -17,7 +17,10 @@ from ..errors import CheckpointError, ParityError
 from .checkpoint import Array, Checkpoint
 from .quantization import Integers, PackedMatrix, Quantized, check_finite
 
-Role = Literal["embedding", "norm", "attention", "dense_mlp", "router", "shared_experts", "experts", "head"]
+# The last two are of graphs whose parts have no names: a user's own torch model.
+Role = Literal[
+    "embedding", "norm", "attention", "dense_mlp", "router", "shared_experts", "experts", "head", "linear", "other"
+]
 # linear: quantized to the export's precision; table: int8 when that is below; keep: float32 always.
 Precision = Literal["linear", "table", "keep"]
 Index = tuple[Any, ...]
@@ -87,6 +90,10 @@ class Weight:
     @property
     def unit_shape(self) -> tuple[int, ...]:
         return self.shape if len(self.units) == 1 else self.shape[1:]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
     def pieces(self) -> Iterator[Piece]:
         for unit in self.units:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import BundleError, UsageError
 from .device import DeviceProfile
 from .fit import PREFILL_CHUNK, check_fit
 from .shape import CACHE_ELEMENT_BYTES, READ_IN_FULL, ModelShape
@@ -113,9 +113,14 @@ def estimate(
 
     Raises:
         UsageError: a count below 1, or more tokens than the model has positions.
-        BundleError: the manifest lacks what every bundle has.
+        BundleError: the manifest lacks what every bundle has, or is of a torch model's own graph.
     """
     shape = ModelShape.from_manifest(manifest)
+    if manifest["config"]["attention"]["kind"] == "torch":
+        raise BundleError(
+            f"{shape.name} is a PyTorch model's own graph, whose attention is not known: nothing can be predicted of "
+            "it; measure it on the device: moedge bench BUNDLE"
+        )
     length = max_seq_len or prompt_tokens + new_tokens
     _check_counts(shape, prompt_tokens, new_tokens, batch, length)
     context = prompt_tokens + new_tokens // 2

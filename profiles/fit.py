@@ -259,7 +259,7 @@ def narrower_weight_bytes(manifest: Mapping[str, Any], option: str) -> int:
     for name, count in manifest["sizes"].items():
         entry = classes.get(name) or {}
         bits = _BITS.get(str(entry.get("dtype")))
-        if bits is None or name in ("norm", "router"):
+        if bits is None or name in ("norm", "router", "other"):
             total += count
             continue
         group = entry.get("group_size") or 128

@@ -11,6 +11,8 @@ from ..errors import BundleError
 # Tensor classes of the manifest's `sizes` that every decode step reads in full; `embedding` and `experts` it reads in
 # part.
 READ_IN_FULL = ("norm", "attention", "dense_mlp", "router", "shared_experts", "head")
+# The same of a torch model's own graph, whose linear layers have no names that say what they are for.
+READ_IN_FULL_OF_TORCH = ("linear", "other")
 
 # Bytes of one KV cache element by target: onnxruntime computes in fp32 on a CPU, TensorRT in fp16.
 CACHE_ELEMENT_BYTES = {"onnxruntime": 4, "tensorrt_rtx": 2, "tensorrt": 2}
@@ -90,7 +92,7 @@ def bytes_per_token(
     of each sequence.
     """
     shape = ModelShape.from_manifest(manifest)
-    weights = sum(shape.sizes.get(name, 0) for name in READ_IN_FULL)
+    weights = sum(shape.sizes.get(name, 0) for name in (*READ_IN_FULL, *READ_IN_FULL_OF_TORCH))
     rows = batch * shape.embedding_row_bytes
     cache = batch * shape.cache_bytes(context, cache_bytes_per_element)
     return round(weights + rows + shape.expert_bytes(batch) + cache)
@@ -126,6 +128,8 @@ def _shape(manifest: Mapping[str, Any]) -> ModelShape:
 def _attention(config: Mapping[str, Any]) -> tuple[int, int]:
     """(parameters, operations for each cached row and query token) of one layer's attention."""
     hidden, attention = config["hidden_size"], config["attention"]
+    if attention["kind"] == "torch":  # a user's own graph: what it attends to, and how, is not known
+        return 0, 0
     if attention["kind"] == "gqa":
         heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
         return hidden * dim * (2 * heads + 2 * kv_heads), 4 * heads * dim

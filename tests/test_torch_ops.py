@@ -164,8 +164,8 @@ def test_figures_that_contradict_are_refused_where_the_gate_is_made(arguments: d
         torch_ops.TopKGate(16, **arguments)
 
 
-def blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"), flags=re.M | re.S)
+def blocks(language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +184,29 @@ def test_the_document_runs_and_its_model_learns(document: tuple[Path, dict[str, 
     losses = document[1]["losses"]
     assert losses[-1] < losses[0] / 2
     assert len(blocks()[0].strip().splitlines()) <= 70
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_documents_commands_give_the_models_greedy_text(document: tuple[Path, dict[str, Any]]) -> None:
+    import moedge
+
+    folder, names = document
+    (folder / "my_model.py").write_text(blocks()[0], encoding="utf-8")
+    (commands,) = blocks("sh")
+    script = commands.replace("moedge ", f"{sys.executable} -m moedge ")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    text = b"one token goes"
+    with moedge.load(folder / "bundle") as engine, torch.no_grad():
+        assert list(text) == engine.tokenize(text.decode())
+        while len(text) < 54:
+            text += bytes([int(names["model"](torch.tensor([list(text)]))[0, -1].argmax())])
+        generation = engine.generate("one token goes", max_new_tokens=40)
+        assert "one token goes" + "".join(generation) == text.decode()
+    assert done.stdout.splitlines()[-1] == text[14:].decode()
+    assert text.startswith(b"one token goes to few experts")
 
 
 @pytest.mark.filterwarnings("ignore")

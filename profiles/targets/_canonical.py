@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...bundle import MODEL, Bundle
-from ...errors import BundleError
+from ...errors import BuildError, BundleError
 from ...export.config import MoEConfig, moe_config_from_json
 from ...export.functions import DOMAIN
 
@@ -50,15 +51,39 @@ class Matrix:
 
 
 def load_canonical(bundle: Bundle) -> tuple[ir.Model, MoEConfig]:
-    """The canonical model, its tensors still external and unread, and the config it was made from."""
+    """The canonical model, its tensors still external and unread, and the config it was made from.
+
+    Raises:
+        BuildError: it is the graph of a user's own torch model, of which only target onnxruntime makes an engine.
+    """
+    if holds_torch_graph(bundle):
+        raise BuildError(
+            f"{bundle.path} holds a PyTorch model's own graph, and TensorRT networks are built from known families "
+            f"only; build it for onnxruntime: moedge build {bundle.path} --profile cpu"
+        )
+    with _loading(bundle):
+        return ir.load(bundle.file(MODEL)), moe_config_from_json(bundle.config)
+
+
+def load_torch_graph(bundle: Bundle) -> ir.Model:
+    """The graph of a user's own torch model, its tensors still external and unread."""
+    with _loading(bundle):
+        return ir.load(bundle.file(MODEL))
+
+
+def holds_torch_graph(bundle: Bundle) -> bool:
+    """Whether the bundle was exported from a user's own torch model, without a config that families share."""
+    return bool(bundle.config.get("family") == "torch")
+
+
+@contextlib.contextmanager
+def _loading(bundle: Bundle) -> Iterator[None]:
     try:
-        model = ir.load(bundle.file(MODEL))
-        config = moe_config_from_json(bundle.config)
+        yield
     except Exception as cause:
         raise BundleError(
             f"{bundle.file(MODEL)}: cannot be loaded ({str(cause).splitlines()[0]}); export the bundle again"
         ) from cause
-    return model, config
 
 
 def find_matrix(value: ir.Value | None) -> Matrix:

@@ -24,6 +24,7 @@ from ._canonical import (
     find_linears,
     find_matrix,
     finish_model,
+    holds_torch_graph,
     linear_matrix,
     load_canonical,
     replace_each,
@@ -44,6 +45,10 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         raise BuildError(f"max_batch {request.max_batch}: the onnxruntime engine runs one sequence; use --max-batch 1")
     if progress is not None:
         progress("lowering to onnxruntime", 0, 1)
+    if holds_torch_graph(request.bundle):
+        from . import _ort_torch
+
+        return _ort_torch.build(request, folder)
     model, config = load_canonical(request.bundle)
     fused = has_router_weights()
     cache = lower(model, accuracy_level=ACCURACY_LEVEL, fused_experts=fused, max_seq_len=request.max_seq_len)

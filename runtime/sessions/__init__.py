@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Backend as engine.json names it -> module of this package.
 BACKENDS = {
     "onnxruntime": "onnxruntime_cpu",
+    "onnxruntime_prefix": "onnxruntime_prefix",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt_rtx",
 }

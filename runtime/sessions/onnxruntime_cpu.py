@@ -54,6 +54,12 @@ def open_session(bundle: Bundle, info: EngineInfo, options: SessionOptions) -> O
         EngineError: onnxruntime refuses the graph, or the cache does not fit the memory.
         DependencyError: onnxruntime is not installed.
     """
+    session, threads = open_onnxruntime(bundle, info, options)
+    return OnnxruntimeCpuSession(session, info, options.max_seq_len or info.max_seq_len, threads)
+
+
+def open_onnxruntime(bundle: Bundle, info: EngineInfo, options: SessionOptions) -> tuple[Any, int]:
+    """onnxruntime's session of an engine's graph over the bundle's weights, and its threads; raises as above."""
     ort = require("onnxruntime", purpose=f"run engine '{info.profile}'")
     threads = options.threads or default_threads()
     settings = ort.SessionOptions()
@@ -81,7 +87,7 @@ def open_session(bundle: Bundle, info: EngineInfo, options: SessionOptions) -> O
             f"onnxruntime {ort.__version__} cannot load {model} ({first}); "
             f"build it again: moedge build {bundle.path} --profile {info.profile}"
         ) from error
-    return OnnxruntimeCpuSession(session, info, options.max_seq_len or info.max_seq_len, threads)
+    return session, threads
 
 
 class OnnxruntimeCpuSession(OneLane):
