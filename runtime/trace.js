@@ -98,6 +98,31 @@ function readout(event) {
   $("readout").textContent = `Layer ${data.layers[row]}, expert ${expert}: ${told}`;
 }
 
+function look(canvas) {
+  const [index, place] = canvas.dataset.look.split(",").map(Number);
+  return [data.texts[index], data.texts[index].looks[place]];
+}
+
+function draw(canvas) {
+  const [, found] = look(canvas), count = canvas.width;
+  const ink = getComputedStyle(document.documentElement).getPropertyValue("--hot").split(",").map(Number);
+  const values = bytes(found.roots), context = canvas.getContext("2d"), image = context.createImageData(count, count);
+  for (let at = 0; at < count * count; at++) image.data.set([...ink, values[at]], 4 * at);
+  context.putImageData(image, 0, 0);
+}
+
+function looked(event) {
+  const canvas = event.target.closest("canvas[data-look]");
+  if (!canvas) return;
+  const [text, found] = look(canvas), box = canvas.getBoundingClientRect(), count = canvas.width;
+  const cell = (offset, size) => Math.min(count - 1, Math.max(0, Math.floor(offset / size * count)));
+  const row = cell(event.clientY - box.top, box.height), column = cell(event.clientX - box.left, box.width);
+  const weight = (bytes(found.roots)[row * count + column] / 255) ** 2;
+  const shown = (token) => `${token} ${JSON.stringify(text.pieces[token])}`;
+  $("look").textContent = `Layer ${found.layer}, head ${found.head}: token ${shown(row)} looks at ${shown(column)} with ` +
+    percent(weight);
+}
+
 function go(step) {
   $("layer").value = String(Math.min(data.layers.length - 1, Math.max(0, layer + step)));
   layer = Number($("layer").value);
@@ -109,7 +134,11 @@ $("rank").onchange = (event) => { rank = Number(event.target.value); paint(); };
 $("numbers").onchange = (event) => { numbers = event.target.checked; paint(); };
 $("earlier").onclick = () => go(-1);
 $("later").onclick = () => go(1);
-for (const kind of ["mousemove", "click"]) document.addEventListener(kind, readout);
+for (const kind of ["mousemove", "click"]) {
+  document.addEventListener(kind, readout);
+  document.addEventListener(kind, looked);
+}
+document.querySelectorAll("canvas[data-look]").forEach(draw);
 document.addEventListener("click", (event) => {
   const span = event.target.closest("span[data-place]");
   if (span) { marked = span.dataset.place.split(",").map(Number); paint(); }

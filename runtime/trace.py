@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .engine import Engine, load
 from .provenance import describe_run
 from .sessions import Routing
 from .tokens import StreamDecoder
+from .trace_attention import AttentionMap, Choice, check_choice, read_maps
 from .trace_load import Load, LoadCounter
 
 SCHEMA = 1
@@ -34,7 +35,7 @@ _DIFFERENCES = 12
 
 @dataclass(frozen=True)
 class TracedText:
-    """One text: its tokens as text and ids, their routes [layers, tokens, k], and each layer's load."""
+    """One text: its tokens, their routes [layers, tokens, k], each layer's load, attention by choice."""
 
     name: str
     total_tokens: int  # of the text; the first `len(ids)` were traced
@@ -42,9 +43,11 @@ class TracedText:
     ids: list[int]
     routing: Routing
     loads: list[Load]
+    attention: list[AttentionMap] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        attention = {"attention": [head.to_json() for head in self.attention]} if self.attention else {}
+        return attention | {
             "name": self.name,
             "total_tokens": self.total_tokens,
             "tokens": [{"id": token, "text": piece} for token, piece in zip(self.ids, self.pieces, strict=True)],
@@ -90,15 +93,17 @@ def trace(
     *,
     max_tokens: int = MAX_TOKENS,
     threads: int | None = None,
+    attention: Choice | None = None,
     progress: Progress | None = None,
 ) -> Trace:
     """Follow the routes of one or two texts, each (name, text), up to `max_tokens` tokens of each.
 
     A text longer than the context goes through in windows of the engine's room, each with an empty context.
+    `attention`: layers, and heads of them, whose attention over the text's first tokens is looked at too.
 
     Raises:
-        UsageError: no text, more than two, or one without tokens. EngineError: what `moedge.load` raises, or a model
-        without experts.
+        UsageError: no text, more than two, one without tokens, or a layer or head that is not there. EngineError: what
+        `moedge.load` raises, or a model without experts. DependencyError: attention without onnx.
     """
     if not 1 <= len(texts) <= 2:
         raise UsageError(f"{len(texts)} texts to trace; give one, or two to compare")
@@ -107,7 +112,8 @@ def trace(
     with load(bundle, profile, threads=threads) as engine:
         if not engine.info.moe_layers:
             raise EngineError(f"{engine.bundle.path} has no mixture-of-experts layers: there are no routes to trace")
-        traced = [_trace_text(engine, name, text, max_tokens, progress) for name, text in texts]
+        check_choice(engine, attention or {})
+        traced = [_trace_text(engine, name, text, max_tokens, attention or {}, progress) for name, text in texts]
         return Trace(
             described=describe_run(engine, "trace", SCHEMA),
             layers=tuple(engine.info.moe_layers),
@@ -179,7 +185,9 @@ def _bits(share: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     return max(0.0, float((share[some] * np.log2(share[some] / other[some])).sum()))
 
 
-def _trace_text(engine: Engine, name: str, text: str, max_tokens: int, progress: Progress | None) -> TracedText:
+def _trace_text(
+    engine: Engine, name: str, text: str, max_tokens: int, attention: Choice, progress: Progress | None
+) -> TracedText:
     ids = engine.tokenize(text)
     if not ids:
         raise UsageError(f"{name}: the text has no tokens; give a longer one")
@@ -198,7 +206,8 @@ def _trace_text(engine: Engine, name: str, text: str, max_tokens: int, progress:
     )
     counter = LoadCounter(engine.info.moe_layers, engine.info.num_experts)
     counter.add(routing)
-    return TracedText(name, len(ids), _pieces(engine, kept), kept, routing, counter.loads())
+    maps = read_maps(engine, kept, attention) if attention else []
+    return TracedText(name, len(ids), _pieces(engine, kept), kept, routing, counter.loads(), maps)
 
 
 def _pieces(engine: Engine, ids: list[int]) -> list[str]:

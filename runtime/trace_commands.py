@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -27,6 +28,9 @@ _NAME_LENGTH = 40  # characters of a prompt that name it
 )
 @click.option("--profile", metavar="NAME", help="Engine. [default: the best that runs on this machine]")
 @click.option("--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Of each text.")
+@click.option(
+    "--attention", "looks", multiple=True, metavar="LAYER[:HEAD,...]", help="Draw attention too; may be given again."
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute. [default: physical cores]")
 def trace_command(
     bundle: Path,
@@ -35,6 +39,7 @@ def trace_command(
     output: Path,
     profile: str | None,
     max_tokens: int,
+    looks: tuple[str, ...],
     threads: int | None,
 ) -> None:
     """Which experts each token of a text took in each layer: heat map, load figures, coloured tokens.
@@ -43,14 +48,16 @@ def trace_command(
     """
     from .eval import read_text_file
     from .trace import check_suffix, trace, write_trace
+    from .trace_attention import parse_choice
 
     if not 1 <= len(prompts) + len(files) <= 2:
         raise click.UsageError("give one text, or two to compare: -p TEXT or --text FILE")
     check_suffix(output)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "threads": threads, "attention": parse_choice(looks)}
     texts = [(_name(prompt), prompt) for prompt in prompts]
     texts += [(path.name, read_text_file(path)) for path in files]
     with console_progress() as progress:
-        traced = trace(bundle, texts, profile, max_tokens=max_tokens, threads=threads, progress=progress)
+        traced = trace(bundle, texts, profile, **options, progress=progress)
     write_trace(traced, output)
     for text in traced.texts:
         if len(text.ids) < text.total_tokens:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .report import number, percent
 from .report_style import STYLE
@@ -37,6 +38,7 @@ def render_html(traced: Trace) -> str:
         _section("How even the load is", _balance(traced), _BALANCE_NOTE),
         _section("What differs between the texts", _comparison(traced), _COMPARISON_NOTE) if traced.comparison else "",
         _section("Tokens by expert", _tokens(traced), _TOKENS_NOTE),
+        _section("Attention", _attention(traced), _ATTENTION_NOTE) if traced.texts[0].attention else "",
         _section("How this was made", _made(traced)),
     ]
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -62,6 +64,10 @@ _BALANCE_NOTE = (
 _COMPARISON_NOTE = (
     "Total variation: the share of assignments that would have to move to make the loads the same (0 to 1). "
     "Short texts differ by chance."
+)
+_ATTENTION_NOTE = (
+    "Row by row the tokens that look, column by column those they look at; the darker, the more. Colour grows with the "
+    "square root of the weight, so that faint looks are seen too."
 )
 _TOKENS_NOTE = "A token's colour is the expert it took in the chosen layer; the stronger, the larger its weight."
 
@@ -240,6 +246,26 @@ def _tokens(traced: Trace) -> str:
     )
 
 
+def _attention(traced: Trace) -> str:
+    several = len(traced.texts) > 1
+    parts = []
+    for index, text in enumerate(traced.texts):
+        count = len(text.attention[0].weights)
+        title = f"Text {index + 1}: {escape(text.name)}, " if several else ""
+        figures = "".join(
+            f'<figure><canvas data-look="{index},{place}" width="{count}" height="{count}" role="img" '
+            f'aria-label="attention of layer {look.layer}, head {look.head}"></canvas>'
+            f"<figcaption>layer {look.layer}, head {look.head}</figcaption></figure>"
+            for place, look in enumerate(text.attention)
+        )
+        parts.append(f'<h3>{title}{count:,} tokens</h3><div class="looks">{figures}</div>')
+    hint = "Point at a picture or tap it to read it."
+    return (
+        '<noscript><p class="note">Drawing attention needs the script of this page.</p></noscript>'
+        f'<p class="readout" id="look" role="status">{hint}</p>{"".join(parts)}'
+    )
+
+
 def _made(traced: Trace) -> str:
     described, overhead = traced.described, traced.overhead
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
@@ -253,6 +279,11 @@ def _made(traced: Trace) -> str:
         f"{overhead['plain_ms']:.2f} ms. Without tracing nothing is read.",
     )
     return f'<ul class="made">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>'
+
+
+def _roots(weights: NDArray[np.float32]) -> str:
+    """Square roots of the weights [T, T], 0 to 255, row by row."""
+    return base64.b64encode(np.rint(255 * np.sqrt(np.clip(weights, 0, 1))).astype(np.uint8).tobytes()).decode()
 
 
 def _data(traced: Trace) -> str:
@@ -271,6 +302,9 @@ def _data(traced: Trace) -> str:
                 "experts": base64.b64encode(experts.astype("<u2").tobytes()).decode(),
                 "weights": base64.b64encode(np.rint(255 * shares).astype(np.uint8).tobytes()).decode(),
                 "counts": [[int(count) for count in row.counts] for row in text.loads],
+                "looks": [
+                    {"layer": look.layer, "head": look.head, "roots": _roots(look.weights)} for look in text.attention
+                ],
             }
         )
     document = {

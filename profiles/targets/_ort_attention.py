@@ -202,7 +202,8 @@ class AttentionLowering:
         product: dict[str, Any] = {"domain": MS, "transB": 1, "alpha": float(a["scale"])}
         past_scores = op("FusedMatMul", [query, past], **product)
         new_scores = op("Add", [op("FusedMatMul", [query, new], **product), self.mask])
-        scores = op("Softmax", [op("Concat", [past_scores, new_scores], axis=2)], axis=2)
+        joined = op("Concat", [past_scores, new_scores], axis=2)
+        scores = op("Softmax", [joined], axis=2, name=f"attention.{layer_of(call)}")  # the name `moedge trace` knows
         past_share, new_share = ops("Split", [scores, self.split_sizes], 2, axis=2)
         mixed = op("Add", [op("MatMul", [past_share, past]), op("MatMul", [new_share, new])])
         mixed = op("Slice", [mixed, ints(0), ints(rank), ints(2)])
