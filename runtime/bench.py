@@ -24,6 +24,7 @@ from ..bundle import Bundle, Progress
 from ..errors import EngineError, UsageError
 from ..profiles.shape import bytes_per_token
 from . import machine
+from .energy import EnergyMeter, open_meter
 from .engine import Engine, load
 from .preflight import EngineInfo, choose_profile, read_engine
 from .sampling import Sampler, Sampling
@@ -153,12 +154,14 @@ def _bench_cases(
         used, info = engine.session.threads, engine.info
         for case in cases:
             _check_fits(engine, case.prompt_tokens, case.new_tokens, case.batch)
-        meter = machine.EnergyMeter()
+        meter = open_meter(on_gpu=info.compute_capability is not None)
         measured = []
         for case in cases:
             what = "measuring" if len(cases) == 1 else f"measuring {case.prompt_tokens} tokens"
             found, joules = _measure(engine, meter, case, what, progress)
             measured.append((case, found, joules, machine.peak_memory_bytes()))
+        energy = {"energy_reason": meter.reason, "energy_source": meter.source}
+        meter.close()
     if progress is not None:
         progress("measuring memory bandwidth", 0, 1)
     limit = machine.measure_bandwidth(used)
@@ -169,7 +172,7 @@ def _bench_cases(
         result = _result(opened, info, case, found, joules, limit)
         result |= {"threads": used, "load_s": load_s, "peak_memory_bytes": peak}
         result["peak_memory_of"] = "the benchmark" if peak_is_own else "the whole process"
-        result["energy_reason"] = meter.reason
+        result |= energy
         if samples:
             result["samples"] = found.to_json()
         results.append(result)
@@ -244,7 +247,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def _measure(
-    engine: Engine, meter: machine.EnergyMeter, case: Case, what: str, progress: Progress | None
+    engine: Engine, meter: EnergyMeter, case: Case, what: str, progress: Progress | None
 ) -> tuple[Samples, float | None]:
     """The times of `repeat` runs after one to warm up, and the energy of the new tokens in joules."""
     random = np.random.default_rng(SEED)
@@ -273,7 +276,7 @@ def _measure(
 
 
 def _run_once(
-    engine: Engine, prompt: np.ndarray[Any, np.dtype[np.int64]], new_tokens: int, meter: machine.EnergyMeter
+    engine: Engine, prompt: np.ndarray[Any, np.dtype[np.int64]], new_tokens: int, meter: EnergyMeter
 ) -> tuple[float, list[float], float | None]:
     sampler = Sampler(Sampling())
     session = engine.begin()

@@ -1,4 +1,4 @@
-"""This machine: what it is, how fast it reads memory, how much memory the process took, what energy it used.
+"""This machine: what it is, how fast it reads memory, how much memory the process took.
 
 Figures come from the operating system; what cannot be read is None, never a guess.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 _CPUS = Path("/sys/devices/system/cpu")
-_POWERCAP = Path("/sys/class/powercap")
 _MIB = 1 << 20
 
 # A buffer this many times the last-level cache is read from memory, not from the cache.
@@ -38,6 +37,8 @@ def describe() -> dict[str, Any]:
     """The hardware and the software that a measurement ran on, as JSON."""
     import numpy
 
+    from .energy import describe_gpu_state, power_mode
+
     return {
         "cpu": cpu_name(),
         "cores": default_threads(),
@@ -51,6 +52,8 @@ def describe() -> dict[str, Any]:
             for gpu in gpus()
         ],
         "gpu_driver": gpu_driver(),
+        "gpu_state": describe_gpu_state() if gpus() else None,
+        "power_mode": power_mode(),
         "board": _board(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
@@ -139,40 +142,6 @@ def peak_memory_bytes() -> int | None:
         return None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if platform.system() == "Darwin" else used * 1024
-
-
-class EnergyMeter:
-    """Energy of the CPU packages by RAPL, between `start` and `joules`; `reason` says why there is none."""
-
-    def __init__(self, root: Path = _POWERCAP) -> None:
-        self.reason: str | None = None
-        self._counters: list[tuple[Path, int]] = []  # (energy_uj, the count at which it wraps)
-        for zone in sorted(root.glob("intel-rapl:*")):
-            if zone.name.count(":") == 1:  # a package; intel-rapl:0:0 is a part of it
-                self._counters.append((zone / "energy_uj", int(_read(zone / "max_energy_range_uj") or 0)))
-        if not self._counters:
-            self.reason = "this machine shows no RAPL energy counters (/sys/class/powercap)"
-        elif None in self._microjoules():
-            self.reason = f"{self._counters[0][0]} is not readable by this user"
-        self._began: list[int | None] = []
-
-    def start(self) -> None:
-        self._began = self._microjoules()
-
-    def joules(self) -> float | None:
-        """Joules since `start`; None where `reason` says why."""
-        if self.reason:
-            return None
-        total = 0
-        for (_, wrap), began, now in zip(self._counters, self._began, self._microjoules(), strict=True):
-            if began is None or now is None:
-                return None
-            total += now - began + (wrap if now < began else 0)
-        return total / 1e6
-
-    def _microjoules(self) -> list[int | None]:
-        texts = [_read(counter) for counter, _ in self._counters]
-        return [int(text) if text and text.isdigit() else None for text in texts]
 
 
 _gpus: list[Gpu] | None = None

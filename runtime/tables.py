@@ -29,7 +29,8 @@ def bench_table(result: dict[str, Any]) -> Table:
     if result["limit_note"]:
         table.add_row("", result["limit_note"])
     energy = result["energy_j_per_token"]
-    table.add_row("energy", result["energy_reason"] if energy is None else f"{energy:.3f} J/token")
+    told = result["energy_reason"] if energy is None else f"{energy:.3f} J/token ({result['energy_source']})"
+    table.add_row("energy", told)
     return table
 
 

@@ -91,23 +91,6 @@ def test_command(fake_bundle, tmp_path):
     assert len(json.loads((tmp_path / "result.json").read_text())["samples"]["ttft_ms"]) == 1
 
 
-def test_energy_counters(tmp_path):
-    meter = machine.EnergyMeter(tmp_path)
-    assert meter.joules() is None and meter.reason == "this machine shows no RAPL energy counters (/sys/class/powercap)"
-    for zone in ("intel-rapl:0", "intel-rapl:0:0", "intel-rapl:1"):
-        (tmp_path / zone).mkdir()
-        (tmp_path / zone / "energy_uj").write_text("900\n")
-        (tmp_path / zone / "max_energy_range_uj").write_text("1000\n")
-    meter = machine.EnergyMeter(tmp_path)
-    meter.start()
-    (tmp_path / "intel-rapl:0/energy_uj").write_text("100\n")  # wrapped
-    (tmp_path / "intel-rapl:1/energy_uj").write_text("950\n")
-    assert meter.reason is None
-    assert meter.joules() == pytest.approx((200 + 50) / 1e6)
-    (tmp_path / "intel-rapl:0/energy_uj").unlink()
-    assert "is not readable by this user" in machine.EnergyMeter(tmp_path).reason
-
-
 def test_threads_count_cores_once_and_heed_the_quota(monkeypatch):
     monkeypatch.setattr(machine, "_affinity", lambda: {0, 1, 2, 3})
     texts = {"cpu0": "0,2", "cpu1": "1,3", "cpu2": "0,2", "cpu3": "1,3"}

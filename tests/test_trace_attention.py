@@ -46,7 +46,7 @@ def test_equal_to_transformers(family: str, name: str, tmp_path: Path) -> None:
     moedge.export(tmp_path / "checkpoint", tmp_path / "bundle", weights="fp32", verify=False)
     moedge.build(tmp_path / "bundle", "cpu")
     layers = model.config.num_hidden_layers
-    found = trace(tmp_path / "bundle", [("text", TEXT)], attention={layer: None for layer in range(layers)}, threads=1)
+    found = trace(tmp_path / "bundle", [("text", TEXT)], attention=dict.fromkeys(range(layers)), threads=1)
     (text,) = found.texts
     expected = attention_of(model, text.ids)
     heads = expected[0].shape[0]
