@@ -28,7 +28,10 @@ def render_png(traced: Trace) -> bytes:
     height = min(14.0, 1.6 + len(texts) * (1.3 + 0.28 * layers))
     looks = -(-sum(len(text.attention) for text in texts) // _LOOKS_A_ROW) * 2.0
     whole = Figure(figsize=(11, height + looks), dpi=150, layout="constrained")
-    figure, below = whole.subfigures(2, 1, height_ratios=(height, looks)) if looks else (whole, None)
+    figure: Any = whole
+    below: Any = None
+    if looks:
+        figure, below = whole.subfigures(2, 1, height_ratios=(height, looks))
     told = f"{traced.top_k} of {experts} experts a token; colour: load over an even load"
     figure.suptitle(f"{_plain(str(traced.described['model']))} {traced.described['weights']}\n{told}", fontsize=11)
     top = max(2.0, *(float(row.share.max()) * experts for text in texts for row in text.loads))
