@@ -31,7 +31,8 @@ def render_png(traced: Trace) -> bytes:
     figure: Any = whole
     below: Any = None
     if looks:
-        figure, below = whole.subfigures(2, 1, height_ratios=(height, looks))
+        halves: Any = whole.subfigures(2, 1, height_ratios=(height, looks))
+        figure, below = halves
     told = f"{traced.top_k} of {experts} experts a token; colour: load over an even load"
     figure.suptitle(f"{_plain(str(traced.described['model']))} {traced.described['weights']}\n{told}", fontsize=11)
     top = max(2.0, *(float(row.share.max()) * experts for text in texts for row in text.loads))
