@@ -103,8 +103,8 @@ class AsyncEngine:
         queue: int = 64,
         **options: Any,
     ) -> AsyncEngine:
-        """Load an engine as `moedge.load` does, with its options; closing this closes it."""
-        return cls(load(bundle, profile, **options), slots=slots, queue=queue, owns_engine=True)
+        """Load an engine as `moedge.load` does, with its options, `lanes` as `slots`; closing this closes it."""
+        return cls(load(bundle, profile, **{"lanes": slots, **options}), slots=slots, queue=queue, owns_engine=True)
 
     async def __aenter__(self) -> AsyncEngine:
         return self

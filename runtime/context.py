@@ -198,6 +198,21 @@ class Context:
         return end - kept
 
 
+def step_together(work: Sequence[tuple[Context, int]]) -> NDArray[np.float32]:
+    """Append a token to each context, in one run; the logits [contexts, vocab], valid until the next step of any.
+
+    The contexts are of one engine, and no more than its `lanes`.
+
+    Raises:
+        EngineError: one of them has no room, or memory is short; nothing has changed then.
+    """
+    first, *others = [context.session for context, _ in work]
+    logits = first.step_together(others, np.array([token for _, token in work], np.int64))
+    for context, token in work:
+        context.tokens.append(token)
+    return logits
+
+
 def _digests(prompt: NDArray[np.int64], chunk: int) -> list[bytes]:
     """For each whole chunk the digest of all tokens up to its end."""
     running = hashlib.blake2b(digest_size=16)

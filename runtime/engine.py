@@ -42,6 +42,7 @@ def load(
     *,
     threads: int | None = None,
     max_seq_len: int | None = None,
+    lanes: int = 1,
     prefill_chunk: int = PREFILL_CHUNK,
     reuse: str = "exact",
     prefix_bytes: int = PREFIX_BYTES,
@@ -50,6 +51,8 @@ def load(
 
     threads: threads that compute; default: the physical cores this process may use.
     max_seq_len: tokens the context has room for; default and limit: what the engine was built for.
+    lanes: texts that a scheduler is to step together, if the engine can; more than 1 costs a single text a little.
+        Last bits differ between engines loaded for one and for several, but not with how many run at a time.
     prefill_chunk: tokens of a prompt that are computed at once; memory and the pace of cancelling follow it.
     reuse: what a prompt need not compute again because an earlier one began alike: "exact" (whole chunks: the answer is
         the same, bit for bit, as without), "all" (every token, also generated ones; the last bits may differ), "off".
@@ -62,6 +65,7 @@ def load(
     """
     check_whole("threads", threads)
     check_whole("max_seq_len", max_seq_len)
+    check_whole("lanes", lanes)
     check_whole("prefill_chunk", prefill_chunk)
     if reuse not in REUSE:
         raise UsageError(f"reuse is {reuse!r}; it must be one of {', '.join(REUSE)}")
@@ -75,7 +79,8 @@ def load(
             f"build it for more: moedge build {opened.path} --profile {info.profile} --max-seq-len {max_seq_len}"
         )
     check_engine(opened, info)
-    session = backend_module(info.backend).open_session(opened, info, SessionOptions(threads, max_seq_len))
+    options = SessionOptions(threads, max_seq_len, lanes=lanes)
+    session = backend_module(info.backend).open_session(opened, info, options)
     return Engine(opened, info, session, prefill_chunk, reuse=reuse, prefix_bytes=prefix_bytes)
 
 

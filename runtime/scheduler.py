@@ -5,8 +5,8 @@ rounds: a step for every text that decodes, then one chunk of one prompt, the pr
 the others by one chunk at most. Texts join and leave between steps. Whatever else runs, a text's tokens are those it
 would have alone.
 
-The graph runs one sequence a step, so the steps of a round are made one after the other (`step_in_turn`); a graph that
-runs several gets a function of the same form.
+An engine that was loaded with lanes steps as many texts in one run (`step_in_lanes`); others one after the other
+(`step_in_turn`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EngineError
-from .context import Context
+from .context import Context, step_together
 from .requests import TextRequest, check_whole, window_tokens
 from .writing import TextWriter
 
@@ -139,7 +139,9 @@ class Scheduler:
         self._closing = False
         self._turn = 0  # the slot whose prompt is next
         self._mean_seconds = 1.0  # a text takes, lately
-        self._step = stepper or step_in_turn
+        lanes = engine.session.lanes
+        self._step = stepper or (step_in_lanes if lanes > 1 else step_in_turn)
+        self._together = slots if stepper is not None or lanes == 1 else lanes  # texts in one call of it
         self._observer = observer
         self._thread = threading.Thread(target=self._run, name="moedge-scheduler", daemon=True)
         self._thread.start()
@@ -261,16 +263,16 @@ class Scheduler:
     def _decode(self) -> None:
         """One step for every text that decodes."""
         ready = [slot for slot in self._slots if slot.job is not None and not slot.filling]
-        work = [(slot.context, slot.job.writer.tokens[-1]) for slot in ready if slot.context and slot.job]
-        if not work:
-            return
-        if self._observer is not None:
-            self._observer.stepped(len(work))
-        for slot, logits in zip(ready, self._step(work), strict=True):
-            if isinstance(logits, Exception):
-                self._fail(slot, logits)
-            else:
-                self._take(slot, logits)
+        if ready and self._observer is not None:
+            self._observer.stepped(len(ready))
+        for start in range(0, len(ready), self._together):
+            group = ready[start : start + self._together]
+            work = [(slot.context, slot.job.writer.tokens[-1]) for slot in group if slot.context and slot.job]
+            for slot, logits in zip(group, self._step(work), strict=True):
+                if isinstance(logits, Exception):
+                    self._fail(slot, logits)
+                else:
+                    self._take(slot, logits)
 
     def _fill_one(self) -> None:
         """One chunk of one prompt, the slots in turn."""
@@ -369,6 +371,14 @@ class Scheduler:
         if self._observer is not None:
             self._observer.finished(job)
         job.tell(text, True)
+
+
+def step_in_lanes(work: Sequence[tuple[Context, int]]) -> list[NDArray[np.float32] | Exception]:
+    """A step for each (context, token), in one run; where that fails one after the other, to see whose fault it was."""
+    try:
+        return list(step_together(work))
+    except EngineError as error:
+        return step_in_turn(work) if len(work) > 1 else [error]
 
 
 def step_in_turn(work: Sequence[tuple[Context, int]]) -> list[NDArray[np.float32] | Exception]:

@@ -79,6 +79,7 @@ def serve_command(
                 profile,
                 threads=threads,
                 max_seq_len=max_seq_len,
+                lanes=options["slots"],
                 prefix_bytes=PREFIX_BYTES if prefix_bytes is None else prefix_bytes,
             )
         )

@@ -1,7 +1,8 @@
 """A bundle made by hand around a tiny lowered graph, for tests of the runtime alone.
 
-The graph has the interface of a lowered engine (cache views in, new rows out, routing of one MoE layer) and does the
-real thing in small: causal attention over past and new rows, positions counted from the past, a top-k router.
+The graph has the interface of a lowered engine (views of the cache in, with room for the run's own rows, those rows
+out, routing of one MoE layer) and does the real thing in small: causal attention over past and new rows, positions
+counted from the past, a top-k router.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _lowered(tensors: dict[str, tuple[np.ndarray, int]]) -> onnx.ModelProto:
     text = [_PREAMBLE]
     inputs, outputs = ["int64[S] input_ids", "int64[R] rows"], [f"float[R,{VOCAB}] logits"]
     for i in range(LAYERS):
-        inputs += [f'float[P,{LATENT}] "past.latent.{i}"', f'float[P,{ROPE}] "past.rope.{i}"']
+        inputs += [f'float[T,{LATENT}] "cache.latent.{i}"', f'float[T,{ROPE}] "cache.rope.{i}"']
         outputs += [f'float[S,{LATENT}] "new.latent.{i}"', f'float[S,{ROPE}] "new.rope.{i}"']
         text.append(_ATTENTION.replace("#", str(i)).replace("@", str(i + 1)))
         if i in MOE_LAYERS:
@@ -223,8 +224,9 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 _PREAMBLE = """
-  past_shape = Shape <start = 0, end = 1> ("past.latent.0")
+  rows_shape = Shape <start = 0, end = 1> ("cache.latent.0")
   count = Shape (input_ids)
+  past_shape = Sub (rows_shape, count)
   P = Squeeze (past_shape)
   zero = Constant <value = int64 {0}> ()
   one = Constant <value = int64 {1}> ()
@@ -251,7 +253,9 @@ _ATTENTION = """
   rope_# = MatMul (x_#, "kr.#")
   "new.rope.#" = Mul (rope_#, turn)
   query_# = MatMul (x_#, "q.#")
-  past_# = Concat <axis = 1> ("past.latent.#", "past.rope.#")
+  past_latent_# = Slice ("cache.latent.#", start0, past_shape)
+  past_rope_# = Slice ("cache.rope.#", start0, past_shape)
+  past_# = Concat <axis = 1> (past_latent_#, past_rope_#)
   new_# = Concat <axis = 1> ("new.latent.#", "new.rope.#")
   past_t_# = Transpose <perm = [1, 0]> (past_#)
   new_t_# = Transpose <perm = [1, 0]> (new_#)
@@ -262,7 +266,7 @@ _ATTENTION = """
   share_# = Softmax <axis = 1> (scores_#)
   past_share_# = Slice (share_#, start0, past_shape, axis1)
   new_share_# = Slice (share_#, past_shape, far, axis1)
-  from_past_# = MatMul (past_share_#, "past.latent.#")
+  from_past_# = MatMul (past_share_#, past_latent_#)
   from_new_# = MatMul (new_share_#, "new.latent.#")
   context_# = Add (from_past_#, from_new_#)
   added_# = MatMul (context_#, "o.#")

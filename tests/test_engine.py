@@ -84,8 +84,7 @@ def test_the_cache_stays_where_it_is_and_rows_land_in_it(engine):
         assert np.isfinite(buffer[:6]).all() and np.isinf(buffer[6:]).all()
         assert (buffer[:5] == rows[name]).all(), "a step does not touch earlier rows"
         assert buffer.ctypes.data == before[name]
-    bound = {name: address for name, _, _, _, address, _ in session._entries}
-    assert bound == {f"past.{name}": address for name, address in before.items()}
+    assert {view.name: view.address for view in session.views} == before
 
 
 def test_decoding_binds_tokens_and_logits_once(engine):

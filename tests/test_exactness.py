@@ -48,12 +48,13 @@ def told(generation):
     return generation.tokens, generation.logprobs
 
 
-def test_every_bit_is_as_alone(bundle):
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_every_bit_is_as_alone(bundle, lanes):
     options = {"max_new_tokens": NEW, "temperature": 0, "logprobs": 3}
-    with moedge.load(bundle, prefill_chunk=CHUNK, reuse="off", threads=1) as engine:
+    with moedge.load(bundle, prefill_chunk=CHUNK, reuse="off", threads=1, lanes=lanes) as engine:
         asked = prompts(engine)
         alone = [told(engine.generate(prompt, **options)) for prompt in asked]
-    with moedge.load(bundle, prefill_chunk=CHUNK, threads=1) as engine:
+    with moedge.load(bundle, prefill_chunk=CHUNK, threads=1, lanes=lanes) as engine:
         reused = 0
         for _ in range(2):
             for prompt, want in zip(asked, alone, strict=True):

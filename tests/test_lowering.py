@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from checkpoints import CONFIGURATIONS, make_model, save_model
+from lowered_graph import LoweredGraph
 
 import moedge
 from moedge.bundle import Bundle
@@ -21,26 +20,10 @@ from moedge.profiles.targets._canonical import load_canonical
 LENGTH = 40
 
 
-class Lowered:
-    """A lowered graph with its cache kept as plain arrays."""
-
-    def __init__(self, bundle: Path, accuracy_level: int) -> None:
-        model, _ = load_canonical(Bundle.open(bundle))
-        fused = target.has_router_weights()
-        self.cache = target.lower(model, accuracy_level=accuracy_level, fused_experts=fused)
-        options = ort.SessionOptions()
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
-        self.proto = ir.to_proto(model)
-        self.session = ort.InferenceSession(self.proto.SerializeToString(), options)
-        self.past = {entry.name: np.zeros((0, entry.width), np.float32) for entry in self.cache}
-
-    def step(self, ids: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
-        feeds = {"input_ids": ids, "rows": np.arange(len(ids))}
-        feeds |= {f"past.{name}": rows for name, rows in self.past.items()}
-        names = [output.name for output in self.session.get_outputs()]
-        result = dict(zip(names, self.session.run(None, feeds), strict=True))
-        self.past = {name: np.concatenate([rows, result[f"new.{name}"]]) for name, rows in self.past.items()}
-        return result
+def lowered(bundle: Path, accuracy_level: int) -> LoweredGraph:
+    model, _ = load_canonical(Bundle.open(bundle))
+    cache = target.lower(model, accuracy_level=accuracy_level, fused_experts=target.has_router_weights())
+    return LoweredGraph(model, cache, bundle)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "fp16", "int4"])
@@ -51,10 +34,10 @@ def test_lowered_equals_canonical_whole_chunked_and_step_by_step(name: str, weig
     ids = np.random.default_rng(200).integers(0, 320, LENGTH)
     canonical = ort.InferenceSession(str(tmp_path / "b" / "model.onnx"))
     (expected,) = canonical.run(None, {"input_ids": ids[None]})
-    whole = Lowered(tmp_path / "b", 0).step(ids)["logits"]
+    whole = lowered(tmp_path / "b", 0).step(ids)["logits"]
     np.testing.assert_allclose(whole, expected[0], rtol=0, atol=1e-4)
-    lowered = Lowered(tmp_path / "b", 0)
-    chunks = [lowered.step(part)["logits"] for part in np.split(ids, [13, 14, *range(15, LENGTH)])]
+    graph = lowered(tmp_path / "b", 0)
+    chunks = [graph.step(part)["logits"] for part in np.split(ids, [13, 14, *range(15, LENGTH)])]
     np.testing.assert_allclose(np.concatenate(chunks), expected[0], rtol=0, atol=1e-4)
 
 
@@ -64,7 +47,7 @@ def test_int8_activations_stay_near(tiny_checkpoint: Path, tmp_path: Path) -> No
         moedge.export(tiny_checkpoint, tmp_path / weights, weights=weights, group_size=32, verify=False)
         ids = np.random.default_rng(8).integers(0, 320, LENGTH)
         (expected,) = ort.InferenceSession(str(tmp_path / weights / "model.onnx")).run(None, {"input_ids": ids[None]})
-        actual = Lowered(tmp_path / weights, target.ACCURACY_LEVEL).step(ids)["logits"]
+        actual = lowered(tmp_path / weights, target.ACCURACY_LEVEL).step(ids)["logits"]
         # The median: where a rounding flips an expert, a random model goes its own way.
         assert np.median(np.abs(actual - expected[0])) < 0.15 * np.abs(expected).std()
 
@@ -78,23 +61,29 @@ def test_weights_are_those_of_the_canonical_graph(tiny_bundle: Path) -> None:
     engine = tiny_bundle / "engines" / "cpu" / "model.onnx"
     assert places(engine) <= places(tiny_bundle / "model.onnx")
     assert engine.stat().st_size < 100_000
-    assert sorted(path.name for path in engine.parent.iterdir()) == ["engine.json", "model.onnx"]
+    lanes = engine.with_name("model.lanes.onnx")
+    assert places(lanes) == places(engine) and lanes.stat().st_size < 100_000
+    assert sorted(path.name for path in engine.parent.iterdir()) == ["engine.json", "model.lanes.onnx", "model.onnx"]
 
 
-def test_the_graph_never_copies_the_cache(tiny_bundle: Path) -> None:
-    """The past is only ever the right-hand side of a product, and its outputs are rows of new tokens alone."""
-    graph = onnx.load(tiny_bundle / "engines" / "cpu" / "model.onnx", load_external_data=False).graph
+@pytest.mark.parametrize("name", ["model.onnx", "model.lanes.onnx"])
+def test_the_graph_never_copies_the_cache(name: str, tiny_bundle: Path) -> None:
+    """A cache is only ever the right-hand side of a product, and its outputs are rows of new tokens alone."""
+    graph = onnx.load(tiny_bundle / "engines" / "cpu" / name, load_external_data=False).graph
     users = collections.defaultdict(list)
     for node in graph.node:
-        for place, name in enumerate(node.input):
-            if name.startswith("past."):
-                users[name].append((node.op_type, place))
-    assert sorted(users) == [f"past.latent.{layer}" for layer in range(3)]
+        for place, value in enumerate(node.input):
+            if value.startswith("cache."):
+                users[value].append((node.op_type, place))
+    lanes = [""] if name == "model.onnx" else [f".{lane}" for lane in range(target.LANES)]
+    assert sorted(users) == sorted(f"cache.latent.{layer}{lane}" for layer in range(3) for lane in lanes)
     products = {("FusedMatMul", 1), ("MatMul", 1)}
-    assert set(users["past.latent.0"]) == products | {("Shape", 0)}
-    assert all(set(uses) == products for name, uses in users.items() if name != "past.latent.0")
-    outputs: dict[str, str] = {output.name: output.type.tensor_type.shape.dim[0].dim_param for output in graph.output}
-    assert all(first == "S" for name, first in outputs.items() if name.startswith("new."))
+    first = f"cache.latent.0{lanes[0]}"
+    assert set(users[first]) == products | {("Shape", 0)}
+    assert all(set(uses) == products for value, uses in users.items() if value != first)
+    rows = {output.name: output.type.tensor_type.shape.dim[0].dim_param for output in graph.output}
+    new = {value: rows[value] for value in rows if value.startswith("new.")}
+    assert len(new) == len(users) and all(value + ".rows" == dimension for value, dimension in new.items())
 
 
 def test_experts_and_matrices_run_in_the_quantized_kernels(tiny_bundle: Path) -> None:
@@ -119,8 +108,8 @@ def test_the_cache_holds_the_latent_not_keys_and_values(tiny_bundle: Path) -> No
 
 def test_the_interface_is_what_sessions_bind(tiny_bundle: Path) -> None:
     graph = onnx.load(tiny_bundle / "engines" / "cpu" / "model.onnx", load_external_data=False).graph
-    pasts = [f"past.latent.{layer}" for layer in range(3)]
-    assert [value.name for value in graph.input] == ["input_ids", "rows", *pasts]
+    caches = [f"cache.latent.{layer}" for layer in range(3)]
+    assert [value.name for value in graph.input] == ["input_ids", "rows", *caches]
     routing = {f"{kind}.{layer}" for kind in ("experts", "weights") for layer in (1, 2)}
     assert {value.name for value in graph.output} == {"logits", *(f"new.latent.{i}" for i in range(3)), *routing}
 
@@ -132,10 +121,5 @@ def test_experts_without_the_kernel_run_as_their_function(tiny_bundle: Path) -> 
     model, _ = load_canonical(Bundle.open(tiny_bundle))
     cache = target.lower(model, accuracy_level=0, fused_experts=False)
     assert not [node for node in model.graph if node.op_type == "QMoE"]
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(tiny_bundle))
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
-    feeds = {"input_ids": ids, "rows": np.arange(LENGTH)}
-    feeds |= {f"past.{entry.name}": np.zeros((0, entry.width), np.float32) for entry in cache}
-    (logits,) = session.run(["logits"], feeds)
+    logits = LoweredGraph(model, cache, tiny_bundle).step(ids)["logits"]
     np.testing.assert_allclose(logits, expected[0], rtol=0, atol=1e-4)

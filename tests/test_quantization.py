@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from checkpoints import make_model, save_model
 from click.testing import CliRunner
+from lowered_graph import LoweredGraph
 
 import moedge
 from moedge import cli
@@ -167,12 +167,8 @@ def run_lowered(bundle: Path, ids: Array, accuracy_level: int) -> tuple[Array, l
     model, _ = load_canonical(Bundle.open(bundle))
     fused = target.has_router_weights()
     cache = target.lower(model, accuracy_level=accuracy_level, fused_experts=fused)
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
-    feeds = {"input_ids": ids, "rows": np.arange(len(ids))}
-    feeds |= {f"past.{entry.name}": np.zeros((0, entry.width), np.float32) for entry in cache}
-    return session.run(["logits"], feeds)[0], [node.op_type for node in model.graph]
+    graph = LoweredGraph(model, cache, bundle)
+    return graph.step(ids)["logits"], [node.op_type for node in model.graph]
 
 
 @pytest.mark.parametrize("group", GROUP_SIZES)

@@ -171,6 +171,20 @@ class Rewriter:
         name = "ints." + "_".join(str(value) for value in values)
         return self.constant(name, np.array(values, np.int64))
 
+    def reshaped(self, value: ir.Value, shape: list[int]) -> ir.Value:
+        """A stored tensor under another shape: the same bytes."""
+        tensor = value.const_value
+        assert isinstance(tensor, ir.ExternalTensor) and value.name is not None
+        name = f"{value.name}.{'x'.join(str(size) for size in shape)}"
+        existing = self.model.graph.initializers.get(name)
+        if existing is not None:
+            return existing
+        place = (tensor.location, tensor.offset, tensor.length, tensor.dtype)
+        view = ir.ExternalTensor(*place, shape=ir.Shape(shape), name=name, base_dir=tensor.base_dir)
+        new = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=view)
+        self.model.graph.register_initializer(new)
+        return new
+
     def replace(self, node: ir.Node, new_outputs: Sequence[ir.Value]) -> None:
         """Put the nodes made since the last replacement in `node`'s place."""
         for old, new in zip(node.outputs, new_outputs, strict=True):

@@ -1,11 +1,14 @@
 """Attention on onnxruntime's CPU kernels: positions behind a cache, and each layer's attention over it.
 
-Sequences are single (batch 1) and flat: S = new tokens, P = tokens in the cache, n = heads, r = kv_lora_rank,
-w = r + rope.
+The graph is flat over tokens. With one lane they are one sequence's. With more, a run takes any number of tokens of the
+first lane's sequence, or one token of each of several; `Lanes` deals the rows out to the sequences, each of which has a
+cache of its own, and puts what comes back together. S = tokens of the run, T = rows in a sequence's cache, those of the
+run included, n = heads, r = kv_lora_rank, w = r + rope.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +25,94 @@ _GROUPED = ("GroupedAttention", "SinkAttention")
 class CacheEntry:
     """A tensor of the KV cache: a row of `width` elements a token.
 
-    Without `heads` the graph takes the past rows as a view and gives the new ones, to be put behind. With `heads` it
-    takes and gives the whole buffer [1, heads, capacity, width / heads], updated in place.
+    Without `heads` the graph takes a view of the rows up to the run's last, and gives the run's own, which are bound to
+    the view's end. With `heads` it takes and gives the whole buffer [1, heads, capacity, width / heads].
     """
 
     name: str
     width: int
     heads: int = 0
+    dtype: str = "float32"
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "width": self.width, "dtype": "float32", "heads": self.heads}
+        return {"name": self.name, "width": self.width, "dtype": self.dtype, "heads": self.heads}
+
+
+class Lanes:
+    """How the rows of a run belong to sequences.
+
+    With more than one lane these inputs say it: places int64 [1, S], each row's position; lengths int64 [lanes], what
+    each cache holds before the run; sizes int64 [lanes], rows of each; take int64 [all of sizes], the run's row for
+    each of theirs, and give int64 [S], the way back. A run may hold a row twice: products over an even number of rows
+    round alike.
+    """
+
+    def __init__(self, rewriter: Rewriter, count: int) -> None:
+        self.rewriter = rewriter
+        self.count = count
+        if count == 1:
+            return
+        self.positions = self._input("places", [1, "S"])
+        self.lengths = self._input("lengths", [count])
+        self.sizes = self._input("sizes", [count])
+        self.take = self._input("take", ["K"])
+        self.give = self._input("give", ["S"])
+        op, ints = rewriter.op, rewriter.ints
+        self.other_sizes = op("Slice", [self.sizes, ints(1), ints(count), ints(0)], name="other_sizes")
+        # Rows of which the rounding depends on how many are multiplied together go piece by piece: each for itself
+        # where lanes are stepped together, and the whole of a prompt's chunk, which is the first lane's.
+        first = op("Slice", [self.sizes, ints(0), ints(1), ints(0)])
+        together = op("Greater", [first, ints(1)])
+        self.pieces = op("Where", [together, ints(1), op("Shape", [self.give])], name="pieces")
+
+    def name(self, kind: str, entry: str, lane: int) -> str:
+        """What a lane's tensor of the cache is called in the graph."""
+        return f"{kind}.{entry}" if self.count == 1 else f"{kind}.{entry}.{lane}"
+
+    def deal(self, value: ir.Value, axis: int = 0) -> list[ir.Value]:
+        """Rows, which lie along `axis`, to those of each lane."""
+        if self.count == 1:
+            return [value]
+        rows = self.rewriter.op("Gather", [value, self.take], axis=axis)
+        return self.rewriter.ops("Split", [rows, self.sizes], self.count, axis=axis)
+
+    def deal_after(self, value: ir.Value, written: ir.Value) -> list[ir.Value]:
+        """As `deal`, in a node that runs after `written`, the first lane's new rows, lie in the cache.
+
+        The caches are read through views that already show those rows, so something must keep the order.
+        """
+        op, ops = self.rewriter.op, self.rewriter.ops
+        sizes = op("Shape", [written], start=0, end=1)
+        if self.count == 1:
+            return ops("Split", [value, sizes], 1, axis=0)
+        rows = op("Gather", [value, self.take], axis=0)
+        return ops("Split", [rows, op("Concat", [sizes, self.other_sizes], axis=0)], self.count, axis=0)
+
+    def join(self, values: Sequence[ir.Value], axis: int = 0) -> ir.Value:
+        """What `deal` took apart."""
+        if self.count == 1:
+            return values[0]
+        return self.rewriter.op("Gather", [self.rewriter.op("Concat", values, axis=axis), self.give], axis=axis)
+
+    def multiply_heads(self, rows: ir.Value, matrices: ir.Value | None, **attributes: Any) -> ir.Value:
+        """Rows [S, n, i], each head by its own of the stored `matrices` [n, i, o] (or as `FusedMatMul` is told)."""
+        op, ints = self.rewriter.op, self.rewriter.ints
+        if self.count == 1:
+            result = op("FusedMatMul", [rows, matrices], domain=MS, transBatchA=1, **attributes)
+            return op("Transpose", [result], perm=[1, 0, 2])
+        assert matrices is not None and matrices.shape is not None
+        heads, first, second = matrices.shape.numpy()
+        width, height = (second, first) if attributes.get("transB") else (first, second)
+        tall = self.rewriter.reshaped(matrices, [heads, 1, first, second])
+        by_head = op("Transpose", [rows], perm=[1, 0, 2])
+        cut = op("Concat", [ints(heads), self.pieces, ints(-1, width)], axis=0)
+        result = op("FusedMatMul", [op("Reshape", [by_head, cut]), tall], domain=MS, **attributes)
+        return op("Transpose", [op("Reshape", [result, ints(heads, -1, height)])], perm=[1, 0, 2])
+
+    def _input(self, name: str, shape: list[int | str]) -> ir.Value:
+        value = ir.val(name, ir.DataType.INT64, shape)
+        self.rewriter.model.graph.inputs.append(value)
+        return value
 
 
 class AttentionLowering:
@@ -40,133 +121,153 @@ class AttentionLowering:
     `max_seq_len`: wider windows are no windows.
     """
 
-    def __init__(self, rewriter: Rewriter, max_seq_len: int | None) -> None:
+    def __init__(self, rewriter: Rewriter, max_seq_len: int | None, lanes: int = 1) -> None:
         self.rewriter = rewriter
         self.model = rewriter.model
         self.graph = rewriter.model.graph
         self.max_seq_len = max_seq_len
-        self.windows: dict[int, ir.Value] = {}
         self.cache: list[CacheEntry] = []
         self.mask: ir.Value | None = None
-        self.total: ir.Value | None = None
-        self.split_sizes: ir.Value | None = None
+        self.ends: list[tuple[ir.Value, ir.Value]] = []  # of each lane, int32: the last row [1], and how many []
+        self.windows: list[dict[int, ir.Value]] = []  # of each lane: window -> mask
+        tokens = ir.val("input_ids", ir.DataType.INT64, ["S"])
+        self.graph.inputs[0].replace_all_uses_with(tokens)
+        self.graph.inputs[0] = self.tokens = tokens
+        self.lanes = Lanes(rewriter, lanes)
 
     def lower(self) -> None:
         """All of it; the graph's first input becomes flat, and the cache's inputs and outputs are added."""
-        self._lower_positions()
-        for call in find_calls(self.model, "LatentAttention"):
-            self._lower_latent(call)
-        for kind in _GROUPED:
-            for call in find_calls(self.model, kind):
-                self._lower_grouped(call)
-
-    def _lower_positions(self) -> None:
-        """Positions start behind the cache; causal mask and split of the scores are made once for all layers."""
-        op, ints = self.rewriter.op, self.rewriter.ints
-        tokens = ir.val("input_ids", ir.DataType.INT64, ["S"])
-        old = self.graph.inputs[0]
-        old.replace_all_uses_with(tokens)
-        self.graph.inputs[0] = tokens
-        (call,) = find_calls(self.model, "Positions")
         latent = find_calls(self.model, "LatentAttention")
-        if latent:
-            length = op("Shape", [self._past(latent[0])], start=0, end=1)
+        grouped = [call for kind in _GROUPED for call in find_calls(self.model, kind)]
+        (call,) = find_calls(self.model, "Positions")
+        op, ints = self.rewriter.op, self.rewriter.ints
+        views = [self._latent_views(each) for each in latent]
+        count = op("Shape", [self.tokens])
+        if self.lanes.count > 1:
+            positions, length, first = self.lanes.positions, self.lanes.lengths, self.lanes.sizes
         else:
-            length = ir.val("length", ir.DataType.INT64, [1])
-            self.graph.inputs.append(length)
-        new = op("Shape", [tokens])
-        zero = self.rewriter.constant("int.0", np.array(0, np.int64))
-        one = self.rewriter.constant("int.1", np.array(1, np.int64))
-        steps = op("Range", [zero, op("Squeeze", [new, ints(0)]), one])
-        positions = op("Unsqueeze", [op("Add", [steps, length]), ints(0)])
+            first = count
+            if latent:
+                length = op("Sub", [op("Shape", [views[0][0]], start=0, end=1), count])
+            else:
+                length = ir.val("length", ir.DataType.INT64, [1])
+                self.graph.inputs.append(length)
+            steps = op("Range", [self._number(0), op("Squeeze", [count, ints(0)]), self._number(1)])
+            positions = op("Unsqueeze", [op("Add", [steps, length]), ints(0)])
         if latent:
-            self._make_mask(steps, length, new)
-        else:
-            total = op("Cast", [op("Add", [length, new])], to=int(ir.DataType.INT32))
-            self.total = total
-            self.last = op("Sub", [total, self.rewriter.constant("int32.1", np.array([1], np.int32))])
-            self._make_windows(positions, zero, op("Squeeze", [op("Add", [length, new]), ints(0)]), one)
-        self.rewriter.replace(call, [positions])
+            self._make_mask(positions, views[0][0])
+        if grouped:
+            self._make_totals(grouped, positions, op("Add", [length, first]))
+        # Replaced here and not by a name of its own: an input keeps its name.
+        self.rewriter.replace(call, [op("Identity", [positions])] if self.lanes.count > 1 else [positions])
+        for each, caches in zip(latent, views, strict=True):
+            self._lower_latent(each, caches)
+        for each in grouped:
+            self._lower_grouped(each)
 
-    def _make_windows(self, positions: ir.Value, zero: ir.Value, total: ir.Value, one: ir.Value) -> None:
-        """For each sliding window what scores get added, [1, 1, S, P + S]: minus infinity behind the window.
+    def _make_mask(self, positions: ir.Value, rows: ir.Value) -> None:
+        """Causal mask [S, 1, T] of the first lane; the others have one token, which sees everything."""
+        op, ints = self.rewriter.op, self.rewriter.ints
+        own = op("Reshape", [positions, ints(-1)])
+        if self.lanes.count > 1:
+            own = op("Slice", [own, ints(0), op("Slice", [self.lanes.sizes, ints(0), ints(1), ints(0)]), ints(0)])
+        total = op("Squeeze", [op("Shape", [rows], start=0, end=1), ints(0)])
+        columns = op("Range", [self._number(0), total, self._number(1)])
+        ahead = op("Less", [op("Unsqueeze", [own, ints(1, 2)]), columns])
+        self.mask = op("Where", [ahead, self._float(-np.inf), self._float(0)], name="causal_mask")
 
-        `local_window_size` alone spares the work and not the token just behind it: onnxruntime 1.23 attends to one more
-        than later versions do.
+    def _make_totals(self, calls: list[ir.Node], positions: ir.Value, totals: ir.Value) -> None:
+        """For each lane the rows in its cache, and for each sliding window what its scores get added.
+
+        That is [1, 1, S, T], minus infinity behind the window: `local_window_size` alone spares the work and not the
+        token just behind it, since onnxruntime 1.23 attends to one more than later versions do.
         """
-        op, ints = self.rewriter.op, self.rewriter.ints
-        calls = [call for kind in _GROUPED for call in find_calls(self.model, kind)]
-        windows = {attributes_of(call)["window"] for call in calls} - {0}
-        for window in sorted(windows):
-            if self.max_seq_len is not None and window >= self.max_seq_len:
-                continue
-            distance = op("Sub", [op("Unsqueeze", [positions, ints(1, 3)]), op("Range", [zero, total, one])])
-            open_, closed = (self.rewriter.constant(f"float.{x}", np.array(x, np.float32)) for x in (0, -np.inf))
-            limit = self.rewriter.constant(f"window.{window}", np.array(window, np.int64))
-            behind = op("GreaterOrEqual", [distance, limit])
-            self.windows[window] = op("Where", [behind, closed, open_], name=f"window_mask.{window}")
+        op, ops, ints, lanes = self.rewriter.op, self.rewriter.ops, self.rewriter.ints, self.lanes.count
+        narrow = op("Cast", [totals], to=int(ir.DataType.INT32))
+        one = self.rewriter.constant("int32.1", np.array([1], np.int32))
+        for total in ops("Split", [narrow], lanes, axis=0, num_outputs=lanes) if lanes > 1 else [narrow]:
+            self.ends.append((op("Sub", [total, one]), op("Squeeze", [total, ints(0)])))
+        widths = {attributes_of(call)["window"] for call in calls} - {0}
+        widths = {width for width in widths if self.max_seq_len is None or width < self.max_seq_len}
+        own = self.lanes.deal(op("Reshape", [positions, ints(-1)])) if widths else []
+        self.windows = [{} for _ in range(lanes)]
+        for lane, rows in enumerate(own):
+            total = op("Cast", [self.ends[lane][1]], to=int(ir.DataType.INT64))
+            columns = op("Range", [self._number(0), total, self._number(1)])
+            distance = op("Sub", [op("Unsqueeze", [rows, ints(0, 1, 3)]), columns])
+            for width in sorted(widths):
+                limit = self.rewriter.constant(f"window.{width}", np.array(width, np.int64))
+                behind = op("GreaterOrEqual", [distance, limit])
+                mask = op("Where", [behind, self._float(-np.inf), self._float(0)], name=f"window_mask.{width}.{lane}")
+                self.windows[lane][width] = mask
 
-    def _make_mask(self, steps: ir.Value, length: ir.Value, new: ir.Value) -> None:
-        """Causal mask [S, S] of the new tokens, and how scores split into past and new."""
-        op, ints = self.rewriter.op, self.rewriter.ints
-        ahead = op("Less", [op("Unsqueeze", [steps, ints(1)]), op("Unsqueeze", [steps, ints(0)])])
-        allowed = self.rewriter.constant("float.0", np.array(0, np.float32))
-        never = self.rewriter.constant("float.never", np.array(-np.inf, np.float32))
-        self.mask = op("Where", [ahead, never, allowed], name="causal_mask")
-        self.split_sizes = op("Concat", [length, new], axis=0, name="past_and_new")
+    def _number(self, value: int) -> ir.Value:
+        return self.rewriter.constant(f"int.{value}", np.array(value, np.int64))
 
-    def _past(self, call: ir.Node) -> ir.Value:
-        """The cache input [P, w] of an attention call, made when first asked for."""
-        layer = layer_of(call)
+    def _float(self, value: float) -> ir.Value:
+        return self.rewriter.constant(f"float.{value}", np.array(value, np.float32))
+
+    def _latent_views(self, call: ir.Node) -> list[ir.Value]:
+        """The cache inputs [T, w] of an attention call, one of each lane."""
         attributes = attributes_of(call)
         width = attributes["kv_lora_rank"] + attributes["qk_rope_head_dim"]
-        name = f"latent.{layer}"
-        for value in self.graph.inputs:
-            if value.name == f"past.{name}":
-                return value
-        past = ir.val(f"past.{name}", ir.DataType.FLOAT, ["P", width])
-        self.graph.inputs.append(past)
-        self.cache.append(CacheEntry(name, width))
-        return past
+        entry = CacheEntry(f"latent.{layer_of(call)}", width)
+        self.cache.append(entry)
+        names = [self.lanes.name("cache", entry.name, lane) for lane in range(self.lanes.count)]
+        values = [ir.val(name, ir.DataType.FLOAT, [name + ".rows", width]) for name in names]
+        self.graph.inputs.extend(values)
+        return values
 
     def _lower_grouped(self, call: ir.Node) -> None:
         """`GroupQueryAttention`, its cache in place: the buffer goes in as the past and comes out as the present."""
         op, ints = self.rewriter.op, self.rewriter.ints
-        q, k, v, cos, sin, *sinks = call.inputs
-        a, layer = attributes_of(call), layer_of(call)
+        q, k, v, cos, sin = call.inputs[:5]
+        a = attributes_of(call)
         heads, groups, dim = a["num_heads"], a["num_key_value_heads"], a["head_dim"]
-        rows = []
+        rows: list[ir.Value | None] = []
         for value, count in ((q, heads), (k, groups), (v, groups)):
             row = op("Reshape", [value, ints(1, -1, count * dim)])
             if value is not v:
                 row = op("RotaryEmbedding", [row, cos, sin], interleaved=a["interleaved"], num_heads=count)
             rows.append(self._widen_heads(row, count, dim))
         room = _kernel_head_size(dim)
-        pasts = []
-        for name in (f"key.{layer}", f"value.{layer}"):
-            pasts.append(ir.val(f"past.{name}", ir.DataType.FLOAT, [1, groups, "capacity", room]))
-            self.cache.append(CacheEntry(name, groups * room, groups))
-        self.graph.inputs.extend(pasts)
-        total = op("Squeeze", [self.total, ints(0)])
-        rotation = [None] * 3  # its own, which takes a table of every position
-        attended, *presents = self.rewriter.ops(
-            "GroupQueryAttention",
-            [*rows, *pasts, self.last, total, *rotation, self.windows.get(a["window"]), *sinks],
-            3,
-            domain=MS,
-            num_heads=heads,
-            kv_num_heads=groups,
-            scale=float(a["scale"]),
-            local_window_size=a["window"] if a["window"] in self.windows else -1,
-        )
-        for present, name in zip(presents, (f"new.key.{layer}", f"new.value.{layer}"), strict=True):
-            present.name, present.dtype = name, ir.DataType.FLOAT
-            present.shape = ir.Shape([1, groups, "capacity", room])
-        self.graph.outputs.extend(presents)
+        self.cache += [CacheEntry(f"{kind}.{layer_of(call)}", groups * room, groups) for kind in ("key", "value")]
+        if self.lanes.count == 1:
+            attended = self._attend_grouped(call, 0, rows)
+        else:
+            parts = self.lanes.deal(op("Concat", rows, axis=2), axis=1)
+            ones = [self._attend_grouped(call, lane, [part, None, None]) for lane, part in enumerate(parts)]
+            attended = self.lanes.join(ones, axis=1)
         if room != dim:
             by_head = op("Reshape", [attended, ints(1, -1, heads, room)])
             attended = op("Slice", [by_head, ints(0), ints(dim), ints(3)])
         self.rewriter.replace(call, [op("Reshape", [attended, ints(-1, heads * dim)])])
+
+    def _attend_grouped(self, call: ir.Node, lane: int, rows: list[ir.Value | None]) -> ir.Value:
+        """One lane's attention over its cache; `rows` are q, k and v, or all of them side by side."""
+        a, window = attributes_of(call), attributes_of(call)["window"]
+        layer, groups, room = layer_of(call), a["num_key_value_heads"], _kernel_head_size(a["head_dim"])
+        shape = [1, groups, "capacity", room]
+        entries = [f"{kind}.{layer}" for kind in ("key", "value")]
+        pasts = [ir.val(self.lanes.name("past", entry, lane), ir.DataType.FLOAT, shape) for entry in entries]
+        self.graph.inputs.extend(pasts)
+        rotation = [None] * 3  # its own, which takes a table of every position
+        mask = self.windows[lane].get(window)
+        attended, *presents = self.rewriter.ops(
+            "GroupQueryAttention",
+            [*rows, *pasts, *self.ends[lane], *rotation, mask, *call.inputs[5:]],
+            3,
+            domain=MS,
+            num_heads=a["num_heads"],
+            kv_num_heads=groups,
+            scale=float(a["scale"]),
+            local_window_size=window if mask is not None else -1,
+        )
+        for present, entry in zip(presents, entries, strict=True):
+            present.name, present.dtype = self.lanes.name("new", entry, lane), ir.DataType.FLOAT
+            present.shape = ir.Shape(shape)
+        self.graph.outputs.extend(presents)
+        return attended
 
     def _widen_heads(self, row: ir.Value, count: int, dim: int) -> ir.Value:
         """[1, S, count * dim] with zeros behind each head, up to the size the kernel takes; they change no product."""
@@ -177,40 +278,40 @@ class AttentionLowering:
         padded = op("Pad", [by_head, ints(0, room - dim), None, ints(3)])
         return op("Reshape", [padded, ints(1, -1, count * room)])
 
-    def _lower_latent(self, call: ir.Node) -> None:
+    def _lower_latent(self, call: ir.Node, caches: list[ir.Value]) -> None:
         """Absorbed form (arXiv:2405.04434, section 2.1.2): queries go to the latent's space, the cache stays.
 
-        Scores of past and new tokens are computed apart and only the scores are joined, so that the past stays a view.
+        Rows are token by token, [S, n, ...], so that those of a lane lie together.
         """
         op, ops, ints = self.rewriter.op, self.rewriter.ops, self.rewriter.ints
         q, latent, k_rope, cos, sin, k_up, v_up = call.inputs
         a = attributes_of(call)
         heads, nope, rope, rank = a["num_heads"], a["qk_nope_head_dim"], a["qk_rope_head_dim"], a["kv_lora_rank"]
-        past = self._past(call)
-        rotary = {"interleaved": a["interleaved"]}
-        rows = op("Reshape", [q, ints(1, -1, heads, nope + rope)])
-        by_head = op("Transpose", [rows], perm=[0, 2, 1, 3])
-        q_nope, q_rope = ops("Split", [by_head, ints(nope, rope)], 2, axis=3)
-        q_rope = op("RotaryEmbedding", [q_rope, cos, sin], **rotary)
-        query = op("Concat", [op("MatMul", [q_nope, k_up]), q_rope], axis=3)
-        query = op("Reshape", [query, ints(heads, -1, rank + rope)])
-        k_heads = op("Reshape", [k_rope, ints(1, 1, -1, rope)])
-        k_rope = op("Reshape", [op("RotaryEmbedding", [k_heads, cos, sin], **rotary), ints(-1, rope)])
-        new = op("Concat", [latent, k_rope], axis=1, name=f"new.latent.{layer_of(call)}")
-        new.dtype, new.shape = ir.DataType.FLOAT, ir.Shape(["S", rank + rope])
-        self.graph.outputs.append(new)
-        product: dict[str, Any] = {"domain": MS, "transB": 1, "alpha": float(a["scale"])}
-        past_scores = op("FusedMatMul", [query, past], **product)
-        new_scores = op("Add", [op("FusedMatMul", [query, new], **product), self.mask])
-        joined = op("Concat", [past_scores, new_scores], axis=2)
-        scores = op("Softmax", [joined], axis=2, name=f"attention.{layer_of(call)}")  # the name `moedge trace` knows
-        past_share, new_share = ops("Split", [scores, self.split_sizes], 2, axis=2)
-        mixed = op("Add", [op("MatMul", [past_share, past]), op("MatMul", [new_share, new])])
-        mixed = op("Slice", [mixed, ints(0), ints(rank), ints(2)])
-        values = op("FusedMatMul", [mixed, v_up], domain=MS, transB=1)
-        values = op("Transpose", [values], perm=[1, 0, 2])
-        y = op("Reshape", [values, ints(-1, heads * a["v_head_dim"])])
-        self.rewriter.replace(call, [y])
+        by_head = op("Reshape", [q, ints(-1, heads, nope + rope)])
+        q_nope, q_rope = ops("Split", [by_head, ints(nope, rope)], 2, axis=2)
+        absorbed = self.lanes.multiply_heads(q_nope, k_up)
+        # One rotation for the queries' heads and, as a head more, the key.
+        ropes = op("Concat", [q_rope, op("Unsqueeze", [k_rope, ints(1)])], axis=1)
+        ropes = op("Reshape", [ropes, ints(1, -1, (heads + 1) * rope)])
+        ropes = op("RotaryEmbedding", [ropes, cos, sin], interleaved=a["interleaved"], num_heads=heads + 1)
+        q_rope, k_rope = ops("Split", [op("Reshape", [ropes, ints(-1, heads + 1, rope)]), ints(heads, 1)], 2, axis=1)
+        query = op("Concat", [absorbed, q_rope], axis=2)
+        new = op("Concat", [latent, op("Squeeze", [k_rope, ints(1)])], axis=1)
+        written = self.lanes.deal(new)
+        for lane, rows in enumerate(written):
+            rows.name = self.lanes.name("new", f"latent.{layer_of(call)}", lane)
+            rows.dtype, rows.shape = ir.DataType.FLOAT, ir.Shape([rows.name + ".rows", rank + rope])
+        self.graph.outputs.extend(written)
+        mixed = []
+        for lane, rows in enumerate(self.lanes.deal_after(query, written[0])):
+            scores = op("FusedMatMul", [rows, caches[lane]], domain=MS, transB=1, alpha=float(a["scale"]))
+            if lane == 0:
+                scores = op("Add", [scores, self.mask])
+            name = f"attention.{layer_of(call)}" if lane == 0 else None  # the name `moedge trace` knows
+            mixed.append(op("MatMul", [op("Softmax", [scores], axis=2, name=name), caches[lane]]))
+        both = op("Slice", [self.lanes.join(mixed), ints(0), ints(rank), ints(2)])
+        values = self.lanes.multiply_heads(both, v_up, transB=1)
+        self.rewriter.replace(call, [op("Reshape", [values, ints(-1, heads * a["v_head_dim"])])])
 
 
 def _kernel_head_size(dim: int) -> int:

@@ -30,10 +30,14 @@ from ._canonical import (
     replace_each,
 )
 from ._ort_attention import MS, AttentionLowering, CacheEntry, layer_of
+from ._ort_rows import split_rows
 from ._routes import trace_session
 
 # int8 activations inside the product: three times the rate of the default for one token (docs/decisions.md).
 ACCURACY_LEVEL = 4
+LANES_MODEL = "model.lanes.onnx"
+# Sequences stepped together unless more are asked for: the graph is small, and whoever serves has it at once.
+LANES = 8
 
 trace_routes = trace_session
 
@@ -41,20 +45,30 @@ trace_routes = trace_session
 def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dict[str, Any]:
     """Write model.onnx into `folder`; the engine is this graph over the bundle's own weights."""
     ort = require("onnxruntime", purpose="build an engine for it")
-    if request.max_batch != 1:
-        raise BuildError(f"max_batch {request.max_batch}: the onnxruntime engine runs one sequence; use --max-batch 1")
-    if progress is not None:
-        progress("lowering to onnxruntime", 0, 1)
     if holds_torch_graph(request.bundle):
         from . import _ort_torch
 
+        if request.max_batch != 1:
+            raise BuildError(f"max_batch {request.max_batch}: a torch graph runs one sequence; use --max-batch 1")
         return _ort_torch.build(request, folder)
-    model, config = load_canonical(request.bundle)
     fused = has_router_weights()
-    cache = lower(model, accuracy_level=ACCURACY_LEVEL, fused_experts=fused, max_seq_len=request.max_seq_len)
-    (folder / MODEL).write_bytes(ir.to_proto(model).SerializeToString())
+    lanes = count_lanes(request)
+    for place, (name, count) in enumerate({MODEL: 1, LANES_MODEL: lanes}.items()):
+        if progress is not None:
+            progress("lowering to onnxruntime", place, 2)
+        if place and lanes == 1:
+            break
+        model, config = load_canonical(request.bundle)
+        cache = lower(
+            model,
+            accuracy_level=ACCURACY_LEVEL,
+            fused_experts=fused,
+            max_seq_len=request.max_seq_len,
+            lanes=count,
+        )
+        (folder / name).write_bytes(ir.to_proto(model).SerializeToString())
     if progress is not None:
-        progress("lowering to onnxruntime", 1, 1)
+        progress("lowering to onnxruntime", 2, 2)
     quantization = request.bundle.manifest["quantization"]
     return {
         "backend": "onnxruntime",
@@ -62,11 +76,24 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         "compute_capability": None,
         "precision": f"{quantization['weights']} weights, fp32 activations",
         "status": "ready",
-        "max_batch": 1,
+        "max_batch": request.max_batch,
         "max_seq_len": request.max_seq_len,
         "cache": [entry.to_json() for entry in cache],
-        "session": {"moe_layers": list(config.moe.layers), "fused_experts": fused},
+        "session": {"moe_layers": list(config.moe.layers), "fused_experts": fused, "lanes": lanes},
     }
+
+
+def count_lanes(request: BuildRequest) -> int:
+    """Sequences that the second graph steps together; 1 where there is none."""
+    if request.bundle.config.get("rope", {}).get("kind", "fixed") != "fixed":
+        # Its frequencies follow the longest position of a run, which must be one sequence's.
+        if request.max_batch > 1:
+            raise BuildError(
+                f"max_batch {request.max_batch}: this model's rope depends on the length, so that a run takes one "
+                "sequence; use --max-batch 1"
+            )
+        return 1
+    return max(LANES, request.max_batch)
 
 
 def has_router_weights() -> bool:
@@ -86,20 +113,25 @@ def lower(
     accuracy_level: int = ACCURACY_LEVEL,
     fused_experts: bool = True,
     max_seq_len: int | None = None,
+    lanes: int = 1,
 ) -> list[CacheEntry]:
     """Rewrite a canonical model in place; returns its cache tensors. `max_seq_len`: wider windows are no windows.
 
-    Afterwards: inputs input_ids int64 [S], rows int64 [R], past.NAME float32 [P, width]; outputs logits float32
-    [R, vocab], new.NAME float32 [S, width], experts.LAYER int64 and weights.LAYER float32 [S, k]. A cache by heads has
-    past.NAME and new.NAME float32 [1, heads, capacity, width / heads], one buffer, and an input length int64 [1]: P.
+    Afterwards: inputs input_ids int64 [S], rows int64 [R], cache.NAME float32 [T, width] (a view, the run's own rows at
+    its end); outputs logits float32 [R, vocab], new.NAME float32 [S, width] (to be bound to that end), experts.LAYER
+    int64 and weights.LAYER float32 [S, k]. A cache by heads has past.NAME and new.NAME float32
+    [1, heads, capacity, width / heads], one buffer, and an input length int64 [1], the rows before the run.
+    With more than one lane each has tensors of its own (cache.NAME.LANE ...), and `Lanes` says what else goes in.
     """
     lowering = _Lowering(model, accuracy_level, fused_experts)
-    attention = AttentionLowering(lowering.rewriter, max_seq_len)
+    attention = AttentionLowering(lowering.rewriter, max_seq_len, lanes)
     attention.lower()
     lowering.lower_gates()
     for kind in ("Experts", "BiasedExperts"):
         replace_each(lowering.rewriter, find_calls(model, kind), lowering.lower_experts)
     replace_each(lowering.rewriter, find_linears(model), lowering.lower_linear)
+    if lanes > 1:
+        split_rows(lowering.rewriter, attention.lanes.pieces)
     lowering.lower_head()
     finish_model(model, {MS: 1})
     return attention.cache

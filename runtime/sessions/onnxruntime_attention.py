@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from ..preflight import EngineInfo
 
 _NAME = "attention."
+_DTYPES = {
+    "tensor(int64)": np.int64,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}
 _AFTER_SOFTMAX = 2  # GroupQueryAttention's qk_output
 
 
@@ -40,15 +47,23 @@ def read_attention(
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     model = _expose((bundle.engine_dir(info.profile) / MODEL).read_bytes(), layers, info.profile)
     session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
-    known = {"S": len(tokens), "R": 1, "P": 0, "capacity": len(tokens)}
-    feeds = {}
+    known = {"S": len(tokens), "R": 1, "capacity": len(tokens)}
+    binding = session.io_binding()
     for value in session.get_inputs():
-        kind = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
-        dtype = kind.get(value.type, np.int8 if value.type == "tensor(int8)" else np.uint8)
-        feeds[value.name] = np.zeros([known.get(size, size) for size in value.shape], dtype)
-    feeds["input_ids"] = tokens
-    found = session.run([f"{_NAME}{layer}" for layer in layers], feeds)
-    return {layer: values.reshape(values.shape[-3:]) for layer, values in zip(layers, found, strict=True)}
+        # The view of a cache ends with the run's own rows, which the graph writes there first: one buffer for both.
+        shape = [known.get(size, len(tokens)) for size in value.shape]
+        buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _DTYPES[value.type]))
+        if value.name == "input_ids":
+            buffer = ort.OrtValue.ortvalue_from_numpy(tokens)
+        binding.bind_ortvalue_input(value.name, buffer)
+        if value.name.startswith("cache."):
+            binding.bind_ortvalue_output(f"new.{value.name.removeprefix('cache.')}", buffer)
+    for layer in layers:
+        binding.bind_output(f"{_NAME}{layer}")
+    session.run_with_iobinding(binding)
+    found = binding.get_outputs()[-len(layers) :]
+    values = {layer: output.numpy() for layer, output in zip(layers, found, strict=True)}
+    return {layer: weights.reshape(weights.shape[-3:]) for layer, weights in values.items()}
 
 
 def _expose(model: bytes, layers: Sequence[int], profile: str) -> bytes:

@@ -1,0 +1,74 @@
+"""What binds arrays to an onnxruntime graph, whichever session it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import EngineError
+from . import Routing
+
+if TYPE_CHECKING:
+    from ..preflight import EngineInfo
+    from ._ort_cache import Buffer
+
+CPU = ("cpu", 0)  # onnxruntime's device type and id
+
+
+def run_bound(session: Any, binding: Any) -> None:
+    """Run with what is bound.
+
+    Raises:
+        EngineError: memory is short.
+    """
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        text = str(error)
+        if "allocat" not in text and "bad_alloc" not in text:
+            raise
+        raise EngineError(
+            "not enough memory for this step; give a shorter prompt, or load with a smaller max_seq_len"
+        ) from error
+
+
+def bind_buffer(binding: Any, buffer: Buffer, name: str) -> None:
+    """Bind a cache by heads: the same buffer as past and as present."""
+    place = (*CPU, buffer.kind, buffer.shape, buffer.address)
+    binding.bind_input(f"past.{name}", *place)
+    binding.bind_output(f"new.{name}", *place)
+
+
+def empty_routing(info: EngineInfo, tokens: int) -> Routing:
+    shape = (len(info.moe_layers), tokens, info.num_experts_per_tok)
+    return Routing(np.empty(shape, np.int64), np.empty(shape, np.float32))
+
+
+def bind_routing(binding: Any, info: EngineInfo, routing: Routing) -> None:
+    """Bind the outputs that say where tokens went."""
+    for index, layer in enumerate(info.moe_layers):
+        for name, values in routing._asdict().items():
+            part = values[index]
+            binding.bind_output(f"{name}.{layer}", *CPU, values.dtype.type, part.shape, part.ctypes.data)
+
+
+def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str]) -> None:
+    """Compare what the graph takes and gives with what engine.json says: a mix-up would write past a buffer.
+
+    of_lane: what a tensor of the cache is called in the graph.
+    """
+    has = {value.name: value for value in [*session.get_inputs(), *session.get_outputs()]}
+    routes = [f"{kind}.{layer}" for kind in ("experts", "weights") for layer in info.moe_layers]
+    widths = dict.fromkeys(routes, info.num_experts_per_tok) | {"logits": info.vocab_size}
+    for entry in info.cache:
+        for kind in ("past" if entry.heads else "cache", "new"):
+            widths[of_lane(f"{kind}.{entry.name}")] = entry.width // (entry.heads or 1)
+    for name in ["input_ids", "rows", *widths]:
+        width = has[name].shape[-1] if name in has else None
+        if name not in has or (isinstance(width, int) and width != widths.get(name, width)):
+            raise EngineError(
+                f"engine '{info.profile}' is not what its engine.json says ({name} is missing or of another width); "
+                f"build it again: moedge build BUNDLE --profile {info.profile}"
+            )

@@ -1,0 +1,120 @@
+"""A sequence's KV cache for an onnxruntime graph, which is never copied.
+
+Most of it are buffers [capacity, width]: the graph is given a view of the rows so far, those of the run included, and
+writes the run's own rows to the view's end. So a step writes S rows and copies none, and rewinding is a smaller view.
+Attention with key and value heads has its cache by heads instead, [1, heads, capacity, head size]: one buffer that is
+the kernel's input and its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import EngineError
+
+if TYPE_CHECKING:
+    from ..preflight import CacheEntry, EngineInfo
+
+_ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+
+
+class View(NamedTuple):
+    """A buffer of rows, as each step binds it."""
+
+    name: str
+    width: int
+    kind: type[Any]
+    address: int
+    row: int  # bytes
+
+
+class Buffer(NamedTuple):
+    """A buffer by heads, bound once."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: type[Any]
+    address: int
+
+
+class SequenceCache:
+    """The buffers of one sequence and how many tokens are in them.
+
+    Raises:
+        EngineError: they do not fit the memory.
+    """
+
+    def __init__(self, info: EngineInfo, capacity: int) -> None:
+        self._length = 0
+        self._capacity = capacity
+        self._cache: dict[str, NDArray[Any]] = {}
+        self.views: list[View] = []
+        self.buffers: list[Buffer] = []
+        for entry in info.cache:
+            array = aligned_empty(_shape(entry, capacity), np.dtype(entry.dtype))
+            self._cache[entry.name] = array
+            kind, address = array.dtype.type, array.ctypes.data
+            if entry.heads:
+                self.buffers.append(Buffer(entry.name, array.shape, kind, address))
+            else:
+                self.views.append(View(entry.name, entry.width, kind, address, entry.width * array.itemsize))
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def truncate(self, length: int) -> None:
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot truncate {self._length} tokens to {length}")
+        self._length = length
+
+    def read_rows(self, start: int, stop: int) -> list[NDArray[Any]]:
+        if not 0 <= start <= stop <= self._length:
+            raise ValueError(f"cannot read tokens {start} to {stop} of {self._length}")
+        return [rows.copy() for rows in self._rows(start, stop)]
+
+    def append_rows(self, rows: Sequence[NDArray[Any]]) -> None:
+        count = rows[0].shape[-2] if rows and rows[0].ndim >= 2 else 0
+        if self._length + count > self._capacity:
+            raise ValueError(f"no room for {count} tokens: {self._length} of {self._capacity} are taken")
+        places = self._rows(self._length, self._length + count)
+        if [(part.shape, part.dtype) for part in rows] != [(place.shape, place.dtype) for place in places]:
+            raise ValueError("these rows are of another cache")
+        for place, part in zip(places, rows, strict=True):
+            place[:] = part
+        self._length += count
+
+    def free(self) -> None:
+        """Let go of the buffers; they are freed with the last view of them."""
+        self._cache.clear()
+        self.views.clear()
+        self.buffers.clear()
+
+    def _rows(self, start: int, stop: int) -> list[NDArray[Any]]:
+        """Views of each cache tensor's tokens: [tokens, width], or [1, heads, tokens, head size]."""
+        return [buffer[..., start:stop, :] for buffer in self._cache.values()]
+
+
+def _shape(entry: CacheEntry, capacity: int) -> tuple[int, ...]:
+    return (1, entry.heads, capacity, entry.width // entry.heads) if entry.heads else (capacity, entry.width)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An uninitialized array whose first byte is aligned to a cache line; pages are taken when they are written."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    try:
+        raw = np.empty(size + _ALIGNMENT, np.uint8)
+    except MemoryError:
+        raise EngineError(
+            f"a cache of {size / 2**20:,.0f} MiB does not fit the memory; load with a smaller max_seq_len"
+        ) from None
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,217 @@
+"""Several sequences in one run of an onnxruntime graph.
+
+A run takes a prompt's chunk of one sequence, or one token of each of up to `lanes`. Products over one row, and the last
+of an odd number of rows, round differently in onnxruntime's kernels from products over an even number (tried with
+1.31). So a run of single tokens always has an even number of rows, the first one twice where need be: what a token
+gives does not depend, to the bit, on how many others are stepped with it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import Routing, check_room, check_routing
+from ._ort_binding import CPU, bind_buffer, bind_routing, check_interface, empty_routing, run_bound
+from ._ort_cache import SequenceCache, aligned_empty
+
+if TYPE_CHECKING:
+    from ..preflight import EngineInfo
+
+
+class _Frame:
+    """The arrays of a run with one token in each of the first `active` lanes, made once and filled for each run."""
+
+    def __init__(self, info: EngineInfo, active: int, lanes: int, idle_rows: int) -> None:
+        count = active + active % 2
+        self.active = active
+        self.input_ids = np.zeros(count, np.int64)
+        self.places = np.zeros((1, count), np.int64)
+        self.rows = np.arange(count)
+        self.sizes = np.array([1] * active + [idle_rows] * (lanes - active), np.int64)
+        self.take = np.array([*range(active), *[0] * (idle_rows * (lanes - active))], np.int64)
+        self.give = np.array([*range(active), *[0] * (count - active)], np.int64)
+        self.logits = aligned_empty((count, info.vocab_size), np.dtype(np.float32))
+        self.routing = empty_routing(info, count)
+
+
+class LaneRunner:
+    """The graph, its binding, and what each lane is bound to. Thread-safe: runs wait for one another."""
+
+    def __init__(self, session: Any, info: EngineInfo, lanes: int, threads: int) -> None:
+        for lane in range(lanes):
+            check_interface(session, info, lambda name, lane=lane: f"{name}.{lane}")  # type: ignore[misc]
+        self.info = info
+        self.lanes = lanes
+        self.threads = threads
+        self.users = 0
+        self.session: Any = session
+        self._lock = threading.Lock()
+        self._binding: Any = session.io_binding()
+        self._lengths = np.zeros(lanes, np.int64)
+        self._binding.bind_input("lengths", *CPU, np.int64, (lanes,), self._lengths.ctypes.data)
+        self._frames: dict[int, _Frame] = {}
+        self._frame: object = None  # the bound one
+        # A kernel over a cache by heads cannot do without a row: idle lanes take the run's first, and a cache of one.
+        self._idle = SequenceCache(info, 1)
+        self._idle_rows = 1 if self._idle.buffers else 0
+        self._bound: list[SequenceCache | None] = [None] * lanes
+
+    def run_chunk(
+        self, cache: SequenceCache, input_ids: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.float32]
+    ) -> Routing:
+        """Put tokens behind one sequence; `out` [R, vocab] is the logits after those at `rows`."""
+        count, idle = len(input_ids), self.lanes - 1
+        arrays = {
+            "input_ids": np.ascontiguousarray(input_ids, np.int64),
+            "places": np.arange(cache.length, cache.length + count)[None],
+            "rows": np.ascontiguousarray(rows, np.int64),
+            "sizes": np.array([count] + [self._idle_rows] * idle),
+            "take": np.array([*range(count), *[0] * (self._idle_rows * idle)]),
+            "give": np.arange(count),
+        }
+        routing = empty_routing(self.info, count)
+        with self._lock:
+            self._frame = arrays  # which the binding holds the addresses of
+            self._bind(arrays, out, routing)
+            self._run([cache], count)
+        return routing
+
+    def run_together(self, caches: Sequence[SequenceCache], tokens: NDArray[np.int64]) -> _Frame:
+        """Put one token behind each sequence; the frame's logits and routing are of the next run of as many."""
+        active = len(caches)
+        with self._lock:
+            frame = self._frames.get(active)
+            if frame is None:
+                frame = self._frames[active] = _Frame(self.info, active, self.lanes, self._idle_rows)
+            if self._frame is not frame:
+                names = ("input_ids", "places", "rows", "sizes", "take", "give")
+                self._bind({name: getattr(frame, name) for name in names}, frame.logits, frame.routing)
+                self._frame = frame
+            frame.input_ids[:active] = tokens
+            frame.input_ids[active:] = tokens[0]
+            frame.places[0, :active] = [cache.length for cache in caches]
+            frame.places[0, active:] = caches[0].length
+            self._run(caches, 1)
+        return frame
+
+    def _bind(self, arrays: dict[str, NDArray[np.int64]], logits: NDArray[np.float32], routing: Routing) -> None:
+        for name, array in arrays.items():
+            self._binding.bind_input(name, *CPU, np.int64, array.shape, array.ctypes.data)
+        self._binding.bind_output("logits", *CPU, np.float32, logits.shape, logits.ctypes.data)
+        bind_routing(self._binding, self.info, routing)
+
+    def _run(self, caches: Sequence[SequenceCache], count: int) -> None:
+        """Run with `caches` in the first lanes, `count` new rows in each."""
+        for lane in range(self.lanes):
+            if lane < len(caches):
+                cache = caches[lane]
+                self._lengths[lane] = cache.length
+                self._bind_views(lane, cache, cache.length, count)
+            else:
+                cache = self._idle
+                self._lengths[lane] = 0
+                if self._bound[lane] is not cache:
+                    self._bind_views(lane, cache, 0, 0)
+            if self._bound[lane] is not cache:
+                for buffer in cache.buffers:
+                    bind_buffer(self._binding, buffer, f"{buffer.name}.{lane}")
+                self._bound[lane] = cache
+        run_bound(self.session, self._binding)
+
+    def _bind_views(self, lane: int, cache: SequenceCache, past: int, count: int) -> None:
+        bind_input, bind_output = self._binding.bind_input, self._binding.bind_output
+        for name, width, kind, address, row in cache.views:
+            bind_input(f"cache.{name}.{lane}", *CPU, kind, (past + count, width), address)
+            bind_output(f"new.{name}.{lane}", *CPU, kind, (count, width), address + past * row)
+
+    def forget(self, cache: SequenceCache) -> None:
+        """Bind nothing of a cache that goes."""
+        with self._lock:
+            for lane, bound in enumerate(self._bound):
+                if bound is cache:
+                    self._bind_views(lane, self._idle, 0, 0)
+                    for buffer in self._idle.buffers:
+                        bind_buffer(self._binding, buffer, f"{buffer.name}.{lane}")
+                    self._bound[lane] = self._idle
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._binding = self.session = None
+        self._bound.clear()
+
+
+class LaneSession(SequenceCache):
+    """One sequence of several over one graph; see `Session` for what the members do."""
+
+    def __init__(self, runner: LaneRunner, capacity: int) -> None:
+        super().__init__(runner.info, capacity)
+        self._runner = runner
+        self._open = True
+        runner.users += 1
+        self._routing = empty_routing(runner.info, 0)
+        self._logits = np.empty((1, runner.info.vocab_size), np.float32)  # of `step`; the runner's are everybody's
+
+    @property
+    def threads(self) -> int:
+        return self._runner.threads
+
+    @property
+    def lanes(self) -> int:
+        return self._runner.lanes
+
+    @property
+    def routing(self) -> Routing:
+        return self._routing
+
+    def step(
+        self, input_ids: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        count = len(input_ids)
+        if count == 1 and len(rows) == 1:
+            out = self._logits if out is None else out
+            out[:] = self.step_together((), input_ids)
+            return out
+        check_room(self._capacity, self._length, count)
+        logits = np.empty((len(rows), self._runner.info.vocab_size), np.float32) if out is None else out
+        self._routing = self._runner.run_chunk(self, input_ids, rows, logits)
+        check_routing(self._routing, self._runner.info.moe_layers, self._length)
+        self._length += count
+        return logits
+
+    def step_together(self, others: Sequence[LaneSession], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        sessions = (self, *others)
+        if len(tokens) != len(sessions) or len(sessions) > self._runner.lanes:
+            raise ValueError(f"{len(tokens)} tokens for {len(sessions)} sequences in {self._runner.lanes} lanes")
+        for session in sessions:
+            check_room(session._capacity, session._length, 1)
+        frame = self._runner.run_together(sessions, tokens)
+        experts, weights = frame.routing
+        for lane, session in enumerate(sessions):
+            session._routing = Routing(experts[:, lane : lane + 1], weights[:, lane : lane + 1])
+            check_routing(session._routing, self._runner.info.moe_layers, session._length)
+        for session in sessions:
+            session._length += 1
+        return frame.logits[: len(sessions)]
+
+    def another(self) -> LaneSession:
+        return LaneSession(self._runner, self._capacity)
+
+    def end_profiling(self) -> Path:
+        """The profile (Chrome's trace format) of a session that was opened with `profile_prefix`."""
+        return Path(self._runner.session.end_profiling())
+
+    def close(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self._runner.forget(self)
+        self._runner.users -= 1
+        if not self._runner.users:
+            self._runner.close()
+        self.free()
