@@ -47,11 +47,10 @@ def read_attention(
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     model = _expose((bundle.engine_dir(info.profile) / MODEL).read_bytes(), layers, info.profile)
     session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
-    known = {"S": len(tokens), "R": 1, "capacity": len(tokens)}
     binding = session.io_binding()
     for value in session.get_inputs():
         # The view of a cache ends with the run's own rows, which the graph writes there first: one buffer for both.
-        shape = [known.get(size, len(tokens)) for size in value.shape]
+        shape = [size if isinstance(size, int) else 1 if size == "R" else len(tokens) for size in value.shape]
         buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _DTYPES[value.type]))
         if value.name == "input_ids":
             buffer = ort.OrtValue.ortvalue_from_numpy(tokens)
