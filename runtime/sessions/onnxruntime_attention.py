@@ -61,8 +61,12 @@ def read_attention(
         binding.bind_output(f"{_NAME}{layer}")
     session.run_with_iobinding(binding)
     found = binding.get_outputs()[-len(layers) :]
-    values = {layer: output.numpy() for layer, output in zip(layers, found, strict=True)}
-    return {layer: weights.reshape(weights.shape[-3:]) for layer, weights in values.items()}
+    return {layer: _by_head(output.numpy()) for layer, output in zip(layers, found, strict=True)}
+
+
+def _by_head(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[heads, T, T] of what the kernel gives, [1, heads, T, T], or the softmax, [T, heads, T]."""
+    return weights[0] if weights.ndim == 4 else weights.transpose(1, 0, 2)
 
 
 def _expose(model: bytes, layers: Sequence[int], profile: str) -> bytes:
