@@ -31,6 +31,7 @@ DTYPES = {
     "float16": ir.DataType.FLOAT16,
     "uint8": ir.DataType.UINT8,
     "uint4": ir.DataType.UINT4,
+    "int64": ir.DataType.INT64,
 }
 
 
@@ -199,13 +200,41 @@ class _GraphBuilder:
         inputs = [logits, self.weight(f"{prefix}.router.bias")] if gate.bias else [logits]
         names = [f"{prefix}.gate.experts", f"{prefix}.gate.weights"]
         experts, weights = self.call_many(gate.op, inputs, 2, gate.attributes, names=names)
-        y = self.experts(f"{prefix}.experts", [h, experts, weights])
+        order = self.layout[f"{prefix}.experts.gate_up.weight"].order
+        if order is None:
+            y = self.experts(f"{prefix}.experts", [h, experts, weights])
+        elif len(order.shape) == 1:
+            ordered = self.op("Gather", [h, self.external(order)], axis=1)
+            y = self.experts(f"{prefix}.experts", [ordered, experts, weights])
+        else:
+            y = self.ordered_experts(f"{prefix}.experts", h, experts, weights, order)
         if f"{prefix}.shared.down.weight" in self.layout:
             shared = self.gated_mlp(f"{prefix}.shared", h)
             if self.config.moe.shared_gate:
                 shared = self.op("Mul", [shared, self.op("Sigmoid", [self.linear(h, f"{prefix}.shared.gate.weight")])])
             y = self.op("Add", [y, shared])
         return y
+
+    def ordered_experts(
+        self, prefix: str, h: ir.Value, experts: ir.Value, weights: ir.Value, order: Slot
+    ) -> ir.Value:
+        """Each expert wants its inputs in an order of its own: a row for each choice, which chooses that expert alone.
+
+        h [T, H], experts and weights [T, k] -> [T, H]. GatherND, because onnx's evaluator is wrong for long
+        GatherElements.
+        """
+        orders = self.op("Gather", [self.external(order), experts], axis=0)  # [T, k, in]
+        places = self.op("Reshape", [orders, self.ints("shape.places", [0, -1, 1])])
+        picked = self.op("GatherND", [h, places], batch_dims=1)  # [T, k*in]
+        rows = self.op("Reshape", [picked, self.ints(f"shape.rows.{order.shape[-1]}", [-1, order.shape[-1]])])
+        column = self.ints("shape.column", [-1, 1])
+        choices, shares = self.op("Reshape", [experts, column]), self.op("Reshape", [weights, column])
+        choices.dtype, choices.shape = ir.DataType.INT64, ir.Shape(["choices", 1])
+        outputs = self.experts(prefix, [rows, choices, shares])
+        top_k = self.config.moe.num_experts_per_tok
+        shape = self.ints("shape.choices", [-1, top_k, self.config.hidden_size])
+        by_token = self.op("Reshape", [outputs, shape])
+        return self.op("ReduceSum", [by_token, self.ints("axis.choices", [1])], keepdims=0)
 
     def experts(self, prefix: str, inputs: list[ir.Value]) -> ir.Value:
         """`inputs`: tokens [T, H], their experts and weights [T, k]."""
@@ -222,6 +251,9 @@ class _GraphBuilder:
 
     def linear(self, x: ir.Value, name: str, bias: str | None = None) -> ir.Value:
         """x [T, in] times the transpose of a weight [out, in], plus a bias where the checkpoint has one."""
+        order = self.layout[name].order
+        if order is not None:
+            x = self.op("Gather", [x, self.external(order)], axis=1)
         y = self.op("MatMul", [x, self.op("Transpose", [self.weight(name)], perm=[1, 0])])
         bias = name.removesuffix(".weight") + ".bias" if bias is None else bias
         if bias in self.layout:

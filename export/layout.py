@@ -7,7 +7,7 @@ input dimension, so that one offset serves `DequantizeLinear`, `MatMulNBits` and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from .options import BY_CHANNEL, GROUP_SIZES
@@ -15,9 +15,8 @@ from .quantization import Integers, pick_group_size
 from .weights import Weight
 
 ALIGNMENT = 64
-Dtype = Literal["float32", "float16", "uint8", "uint4"]
-_FINE = 32  # group size where 8 bits stand in for integers that cannot be kept
-_BITS = {"float32": 32, "float16": 16, "uint8": 8, "uint4": 4}
+Dtype = Literal["float32", "float16", "uint8", "uint4", "int64"]
+_BITS = {"float32": 32, "float16": 16, "uint8": 8, "uint4": 4, "int64": 64}
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Stored:
     group_size: int = 0
     shared_zero_points: bool = False
     by_channel: bool = False  # one scale a row, repeated for each group: kernels know no longer groups
+    order: Slot | None = None  # int64 [in], or [units, in]: `Weight.order`
 
     @property
     def bits(self) -> int:
@@ -55,9 +55,15 @@ class Stored:
         return self.scales is not None
 
     @property
+    def channels(self) -> int:
+        """Input channels: as many as columns, or fewer where zeros fill groups."""
+        order = self.weight.order
+        return self.weight.shape[-1] if order is None else int(order.max()) + 1
+
+    @property
     def nbytes(self) -> int:
         """What reading this tensor costs; a shared constant of zero points counts for nothing."""
-        slots = [self.data, self.scales, None if self.shared_zero_points else self.zero_points]
+        slots = [self.data, self.scales, None if self.shared_zero_points else self.zero_points, self.order]
         return sum(slot.nbytes for slot in slots if slot is not None)
 
 
@@ -114,8 +120,9 @@ def plan_layout(plan: list[Weight], weights: str, group_size: int, *, zero_point
 
 def _place(weight: Weight, choice: Choice, allocator: _Allocator, constants: dict[Dtype, Slot]) -> Stored:
     data = allocator.take(weight.name, choice.dtype, weight.shape)
+    order = None if weight.order is None else allocator.take(f"{weight.name}.order", "int64", weight.order.shape)
     if not choice.group_size:
-        return Stored(weight, data)
+        return Stored(weight, data, order=order)
     shape = (*weight.shape[:-1], weight.shape[-1] // choice.group_size)
     scales = allocator.take(f"{weight.name}.scales", "float32", shape)
     name = f"{weight.name}.zero_points"
@@ -123,7 +130,7 @@ def _place(weight: Weight, choice: Choice, allocator: _Allocator, constants: dic
         zero = allocator.take(name, choice.dtype, shape)
     else:
         zero = Slot(name, choice.dtype, shape, constants[choice.dtype].offset)
-    return Stored(weight, data, scales, zero, choice.group_size, not choice.zero_points, choice.by_channel)
+    return Stored(weight, data, scales, zero, choice.group_size, not choice.zero_points, choice.by_channel, order)
 
 
 def _link(weight: Weight) -> str:
@@ -131,40 +138,29 @@ def _link(weight: Weight) -> str:
     return weight.name.rsplit(".", 2)[0] if weight.role == "experts" else weight.name
 
 
-@dataclass
-class _Brought:
-    """What a link's pieces bring from a quantized checkpoint: integers to keep, and the least bits they ask for."""
-
-    integers: set[Integers] = field(default_factory=set)
-    least_bits: int = 0
-
-
-def _gather_brought(plan: list[Weight]) -> dict[str, _Brought]:
-    brought: dict[str, _Brought] = {}
+def _gather_brought(plan: list[Weight]) -> dict[str, set[Integers]]:
+    """By link: the integers that its pieces bring from a quantized checkpoint, which are kept."""
+    brought: dict[str, set[Integers]] = {}
     for weight in plan:
         for piece in weight.pieces() if weight.precision != "keep" else ():
-            if piece.packed is not None:
-                link = brought.setdefault(_link(weight), _Brought())
-                link.least_bits = max(link.least_bits, piece.packed.least_bits)
-                if piece.integers is not None:
-                    link.integers.add(piece.integers)
+            if piece.integers is not None:
+                brought.setdefault(_link(weight), set()).add(piece.integers)
     return brought
 
 
-def _choose(weight: Weight, brought: dict[str, _Brought], weights: str, group_size: int, zero_points: bool) -> Choice:
+def _choose(
+    weight: Weight, brought: dict[str, set[Integers]], weights: str, group_size: int, zero_points: bool
+) -> Choice:
     """What was brought, else what was asked for. A matrix that no group size divides stays float32."""
     if weight.precision == "keep":
         return Choice("float32")
-    link = brought.get(_link(weight), _Brought())
-    if link.integers:
-        return _keep(weight, link)
+    if _link(weight) in brought:
+        return _keep(weight, brought[_link(weight)])
     if weights in ("fp32", "fp16"):
         return Choice("float32" if weights == "fp32" else "float16")
     widths = (weight.shape[-1], *weight.group_with)
     by_channel = group_size == BY_CHANNEL
     group_size = max(GROUP_SIZES) if by_channel else group_size
-    if link.least_bits == 8:
-        weights, group_size, by_channel = "int8", min(group_size, _FINE), False
     dtype: Dtype = "uint8" if weights == "int8" or weight.precision == "table" else "uint4"
     if zero_points and weight.precision != "table":
         group = pick_group_size(group_size, *widths, even=dtype == "uint4")
@@ -174,14 +170,15 @@ def _choose(weight: Weight, brought: dict[str, _Brought], weights: str, group_si
     return Choice("float32") if group is None else Choice(dtype, group, by_channel=by_channel)
 
 
-def _keep(weight: Weight, link: _Brought) -> Choice:
+def _keep(weight: Weight, integers: set[Integers]) -> Choice:
     """The narrowest form that holds these integers bit for bit; float32, which is exact too, where none does."""
     # Rows of a table are gathered, and onnxruntime gathers no nibbles.
-    bits = max(8 if weight.precision == "table" else 4, link.least_bits, *(held.bits for held in link.integers))
-    common = math.gcd(_FINE if link.least_bits == 8 else 0, *(held.group_size for held in link.integers))
+    bits = max(8 if weight.precision == "table" else 4, *(held.bits for held in integers))
+    common = math.gcd(*(held.group_size for held in integers))
     widest = common & -common  # every size that is offered is a power of two
-    # Codes of 4 bits with a zero point of their own move it to the middle when they are stored in 8.
-    own = any(held.zero_points and held.bits == bits for held in link.integers)
+    # Codes of 4 bits with a zero point of their own move it to the middle when they are stored in 8: TensorRT would have
+    # to make up for a zero point far from it, in half precision.
+    own = any(held.zero_points and held.bits == bits for held in integers)
     widths = (weight.shape[-1], *weight.group_with)
     if bits == 4:
         group = pick_group_size(widest, *widths, even=own)

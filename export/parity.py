@@ -66,7 +66,7 @@ def check_parity(
     _raise_first(faults, "layers of the graph differ from the reference")
 
 
-def find_needs(config: MoEConfig, model: ir.Model, folder: Path) -> GraphNeeds:
+def find_needs(config: MoEConfig, layout: Layout, model: ir.Model, folder: Path) -> GraphNeeds:
     """What the check of the graph holds, from shapes alone; onnxruntime is loaded, so that its own memory shows.
 
     Raises:
@@ -74,13 +74,19 @@ def find_needs(config: MoEConfig, model: ir.Model, folder: Path) -> GraphNeeds:
     """
     warm_up()
     widest = max(_HEAD_TOKENS * config.vocab_size, _TOKENS * 2 * max(config.hidden_size, config.intermediate_size))
-    runner = GraphRunner(model, folder, _count_tokens(config))
+    runner = GraphRunner(model, folder, _count_tokens(config, layout))
     return GraphNeeds(runner.budget, _COPIES * 4 * widest)
 
 
-def _count_tokens(config: MoEConfig) -> int:
-    """Tokens that go through a mixture at most: the sequence's own, and those that visit the experts it leaves out."""
-    return _TOKENS + -(-config.moe.num_experts // config.moe.num_experts_per_tok)
+def _count_tokens(config: MoEConfig, layout: Layout) -> int:
+    """Rows that go through a mixture at most: the sequence's own, and those that visit the experts it leaves out.
+
+    Where experts have orders of their own, each choice is a row.
+    """
+    experts, top_k = config.moe.num_experts, config.moe.num_experts_per_tok
+    if any(stored.order is not None and len(stored.order.shape) == 2 for stored in layout.stored.values()):
+        return _TOKENS * top_k + experts
+    return _TOKENS + -(-experts // top_k)
 
 
 def _raise_first(faults: list[str], what: str) -> None:
@@ -126,6 +132,7 @@ def find_weight_faults(
     total = sum(math.prod(stored.data.shape) for stored in layout.stored.values())
     done = 0
     for stored in layout.stored.values():
+        faults += _compare_orders(reader, stored)
         for unit in range(len(stored.weight.units)):
             for name, fault in _compare_unit(checkpoint, reader, stored, unit, max_rounding, digests or {}).items():
                 faults.append(f"{name} (as {stored.weight.name}): {fault}")
@@ -133,6 +140,18 @@ def find_weight_faults(
             if progress is not None:
                 progress("checking weights", done, total)
     return faults
+
+
+def _compare_orders(reader: WeightsReader, stored: Stored) -> list[str]:
+    """One line for each unit whose columns stand for other input channels than they were arranged by."""
+    order = stored.weight.order
+    if order is None:
+        return []
+    return [
+        f"{stored.weight.units[unit][0].names[0]} (as {stored.weight.name}): the order of its input channels differs"
+        for unit, wanted in enumerate(np.atleast_2d(order))
+        if not np.array_equal(reader.read_order(stored, unit), wanted)
+    ]
 
 
 def _compare_unit(
@@ -218,7 +237,7 @@ def find_graph_faults(
 ) -> list[str]:
     """One line for each layer whose graph differs from the numpy reference on the same weights."""
     reader = WeightsReader(weights_path, layout, memory.chunk)
-    runner = GraphRunner(model, weights_path.parent, _count_tokens(config), memory.graph)
+    runner = GraphRunner(model, weights_path.parent, _count_tokens(config, layout), memory.graph)
     check = _GraphCheck(config, reader, runner)
     steps = config.num_hidden_layers + 2
     for step, _ in enumerate(check.run(), 1):
@@ -284,16 +303,27 @@ class _GraphCheck:
         (name,) = [value.name or "" for value in step.node.outputs]
         h, choices, shares = (values[name] for name in names)
         rows, visits, weights = visit_rest(choices, self.config.moe.num_experts)
-        rows %= len(h)
-        parts = [np.concatenate(pair) for pair in ((h, h[rows]), (choices, visits), (shares, weights))]
+        plain = h[rows % len(h), : self.config.hidden_size]
+        further = self.order_rows(layer, plain, visits)
+        parts = [np.concatenate(pair) for pair in ((h, further), (choices, visits), (shares, weights))]
         y = self.runner.run_step(step, {**values, **dict(zip(names, parts, strict=True))})[name]
         faults = []
         if len(visits):
-            expected = self._run_experts(layer, h[rows], visits, weights)
+            expected = self._run_experts(layer, plain, visits, weights)
             faults = _compare(f"layer {layer} (experts {_shorten(visits)})", y[len(h) :], expected)
         alone = self._run_alone(step, values, names)
         faults += _compare(f"layer {layer} (one token)", alone, y[:1])
         return {name: y[: len(h)]}, faults
+
+    def order_rows(self, layer: int, h: Array, visits: Array) -> Array:
+        """h [n, H] as the experts take them, where they want their inputs in an order of their own."""
+        stored = self.reader.layout[f"layers.{layer}.experts.gate_up.weight"]
+        if stored.order is None:
+            return h
+        ordered = np.empty((len(h), stored.order.shape[-1]), np.float32)
+        for row, expert in enumerate(visits[:, 0].tolist()):
+            ordered[row] = h[row, self.reader.read_order(stored, expert)]
+        return ordered
 
     def _run_experts(self, layer: int, h: Array, visits: Array, weights: Array) -> Array:
         """The reference; a choice of weight 0 repeats an expert and is left out."""

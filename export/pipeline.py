@@ -31,6 +31,7 @@ from .graph import build_canonical_graph, save_graph
 from .layout import Layout, plan_layout
 from .memory import calibration_bytes, plan_memory
 from .options import BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES
+from .ordering import order_columns
 from .parity import MAX_ROUNDING, check_parity, find_needs
 from .quantization import Algorithm, Calibrated, find_algorithm
 from .quantization.sources import bind_sources, describe_sources
@@ -100,7 +101,7 @@ def export_checkpoint(
         target = target.resolve()  # "." is another folder once it has been replaced
     _check_target(checkpoint.path, target, layout.nbytes)
     model = build_canonical_graph(config, layout, target)
-    memory = plan_memory(plan, find_needs(config, model, target) if verify else None, max_memory, extra)
+    memory = plan_memory(plan, find_needs(config, layout, model, target) if verify else None, max_memory, extra)
     with staged_directory(target, force=force, replaces=MANIFEST) as staged:
         digests: dict[Key, Digest] | None = {} if verify else None
         errors = write_weights(checkpoint, layout, staged / WEIGHTS, quantizer, progress, memory.chunk, digests)
@@ -139,6 +140,7 @@ def _make_plan(
     if adapter is not None:
         plan, merged = bind_adapter(checkpoint, plan, adapter)
     check_sources(checkpoint, plan)
+    plan = order_columns(plan)
     return plan, merged + check_unused(checkpoint, plan, family.ignored_tensors(config))
 
 

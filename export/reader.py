@@ -28,14 +28,35 @@ class WeightsReader:
     def read(self, name: str) -> Array:
         """float32 [shape]: a whole canonical tensor, dequantized."""
         stored = self.layout[name]
-        return self.read_rows(stored, 0, math.prod(stored.data.shape[:-1])).reshape(stored.data.shape)
+        values = self.read_channels(stored, 0, math.prod(stored.data.shape[:-1]))
+        return values.reshape(*stored.data.shape[:-1], values.shape[-1])
 
     def open(self, name: str) -> Any:
         """A canonical tensor: an array where it is small, else a `StoredMatrix`, read as it is used."""
         stored = self.layout[name]
         if len(stored.data.shape) < 2 or 4 * math.prod(stored.data.shape) <= self.chunk_bytes:
             return self.read(name)
-        return StoredMatrix(self, stored, 0, stored.data.shape)
+        return StoredMatrix(self, stored, 0, (*stored.data.shape[:-1], stored.channels))
+
+    def read_channels(self, stored: Stored, start: int, stop: int) -> Array:
+        """float32 [stop - start, channels]: as `read_rows`, columns where the `order` in the file says they belong."""
+        if stored.order is None:
+            return self.read_rows(stored, start, stop)
+        each = math.prod(stored.weight.unit_shape[:-1])
+        values = np.zeros((stop - start, stored.channels), np.float32)
+        for unit in range(start // each, -(-stop // each)):
+            first, last = max(start, unit * each), min(stop, (unit + 1) * each)
+            rows, order = self.read_rows(stored, first, last), self.read_order(stored, unit)
+            # A channel may stand behind several columns, of which zeros fill all but one.
+            np.add.at(values[first - start : last - start].T, order, rows.T)
+        return values
+
+    def read_order(self, stored: Stored, unit: int) -> Array:
+        """int64 [in]: the input channel behind each column of a unit."""
+        assert stored.order is not None
+        width = stored.order.shape[-1]
+        first = unit * width if len(stored.order.shape) == 2 else 0
+        return self.read_flat(stored.order, first, first + width)
 
     def read_rows(self, stored: Stored, start: int, stop: int) -> Array:
         """float32 [stop - start, in]: rows of the flattened [rows, in] view, dequantized."""
@@ -83,14 +104,14 @@ class StoredMatrix:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         rows = math.prod(self.shape[:-1])
-        values = self.reader.read_rows(self.stored, self.first, self.first + rows).reshape(self.shape)
+        values = self.reader.read_channels(self.stored, self.first, self.first + rows).reshape(self.shape)
         return values if dtype is None else values.astype(dtype, copy=False)
 
     def __getitem__(self, index: Any) -> Any:
         """An entry of the first axis by its number, or rows [n, in] by an array of theirs."""
         if len(self.shape) == 2:
             rows = [self.first + int(row) for row in index]
-            return np.concatenate([self.reader.read_rows(self.stored, row, row + 1) for row in rows])
+            return np.concatenate([self.reader.read_channels(self.stored, row, row + 1) for row in rows])
         entry = StoredMatrix(self.reader, self.stored, self.first + int(index) * self.shape[1], self.shape[1:])
         return np.asarray(entry) if 4 * math.prod(entry.shape) <= self.reader.chunk_bytes else entry
 
@@ -113,6 +134,6 @@ class _Transposed:
         step = max(1, reader.chunk_bytes // (4 * width))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            part = reader.read_rows(matrix.stored, matrix.first + start, matrix.first + stop)
+            part = reader.read_channels(matrix.stored, matrix.first + start, matrix.first + stop)
             result[:, start:stop] = x @ part.T  # not `out=`: numpy multiplies into strided memory without BLAS
         return result

@@ -7,7 +7,7 @@ piece's `packed`, and all that reads or checks pieces goes through it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,7 +31,8 @@ class Piece:
     """`target[at] = checkpoint[source][entry].T.reshape(view)[pick]`; `shape` is what the source must have.
 
     `entry`: one matrix of a stack, read alone. `transpose`: the last two axes are exchanged. `at`: all of the target,
-    or a slice of its first axis. `packed`: how a quantized checkpoint holds the source instead.
+    or a slice of its first axis. `packed`: how a quantized checkpoint holds the source instead. `rows` and `columns`
+    (int64, -1 for zeros): which of what was picked comes in which order; integers lie from column `first_column` on.
     """
 
     source: str
@@ -42,6 +43,9 @@ class Piece:
     entry: int | None = None
     transpose: bool = False
     packed: PackedMatrix | None = None
+    rows: Array | None = field(default=None, compare=False, repr=False)
+    columns: Array | None = field(default=None, compare=False, repr=False)
+    first_column: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,7 +55,8 @@ class Piece:
     @property
     def ranged(self) -> bool:
         """A range of the first axis (of `view`, where there is one) can be read alone."""
-        return self.entry is None and not self.transpose and self.pick[0] in (Ellipsis, slice(None))
+        whole = self.entry is not None or self.transpose or self.rows is not None
+        return not whole and self.pick[0] in (Ellipsis, slice(None))
 
     @property
     def contributed(self) -> tuple[int, ...]:
@@ -59,7 +64,9 @@ class Piece:
         shape = self.shape if self.entry is None else self.shape[1:]
         if self.transpose:
             shape = (*shape[:-2], shape[-1], shape[-2])
-        return np.broadcast_to(np.uint8(0), shape if self.view is None else self.view)[self.pick].shape
+        shape = np.broadcast_to(np.uint8(0), shape if self.view is None else self.view)[self.pick].shape
+        rows = shape[:1] if self.rows is None else self.rows.shape
+        return (*rows, *shape[1:-1], shape[-1] if self.columns is None else len(self.columns))
 
     @property
     def integers(self) -> Integers | None:
@@ -78,6 +85,8 @@ class Weight:
 
     `shape`: [out, in], or [stack, out, in] for experts and heads, or [n]. `units`: the pieces of each part that is
     read, quantized and written by itself: one for each entry of a stack of experts, else one for the whole.
+    `order`: the input channel that each column multiplies, int64 [in], or [units, in] where units differ; None for the
+    channels in their order.
     """
 
     name: str
@@ -86,6 +95,7 @@ class Weight:
     precision: Precision
     units: tuple[tuple[Piece, ...], ...]
     group_with: tuple[int, ...] = field(default=())  # other input sizes that must share this tensor's group size
+    order: Array | None = field(default=None, compare=False, repr=False)
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
@@ -187,7 +197,7 @@ def read_unit(checkpoint: Checkpoint, weight: Weight, unit: int) -> Array:
     pieces = weight.units[unit]
     if len(pieces) == 1 and pieces[0].at == (Ellipsis,):
         return read_piece(checkpoint, pieces[0]).reshape(weight.unit_shape)
-    target = np.empty(weight.unit_shape, np.float32)
+    target = np.zeros(weight.unit_shape, np.float32)
     for piece in pieces:
         target[piece.at] = read_piece(checkpoint, piece)
     return target
@@ -210,20 +220,22 @@ class PieceRows:
         piece = self.piece
         width = piece.contributed[-1]
         if not piece.ranged:
-            return self._read_whole(checkpoint).reshape(-1, width)[self.first : self.last]
+            values = self._hold(checkpoint, lambda: np.ascontiguousarray(read_piece(checkpoint, piece)))
+            part: Array = values.reshape(-1, width)[self.first : self.last]
+            return part
         each = math.prod(piece.contributed[1:-1])  # rows that one entry of the first axis gives
         start, stop = self.first // each, -(-self.last // each)
         values = read_piece(checkpoint, piece, start, stop).reshape(-1, width)
         rows = values[self.first - start * each : self.last - start * each]
         return rows
 
-    def _read_whole(self, checkpoint: Checkpoint) -> Array:
+    def _hold(self, checkpoint: Checkpoint, read: Callable[[], Any]) -> Any:
         """All of a piece whose parts cannot be read alone, kept for its next rows; a unit has two at most."""
-        held = next((values for piece, values in checkpoint.whole if piece is self.piece), None)
+        held = next((found for piece, found in checkpoint.whole if piece is self.piece), None)
         if held is None:
             if len(checkpoint.whole) > 1:
                 checkpoint.whole.clear()
-            held = np.ascontiguousarray(read_piece(checkpoint, self.piece))
+            held = read()
             checkpoint.whole.append((self.piece, held))
         return held
 
@@ -232,17 +244,54 @@ class PieceRows:
         piece, packed = self.piece, self.piece.packed
         assert packed is not None
         if piece.ranged and piece.view is None and len(piece.shape) == 2:
-            return packed.read_codes(checkpoint, self.first, self.last)
-        whole = packed.read_codes(checkpoint, 0, piece.shape[0])
+            return _spread(packed.read_codes(checkpoint, self.first, self.last), piece)
+        if piece.rows is None:
+            chosen, whole = np.arange(self.first, self.last), packed.read_codes(checkpoint, 0, piece.shape[0])
+        else:
+            chosen, whole = piece.rows[self.first : self.last], self._hold_codes(checkpoint)
 
         def pick(values: Array) -> Array:
             view = piece.shape if piece.view is None else piece.view
             picked = values.reshape(*view[:-1], values.shape[-1])[piece.pick]
-            rows: Array = picked.reshape(-1, values.shape[-1])[self.first : self.last]
+            rows: Array = picked.reshape(-1, values.shape[-1])[chosen]  # a copy
             return rows
 
         zeros = None if whole.zero_points is None else pick(whole.zero_points)
-        return Quantized(pick(whole.codes), pick(whole.scales), zeros, whole.bits, whole.group_size)
+        found = Quantized(pick(whole.codes), pick(whole.scales), zeros, whole.bits, whole.group_size)
+        _clear(found, chosen < 0)
+        return _spread(found, piece)
+
+    def _hold_codes(self, checkpoint: Checkpoint) -> Quantized:
+        piece, packed = self.piece, self.piece.packed
+        assert packed is not None
+        found: Quantized = self._hold(checkpoint, lambda: packed.read_codes(checkpoint, 0, piece.shape[0]))
+        return found
+
+
+def _clear(quantized: Quantized, rows: Array) -> None:
+    """Make rows of zeros."""
+    middle = 1 << (quantized.bits - 1)
+    quantized.codes[rows], quantized.scales[rows] = middle, 1
+    if quantized.zero_points is not None:
+        quantized.zero_points[rows] = middle
+
+
+def _spread(quantized: Quantized, piece: Piece) -> Quantized:
+    """Codes as they are, in columns of zeros where the piece has more than they fill."""
+    if piece.columns is None or len(piece.columns) == quantized.codes.shape[1]:
+        return quantized
+    rows, group, middle = len(quantized.codes), quantized.group_size, 1 << (quantized.bits - 1)
+    first, last = piece.first_column, piece.first_column + quantized.codes.shape[1]
+    groups = slice(first // group, last // group)
+    codes = np.full((rows, len(piece.columns)), middle, np.uint8)
+    codes[:, first:last] = quantized.codes
+    scales = np.ones((rows, len(piece.columns) // group), np.float32)
+    scales[:, groups] = quantized.scales
+    zeros = None
+    if quantized.zero_points is not None:
+        zeros = np.full(scales.shape, middle, np.uint8)
+        zeros[:, groups] = quantized.zero_points
+    return Quantized(codes, scales, zeros, quantized.bits, group)
 
 
 def list_rows(weight: Weight, unit: int, start: int, stop: int) -> list[PieceRows]:
@@ -262,9 +311,9 @@ def list_rows(weight: Weight, unit: int, start: int, stop: int) -> list[PieceRow
 def read_rows(checkpoint: Checkpoint, weight: Weight, unit: int, start: int, stop: int) -> Array:
     """float32 [stop - start, in]: rows of a unit seen as [rows, in]; only what makes them up is read."""
     parts = list_rows(weight, unit, start, stop)
-    if len(parts) == 1:
+    if len(parts) == 1 and parts[0].piece.at == (Ellipsis,):
         return parts[0].read_values(checkpoint)
-    target = np.empty((stop - start, weight.shape[-1]), np.float32)
+    target = np.zeros((stop - start, weight.shape[-1]), np.float32)
     for part in parts:
         target[part.target] = part.read_values(checkpoint)
     return target
@@ -293,7 +342,17 @@ def read_piece(checkpoint: Checkpoint, piece: Piece, start: int = 0, stop: int |
     if piece.view is not None and (piece.transpose or piece.entry is not None):
         values = values.reshape(piece.view)
     picked: Array = values[piece.pick]
-    return picked
+    if piece.rows is not None:
+        picked = take_or_zero(picked, piece.rows, 0)
+    return picked if piece.columns is None else take_or_zero(picked, piece.columns, -1)
+
+
+def take_or_zero(values: Array, places: Array, axis: int) -> Array:
+    """values at int64 [n] `places` of an axis, 0 at -1."""
+    taken: Array = np.take(values, places, axis=axis)
+    if (places < 0).any():
+        np.moveaxis(taken, axis, -1)[..., places < 0] = 0
+    return taken
 
 
 def _read_plain(checkpoint: Checkpoint, name: str, start: int, stop: int | None, view: tuple[int, ...] | None) -> Array:

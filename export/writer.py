@@ -73,6 +73,8 @@ def write_weights(
         for slot, value in layout.constants:
             _write_at(stream, slot.offset, np.full(slot.nbytes, value, np.uint8))
         for stored in layout.stored.values():
+            if stored.order is not None and stored.weight.order is not None:
+                _write_at(stream, stored.order.offset, stored.weight.order)
             for part in read_parts(checkpoint, stored, chunk_bytes):
                 error = errors.setdefault(stored.weight.role, ClassError())
                 _write_part(stream, stored, part, algorithm, error, digests)
@@ -105,7 +107,7 @@ def _read_part(
     pieces = list_rows(stored.weight, unit, start, stop)
     if not stored.quantized or all(rows.piece.integers is None for rows in pieces):
         return read_rows(checkpoint, stored.weight, unit, start, stop), ()
-    values = np.empty((stop - start, stored.weight.shape[-1]), np.float32)
+    values = np.zeros((stop - start, stored.weight.shape[-1]), np.float32)
     kept = []
     for rows in pieces:
         if rows.piece.integers is None:

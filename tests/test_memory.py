@@ -114,8 +114,9 @@ def test_without_the_check_less_is_enough(tiny_checkpoint: Path, tmp_path: Path)
     family = find_family(checkpoint)
     config = family.read_config(checkpoint)
     plan = family.plan_weights(config)
-    model = build_canonical_graph(config, plan_layout(plan, "int4", 128, zero_points=False), tmp_path)
-    with_check = plan_memory(plan, parity.find_needs(config, model, tmp_path), "100GiB")
+    layout = plan_layout(plan, "int4", 128, zero_points=False)
+    model = build_canonical_graph(config, layout, tmp_path)
+    with_check = plan_memory(plan, parity.find_needs(config, layout, model, tmp_path), "100GiB")
     without = plan_memory(plan, None, "100GiB")
     assert without.peak < with_check.peak < 100 << 30
 

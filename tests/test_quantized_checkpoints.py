@@ -296,38 +296,6 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
         read_piece(Checkpoint.open(tmp_path / "c"), piece)
 
 
-def test_channels_in_the_order_of_activations_are_unpacked_right(tmp_path: Path) -> None:
-    """desc_act: channel i has the scale of group g_idx[i]."""
-    rng = np.random.default_rng(6)
-    codes, scales, zeros = make_codes(rng.normal(size=(16, 64)), 4, 16, False)
-    order = rng.permutation(np.arange(64) // 16).astype(np.int32)
-    tensors = {**gptq("a", codes, scales, zeros, 4), "a.g_idx": order}
-    piece = read_one(tmp_path / "c", tensors, gptq_settings(4, desc_act=True), "a.weight", (16, 64))
-    offset = codes.astype(np.float32) - zeros[:, order].astype(np.float32)
-    expected = offset * scales[:, order].astype(np.float32)
-    np.testing.assert_array_equal(read_piece(Checkpoint.open(tmp_path / "c"), piece), expected)
-
-
-def test_channels_in_the_order_of_activations_stay_near_in_8_bits(tmp_path: Path) -> None:
-    """A whole checkpoint of desc_act, every matrix with an order of its own: said so, and nearly what it was."""
-    model = make_model(SEED)
-    rng = np.random.default_rng(8)
-
-    def convert(stem: str, values: Array) -> Any:
-        order = rng.permutation(np.arange(values.shape[1]) // 16).astype(np.int32)
-        codes, scales, zeros = make_codes(values, 4, 16, False)
-        offset = codes.astype(np.float32) - zeros[:, order].astype(np.float32)
-        tensors = {**gptq(stem, codes, scales, zeros, 4), f"{stem}.g_idx": order}
-        return tensors, offset * scales[:, order].astype(np.float32)
-
-    convert_checkpoint(model, tmp_path / "c", convert, gptq_settings(4, desc_act=True))
-    bundle = moedge.export(tmp_path / "c", tmp_path / "b", weights="int4")
-    experts = bundle.manifest["quantization"]["classes"]["experts"]
-    assert experts["dtype"] == "uint8" and experts["group_size"] == 32 and experts["relative_error"] < 0.01
-    notes = " ".join(bundle.manifest["provenance"]["notes"])
-    assert "zero points, channels grouped by activation (g_idx), in 8 bits were quantized again; relative err" in notes
-
-
 def test_scales_of_activations_and_of_a_cache_are_no_loss(tmp_path: Path) -> None:
     model = make_model(SEED)
     convert, settings = INTEGER_FORMATS["ct w8 by channel"]

@@ -80,8 +80,9 @@ class PackedMatrix(Protocol):
         """None for float formats, and for integers that no canonical tensor can hold: those are quantized again."""
 
     @property
-    def least_bits(self) -> int:
-        """8 for integers that cannot be kept, so that quantizing them again costs little; else 0."""
+    def columns(self) -> Array | None:
+        """int64 [n]: which input channel each column of `read_codes` is, -1 for none (a column of zeros), where the
+        format groups channels that do not lie side by side; None for the channels in their order."""
 
     @property
     def origin(self) -> str:
@@ -91,7 +92,7 @@ class PackedMatrix(Protocol):
         """float32; raises CheckpointError naming the tensor that holds NaN or infinity."""
 
     def read_codes(self, checkpoint: Checkpoint, start: int, stop: int) -> Quantized:
-        """The integers bit for bit, where there are `integers`; raises as `read_values`."""
+        """The integers bit for bit, where there are `integers`, in the order of `columns`; raises as `read_values`."""
 
 
 def check_finite(checkpoint: Checkpoint, name: str, values: Array, start: int = 0) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
+from ..options import GROUP_SIZES
 from . import Array, Integers, Quantized, check_finite, unpack_int4
 
 
@@ -21,7 +22,7 @@ class IntegerMatrix:
     integers: Integers
     origin: str
     read: Callable[[int, int], Quantized]
-    least_bits: int = 0
+    columns: None = None
 
     def read_codes(self, checkpoint: Checkpoint, start: int, stop: int) -> Quantized:
         return self.read(start, stop)
@@ -38,7 +39,7 @@ class FloatMatrix:
     shape: tuple[int, ...]
     origin: str
     read: Callable[[int, int], Array]
-    least_bits: int = 0
+    columns: None = None
     integers: None = None
 
     def read_codes(self, checkpoint: Checkpoint, start: int, stop: int) -> Quantized:
@@ -166,19 +167,61 @@ def read_order(checkpoint: Checkpoint, name: str, groups: int, width: int) -> Ar
     return None if np.array_equal(order, np.arange(width) // (width // groups)) else order
 
 
-def bind_ordered(codes: IntegerMatrix, order: Array) -> FloatMatrix:
-    """`codes` whose channel i belongs to group order[i].
+_FINEST = min(GROUP_SIZES)
 
-    Channels of a group do not lie side by side, as every kernel here wants them, and the inputs cannot be put in order
-    either: each expert has an order of its own. So they are dequantized, and stored in 8 bits at the least.
+
+@dataclass(frozen=True)
+class OrderedMatrix:
+    """Integers whose channel i belongs to group order[i] (`g_idx`): what GPTQ's desc_act and actorder leave.
+
+    Kernels want the channels of a group side by side: `columns` puts them so, and whoever multiplies by the matrix puts
+    the inputs in the same order. Groups of unequal size are filled with columns of zeros.
     """
-    return FloatMatrix(
-        codes.names,
-        codes.shape,
-        f"{codes.origin}, channels grouped by activation (g_idx), in 8 bits",
-        lambda start, stop: dequantize_ordered(codes.read(start, stop), order),
-        least_bits=8,
-    )
+
+    codes: IntegerMatrix
+    order: Array
+    columns: Array
+    integers: Integers
+    places: Array  # the group of each block of columns
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.codes.names
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def origin(self) -> str:
+        return f"{self.codes.origin}, channels grouped by activation (g_idx)"
+
+    def read_codes(self, checkpoint: Checkpoint, start: int, stop: int) -> Quantized:
+        found = self.codes.read(start, stop)
+        middle = np.uint8(1 << (found.bits - 1))
+        zeros = None if found.zero_points is None else np.ascontiguousarray(found.zero_points[:, self.places])
+        fill = middle if zeros is None else np.repeat(zeros, self.integers.group_size, axis=1)
+        codes = np.where(self.columns < 0, fill, found.codes[:, self.columns])
+        scales = np.ascontiguousarray(found.scales[:, self.places])
+        return Quantized(codes, scales, zeros, found.bits, self.integers.group_size)
+
+    def read_values(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
+        """Channels in their own order; apart from `read_codes`, which is judged by it."""
+        return dequantize_ordered(self.codes.read(start, stop), self.order)
+
+
+def bind_ordered(codes: IntegerMatrix, order: Array) -> OrderedMatrix:
+    """`codes` whose channel i belongs to group order[i]."""
+    counts = np.bincount(order, minlength=codes.shape[1] // codes.integers.group_size)
+    equal = (counts == codes.integers.group_size).all()
+    block = codes.integers.group_size if equal else _FINEST
+    runs, places = [], []
+    for group, channels in enumerate(np.split(np.argsort(order, kind="stable"), np.cumsum(counts)[:-1])):
+        blocks = -(-len(channels) // block)
+        runs.append(np.pad(channels, (0, blocks * block - len(channels)), constant_values=-1))
+        places += [group] * blocks
+    integers = Integers(codes.integers.bits, block, codes.integers.zero_points)
+    return OrderedMatrix(codes, order, np.concatenate(runs), integers, np.array(places))
 
 
 def dequantize_ordered(quantized: Quantized, order: Array) -> Array:

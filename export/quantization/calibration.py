@@ -84,6 +84,9 @@ class _Recording:
     def __rmatmul__(self, x: Array) -> Array:
         """x float32 [n, in] times the transpose, read some rows at a time."""
         assert self.unit is not None
+        order = self.weight.order
+        if order is not None:
+            x = x[:, order if order.ndim == 1 else order[self.unit]]
         key = (self.weight.name, self.unit)
         self.calibration.recorded.setdefault(key, []).append(x)
         rows, width = self.weight.shape[-2:]

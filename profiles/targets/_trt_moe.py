@@ -6,6 +6,7 @@ hidden size, I = intermediate size, B = block. TENSORRT.md says why each form is
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,9 @@ _WRITTEN_OUT = 5
 
 @dataclass(frozen=True)
 class _Mixture:
-    """gate_up [E*2I, H] and down [H, E*I]; `choices` experts a token.
+    """gate_up [E*2I, W] and down [H, E*I]; `choices` experts a token. W is H, or what zeros widen it to.
 
+    `ordered`: inputs are [M, k*W], a row for each choice, because experts take their channels in orders of their own.
     `biased`: gate_up_bias [E, 2I] and down_bias [E, H], and the activation is clamped: gpt-oss's.
     """
 
@@ -36,6 +38,8 @@ class _Mixture:
     choices: int
     hidden: int
     inner: int
+    width: int
+    ordered: bool = False
     biased: _Biased | None = None
 
 
@@ -59,7 +63,8 @@ class _Shared:
 
 def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
     """What replaces an `Experts` or `BiasedExperts` call; a shared MLP moves in as experts that every token chooses."""
-    x, experts, weights = call.inputs[:3]
+    ordered = _undo_rows(call)
+    x, experts, weights = ordered or call.inputs[:3]
     assert x is not None and experts is not None and weights is not None
     biased = _biases_of(lowering, call)
     gate_up, down = find_matrix(call.inputs[3]), find_matrix(call.inputs[5 if biased else 4])
@@ -82,6 +87,8 @@ def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
         choices + more,
         hidden,
         inner,
+        gate_up.shape[2],
+        ordered is not None,
         biased,
     )
     inputs, end = (lowering.half(x), experts, weights), _sparse_rows(lowering, mixture)
@@ -97,6 +104,24 @@ def _sparse_rows(lowering: Lowering, mixture: _Mixture) -> ir.Value:
     """How many rows read their own experts alone: a token of each lane, unless all experts are less to read."""
     several = lowering.lanes * mixture.choices <= mixture.experts * (_WRITTEN_OUT if mixture.down.bits == 8 else 1)
     return lowering.inputs.stepping if several else lowering.inputs.single
+
+
+def _undo_rows(call: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+    """x [T, k*W], experts and weights [T, k] of a call that has a row for each choice; what it gives is [T, H] then.
+
+    The canonical graph makes rows of them by a Reshape each, and adds the rows of a token behind the call.
+    """
+    rows = [None if value is None else _producer(value, "Reshape") for value in call.inputs[:3]]
+    if rows[1] is None:
+        return None
+    sources = [row.inputs[0] for row in rows if row is not None]
+    by_token = next(iter(call.outputs[0].uses())).node
+    total = next(iter(by_token.outputs[0].uses())).node
+    assert by_token.op_type == "Reshape" and total.op_type == "ReduceSum", f"{call.name} has rows of an unknown kind"
+    total.outputs[0].replace_all_uses_with(call.outputs[0])
+    x, experts, weights = sources
+    assert x is not None and experts is not None and weights is not None
+    return x, experts, weights
 
 
 def _biases_of(lowering: Lowering, call: ir.Node) -> _Biased | None:
@@ -168,12 +193,16 @@ def _choose_always(
 
 
 def _sparse(lowering: Lowering, mixture: _Mixture, x: ir.Value, experts: ir.Value, weights: ir.Value) -> ir.Value:
-    """x [M, H], experts and weights [M, k] -> float32 [M, H]: products as sums, so that the look-up fuses into them."""
+    """x [M, W], experts and weights [M, k] -> float32 [M, H]: products as sums, so that the look-up fuses into them."""
     op, ints = lowering.rewriter.op, lowering.rewriter.ints
     count, choices, hidden, inner = mixture.experts, mixture.choices, mixture.hidden, mixture.inner
-    rows = 2 * inner
-    matrix = _chosen(lowering, mixture.gate_up, [count, rows, hidden], 0, experts, [-1, choices, rows, hidden])
-    terms = op("Mul", [matrix, op("Unsqueeze", [x, ints(1, 2)])])
+    rows, width = 2 * inner, mixture.width
+    matrix = _chosen(lowering, mixture.gate_up, [count, rows, width], 0, experts, [-1, choices, rows, width])
+    if mixture.ordered:
+        x = op("Reshape", [x, ints(-1, choices, 1, width)], allowzero=1)
+    else:
+        x = op("Unsqueeze", [x, ints(1, 2)])
+    terms = op("Mul", [matrix, x])
     both = op("ReduceSum", [lowering.full(terms), ints(3)], keepdims=0)  # [M, k, 2I]
     if mixture.biased is not None:
         both = op("Add", [both, op("Gather", [mixture.biased.gate_up, experts], axis=0)])
@@ -215,6 +244,12 @@ def _dense(lowering: Lowering, mixture: _Mixture, x: ir.Value, experts: ir.Value
     """The same by every expert over all rows, weighted by 0 where it was not chosen: exact, one product each way."""
     op, ints = lowering.rewriter.op, lowering.rewriter.ints
     count, inner = mixture.experts, mixture.inner
+    if mixture.ordered:  # a row for each choice, added up at the end
+        x = op("Reshape", [x, ints(-1, mixture.width)], allowzero=1)
+        experts, weights = (op("Reshape", [value, ints(-1, 1)], allowzero=1) for value in (experts, weights))
+        by_choice = _dense(lowering, dataclasses.replace(mixture, ordered=False), x, experts, weights)
+        by_token = op("Reshape", [by_choice, ints(-1, mixture.choices, mixture.hidden)], allowzero=1)
+        return op("ReduceSum", [by_token, ints(1)], keepdims=0)
     ids = lowering.rewriter.constant(f"experts.{count}", np.arange(count, dtype=np.int64))
     is_chosen = op("Cast", [op("Equal", [op("Unsqueeze", [experts, ints(2)]), ids])], to=int(ir.DataType.FLOAT))
     gates = op("ReduceSum", [op("Mul", [is_chosen, op("Unsqueeze", [weights, ints(2)])]), ints(1)], keepdims=0)

@@ -175,11 +175,12 @@ class LoweredWeights:
         return self.add(name, ir.DataType.FLOAT, (count, double), chunks)
 
     def take_over(self, graph: ir.Graph) -> None:
-        """Copy what the graph still reads from elsewhere: norms, routers, biases, in float32 as they are."""
+        """Copy what the graph still reads from elsewhere: norms, routers, biases, orders of channels, as they are."""
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor) and tensor.location != self.location:
-                assert tensor.dtype == ir.DataType.FLOAT and value.name is not None, f"{value} is left unlowered"
+                kept = tensor.dtype in (ir.DataType.FLOAT, ir.DataType.INT64)
+                assert kept and value.name is not None, f"{value} is left unlowered"
                 source = ir.Value(name=value.name, const_value=tensor)
                 new = self.add(value.name, tensor.dtype, _shape_of(tensor), _whole(source))
                 value.const_value = new.const_value
@@ -291,7 +292,7 @@ def _bytes_or_floats(source: ir.Value | _Narrowed | _Offsets) -> Array:
     tensor = source.const_value
     assert isinstance(tensor, ir.ExternalTensor) and tensor.length is not None
     shape = _shape_of(tensor)
-    dtype: Any = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}.get(tensor.dtype, np.uint8)
+    dtype: Any = {**_FLOATS, ir.DataType.INT64: np.int64}.get(tensor.dtype, np.uint8)
     if tensor.dtype == ir.DataType.UINT4:
         shape = (*shape[:-1], shape[-1] // 2)
     return np.memmap(tensor.path, dtype=dtype, mode="r", offset=tensor.offset or 0, shape=shape)

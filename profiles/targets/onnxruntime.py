@@ -165,7 +165,8 @@ class _Lowering:
         biased = call.op_type == "BiasedExperts"
         gate_up, down = (find_matrix(value) for value in (operands[::2] if biased else operands))
         op, attributes = self.rewriter.op, attributes_of(call)
-        if not gate_up.bits or not self.fused_experts:
+        # A kernel's outputs are as wide as its inputs, which zeros widen where gate and up order them differently.
+        if not gate_up.bits or not self.fused_experts or gate_up.shape[2] != down.shape[1]:
             inputs = [x, experts, weights, *operands]
             return [op(call.op_type, inputs, domain=call.domain, **attributes)]
         # Zero elsewhere: the chosen experts are the k largest; one of weight 0 adds nothing, whoever is picked.
