@@ -176,8 +176,8 @@ def _keep(weight: Weight, integers: set[Integers]) -> Choice:
     bits = max(8 if weight.precision == "table" else 4, *(held.bits for held in integers))
     common = math.gcd(*(held.group_size for held in integers))
     widest = common & -common  # every size that is offered is a power of two
-    # Codes of 4 bits with a zero point of their own move it to the middle when they are stored in 8: TensorRT would have
-    # to make up for a zero point far from it, in half precision.
+    # Codes of 4 bits with a zero point of their own move it to the middle when they are stored in 8: TensorRT would
+    # have to make up for a zero point far from it, in half precision.
     own = any(held.zero_points and held.bits == bits for held in integers)
     widths = (weight.shape[-1], *weight.group_with)
     if bits == 4:
