@@ -26,6 +26,7 @@ from moedge.export.config import MoEConfig
 from moedge.export.families import find_family, list_families
 
 EXAMPLES = {"bytes": 1500, "headers": 1500, "indexes": 500, "documents": 500, "configs": 1200}
+TRIED: list[int] = []  # an entry for each input that this process tried
 MOST_BYTES = 8 << 20  # an input is a few KB
 MOST_SECONDS = 2.0
 
@@ -54,6 +55,7 @@ def fuzz(kind: str) -> settings:
 @contextlib.contextmanager
 def modest() -> Iterator[None]:
     """What is done inside may raise CheckpointError with one line and nothing else; it must be quick and small."""
+    TRIED.append(1)
     began = time.monotonic()
     tracemalloc.start()
     try:
@@ -71,6 +73,24 @@ def modest() -> Iterator[None]:
 def dump(document: Any) -> bytes:
     """JSON as Python writes it: NaN, infinity and lone surrogates included."""
     return json.dumps(document).encode()
+
+
+# What each test must try; hypothesis may stop earlier than it is asked to.
+EACH = {
+    "test_arbitrary_bytes_as_safetensors": EXAMPLES["bytes"],
+    "test_headers_with_fields_changed": EXAMPLES["headers"],
+    "test_shard_indexes": EXAMPLES["indexes"],
+    "test_config_files": EXAMPLES["documents"],
+    "test_configs_with_values_changed": EXAMPLES["configs"] // len(list_families()),
+}
+
+
+@pytest.fixture(autouse=True)
+def every_input_is_tried(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = len(TRIED)
+    yield
+    wanted = EACH.get(request.node.originalname, 0)
+    assert len(TRIED) - before >= wanted, f"{len(TRIED) - before} inputs tried, {wanted} were meant"
 
 
 def test_a_run_is_at_least_ten_thousand_inputs() -> None:

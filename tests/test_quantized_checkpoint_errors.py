@@ -57,6 +57,10 @@ def test_what_is_wrong_with_a_packed_tensor_is_named(tmp_path: Path) -> None:
 
     assert broken(tmp_path, lost) == ("tensor 'a.scales' is missing beside 'a.qweight'; download the checkpoint again")
     assert broken(tmp_path, nan) == "tensor 'a.scales' holds NaN or infinity in row 2; download it again"
+    huge = np.full((4, 16), 1e38, np.float32)
+    assert broken(tmp_path, put("a.scales", huge)) == (
+        "tensor 'a.scales' holds a scale of 1e+38, beyond what weights can have; download it again"
+    )
     assert broken(tmp_path, put("a.scales", np.ones((3, 16), np.float16))) == (
         "tensor 'a.qzeros' is int32 [4, 2], a matrix of 64 input and 16 output channels in 4 bits implies int32 "
         "[3, 2]; correct config.json or download the checkpoint again"

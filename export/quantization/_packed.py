@@ -69,6 +69,7 @@ def check_packed(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtyp
 
 
 FLOATS = ("float16", "bfloat16", "float32")
+LARGEST_SCALE = 2.0**111  # times any code, FP8's 57344 among them, still far from float32's end
 # What else a module may carry that weights do not need: scales of activations and of a quantized cache.
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "activation_scale")
 _CACHE = ("q_scale", "k_scale", "v_scale", "k_zero_point", "v_zero_point")
@@ -111,10 +112,20 @@ def unpack_words(words: Array, bits: int) -> Array:
 
 
 def read_scales(checkpoint: Checkpoint, name: str) -> Array:
-    """float32: a whole tensor of scales; raises CheckpointError for NaN and infinity."""
+    """float32: a whole tensor of scales; raises CheckpointError as `check_scales`."""
     scales = checkpoint.read(name).astype(np.float32)
-    check_finite(checkpoint, name, scales)
+    check_scales(checkpoint, name, scales)
     return scales
+
+
+def check_scales(checkpoint: Checkpoint, name: str, scales: Array) -> None:
+    """Raises CheckpointError for NaN and infinity, and for what takes values beyond float32."""
+    check_finite(checkpoint, name, scales)
+    if scales.size and np.abs(scales).max() > LARGEST_SCALE:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name!r} holds a scale of {np.abs(scales).max():.0e}, beyond what weights can "
+            "have; download it again"
+        )
 
 
 def read_columns(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Array:
@@ -136,9 +147,9 @@ def read_columns(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Ar
 
 
 def read_turned_scales(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Array:
-    """float32 [stop - start, groups] out of scales [groups, out]; raises CheckpointError for NaN and infinity."""
+    """float32 [stop - start, groups] out of scales [groups, out]; raises CheckpointError as `check_scales`."""
     scales = read_columns(checkpoint, name, start, stop).astype(np.float32)
-    check_finite(checkpoint, name, scales)
+    check_scales(checkpoint, name, scales)
     return np.ascontiguousarray(scales.T)
 
 

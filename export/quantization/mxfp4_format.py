@@ -13,7 +13,7 @@ import numpy as np
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
 from . import Array, PackedMatrix, unpack_int4
-from ._packed import FloatMatrix, check_packed, find_companion
+from ._packed import FloatMatrix, check_packed, check_scales, find_companion
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _NAN = 255
@@ -43,6 +43,7 @@ def find_packed(checkpoint: Checkpoint, settings: dict[str, Any], name: str) -> 
         if (exponents == _NAN).any():
             expert = start + int(np.argwhere(exponents == _NAN)[0][0])
             raise CheckpointError(f"{checkpoint.path}: tensor {scales!r} holds NaN in row {expert}; download it again")
+        check_scales(checkpoint, scales, np.ldexp(np.float32(1), exponents.astype(np.int32) - 127))
         values = _E2M1[unpack_int4(checkpoint.read(blocks, start, stop))]
         values = np.ldexp(values, exponents.astype(np.int32)[..., None] - 127)
         stack: Array = values.reshape(stop - start, rows, groups * 32).swapaxes(1, 2)
