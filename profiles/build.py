@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +25,11 @@ from ..bundle import (
     write_json,
 )
 from ..errors import BuildError
+from ..runtime import machine
 from .device import DeviceProfile, load_profile
 from .fit import Fit, check_fit, size
-from .targets import BuildRequest, find_target
+from .plan import BuildPlan, plan_engines
+from .targets import BuildRequest, find_target, pick_target
 
 BUILD_FOLDER_MANIFEST = "build.json"
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -84,10 +85,11 @@ def build_portable(
     """
     devices = [each if isinstance(each, DeviceProfile) else load_profile(each) for each in profiles]
     for device in devices:
-        if (backend or device.target) != PORTABLE_TARGET:
+        target = retarget(device, backend).target
+        if target != PORTABLE_TARGET:
             raise BuildError(
                 f"--portable makes one engine of target {PORTABLE_TARGET}, and {device.name} is built by "
-                f"{backend or device.target}; build for it by itself: --profile {device.name}"
+                f"{target}; build for it by itself: --profile {device.name}"
             )
     return _build_for(
         Bundle.open(bundle), devices, backend, max_batch, max_seq_len, max_memory=max_memory, progress=progress
@@ -105,28 +107,33 @@ def _build_for(
     progress: Progress | None,
 ) -> list[Path]:
     """One engine for all `devices`, in the first one's folder and linked into the others'."""
-    name = backend or devices[0].target
+    devices = [retarget(device, backend) for device in devices]
+    name = devices[0].target
     target = find_target(name)
     length = pick_max_seq_len(bundle, max_seq_len)
     fits = [check_build_fit(bundle, device, max_batch, length) for device in devices]
+    request = BuildRequest(bundle, devices[0], max_batch, length, tuple(devices[1:]), max_memory)
+    if max_memory is not None:  # several engines need more than one
+        fits[0] = plan_engines(request, name, bundle.manifest).fit
     for fit in fits:
         if not fit.fits:
             raise BuildError(fit.explain())
     check_sources(bundle)
-    request = BuildRequest(bundle, devices[0], max_batch, length, tuple(devices[1:]), max_memory)
     started = time.monotonic()
+    known = machine.reset_peak_memory()  # else the peak is of whatever this process did before
     with contextlib.ExitStack() as stack:
         folders = [bundle.engine_dir(device.name) for device in devices]
         staged = [stack.enter_context(staged_directory(each, force=True, error=BuildError)) for each in folders]
         fields = target.build(request, staged[0], progress)
-        _check_memory_bound(fields, max_memory)
+        peak = max(fields.get("peak_build_memory_bytes") or 0, (machine.peak_memory_bytes() or 0) if known else 0)
+        _check_memory_bound(fields["status"], peak, max_memory)
         document = {
             "format": FORMAT,
             "target": name,
             **fields,
             **_describe_model(bundle),
             "build_seconds": round(time.monotonic() - started, 3),
-            "peak_build_memory_bytes": fields.get("peak_build_memory_bytes") or peak_memory_bytes(),
+            "peak_build_memory_bytes": peak or None,
         }
         for device, fit, folder in zip(devices, fits, staged, strict=True):
             if folder is not staged[0]:
@@ -163,10 +170,9 @@ def _check_built(
     return fit.to_json()
 
 
-def _check_memory_bound(fields: dict[str, Any], max_memory: int | None) -> None:
-    """A target that knows no bound is held to it all the same: after the fact is better than not at all."""
-    peak = fields.get("peak_build_memory_bytes") or peak_memory_bytes()
-    if max_memory is not None and fields["status"] == "ready" and peak > max_memory:
+def _check_memory_bound(status: str, peak: int, max_memory: int | None) -> None:
+    """What planning could not foresee is held to the bound all the same: after the fact is better than not at all."""
+    if max_memory is not None and status == "ready" and peak > max_memory:
         raise BuildError(
             f"--max-memory {size(max_memory)}: building took {size(peak)} and nothing was kept; "
             f"use --max-memory {-(-peak // (1 << 20))}MiB or more"
@@ -194,8 +200,47 @@ def pick_max_seq_len(bundle: Bundle, asked: int | None) -> int:
     return asked
 
 
+def retarget(device: DeviceProfile, backend: str | None) -> DeviceProfile:
+    """The device with the target that builds for it: its own, or the `backend` asked for.
+
+    Raises:
+        BuildError: no such target.
+    """
+    return dataclasses.replace(device, target=pick_target(backend or device.target, device))
+
+
+def plan(
+    bundle: Bundle,
+    device: DeviceProfile,
+    *,
+    backend: str | None = None,
+    max_batch: int = 1,
+    max_seq_len: int | None = None,
+    max_memory: int | None = None,
+) -> BuildPlan:
+    """What `build` would make, and whether it fits; arguments and exceptions as of `build`, and nothing is written."""
+    device = retarget(device, backend)
+    if max_batch < 1:
+        raise BuildError(f"max_batch {max_batch}: at least 1 was expected; use --max-batch 1")
+    length = pick_max_seq_len(bundle, max_seq_len)
+    request = BuildRequest(bundle, device, max_batch, length, max_memory=max_memory)
+    planned = plan_engines(request, device.target, bundle.manifest)
+    return dataclasses.replace(planned, built=_built_fit(bundle, planned.fit))
+
+
+def _built_fit(bundle: Bundle, fit: Fit) -> dict[str, Any] | None:
+    """What the build log of the engine that is there says, where it was built for as much."""
+    path = bundle.engine_dir(fit.profile) / ENGINE_MANIFEST
+    if not path.is_file():
+        return None
+    after = read_json(path, BuildError).get("fit_built")
+    asked = (fit.max_batch, fit.max_seq_len)
+    alike = isinstance(after, dict) and (after.get("max_batch"), after.get("max_seq_len")) == asked
+    return after if alike else None
+
+
 def check_build_fit(bundle: Bundle, device: DeviceProfile, max_batch: int, max_seq_len: int) -> Fit:
-    """The fit check that `build` makes first and `--dry-run` prints."""
+    """The fit check that `build` makes first."""
     if max_batch < 1:
         raise BuildError(f"max_batch {max_batch}: at least 1 was expected; use --max-batch 1")
     return check_fit(bundle.manifest, device, max_batch, max_seq_len)
@@ -254,9 +299,3 @@ def _describe_model(bundle: Bundle) -> dict[str, Any]:
         "num_experts": moe["num_experts"],
         "num_experts_per_tok": moe["num_experts_per_tok"],
     }
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident memory of this process so far, and of its largest child."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -16,12 +16,12 @@ from .build import (
     BUILD_FOLDER_MANIFEST,
     build,
     build_portable,
-    check_build_fit,
     finish_build,
-    pick_max_seq_len,
+    plan,
 )
 from .device import load_profile
-from .fit import Fit, size
+from .fit import size
+from .plan import explain_parts, parts_table
 
 
 @click.command("build")
@@ -32,7 +32,7 @@ from .fit import Fit, size
 @click.option("--max-seq-len", type=int, help="Tokens of prompt and answer. [default: the model's, up to 4096]")
 @click.option("--portable", is_flag=True, help="One engine for all the devices (target tensorrt_rtx).")
 @click.option("--max-memory", metavar="SIZE", help="Memory that building may take (16GiB): then several engines.")
-@click.option("--dry-run", is_flag=True, help="The fit check alone.")
+@click.option("--dry-run", is_flag=True, help="The fit check and the plan alone.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def build_command(
     bundle: Path,
@@ -57,13 +57,13 @@ def build_command(
     if not profiles:
         raise BuildError("no device named; add --profile NAME (moedge profiles lists them)")
     names = list(dict.fromkeys(profiles))
-    if dry_run:
-        _dry_run(bundle, names, max_batch, max_seq_len, as_json)
-        return
     options: dict[str, Any] = {"backend": backend, "max_batch": max_batch, "max_seq_len": max_seq_len}
     from ..export.memory import parse_size  # not at the top: `--help` must not cost what reading checkpoints does
 
     options["max_memory"] = None if max_memory is None else parse_size(max_memory)
+    if dry_run:
+        _dry_run(bundle, names, options, as_json)
+        return
     folders = []
     if portable:
         with console_progress() as progress:
@@ -74,38 +74,32 @@ def build_command(
     _print_engines(folders, as_json)
 
 
-def _dry_run(path: Path, names: list[str], max_batch: int, max_seq_len: int | None, as_json: bool) -> None:
+def _dry_run(path: Path, names: list[str], options: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
 
     from .device_commands import fit_table
 
     bundle = Bundle.open(path)
-    length = pick_max_seq_len(bundle, max_seq_len)
-    fits = [check_build_fit(bundle, load_profile(name), max_batch, length) for name in names]
-    built = [_built_fit(bundle, fit) for fit in fits]
+    plans = [plan(bundle, load_profile(name), **options) for name in names]
     if as_json:
-        documents = [fit.to_json() | {"built": after} for fit, after in zip(fits, built, strict=True)]
-        click.echo(json.dumps(documents, indent=1))
+        click.echo(json.dumps([each.to_json() for each in plans], indent=1))
     else:
         # A pipe has no width; 80 columns would cut the headings.
-        Console(width=None if sys.stdout.isatty() else 110).print(fit_table(fits))
-        for fit, after in zip(fits, built, strict=True):
-            if after is not None:
-                click.echo(f"{fit.profile}: the engine that is there {_compare_scratch(fit.to_json(), after)}")
-    for fit in fits:
-        if not fit.fits:
-            raise BuildError(fit.explain())
-
-
-def _built_fit(bundle: Bundle, fit: Fit) -> dict[str, Any] | None:
-    """What the build log of the engine that is there says, where it was built for as much."""
-    path = bundle.engine_dir(fit.profile) / ENGINE_MANIFEST
-    if not path.is_file():
-        return None
-    after = read_json(path, BuildError).get("fit_built")
-    asked = (fit.max_batch, fit.max_seq_len)
-    alike = isinstance(after, dict) and (after.get("max_batch"), after.get("max_seq_len")) == asked
-    return after if alike else None
+        console = Console(width=None if sys.stdout.isatty() else 110)
+        console.print(fit_table([each.fit for each in plans]))
+        engines = parts_table(plans)
+        if engines is not None:
+            console.print(engines)
+        for each in plans:
+            said = explain_parts(each)
+            if said is not None:
+                click.echo(said)
+            if each.built is not None:
+                before = each.fit.to_json()
+                click.echo(f"{each.fit.profile}: the engine that is there {_compare_scratch(before, each.built)}")
+    for each in plans:
+        if not each.fit.fits:
+            raise BuildError(each.fit.explain())
 
 
 def _compare_scratch(before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ Figures come from the operating system; what cannot be read is None, never a gue
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -142,6 +143,15 @@ def peak_memory_bytes() -> int | None:
         return None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if platform.system() == "Darwin" else used * 1024
+
+
+def release_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc): it keeps some of it otherwise."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return
 
 
 _gpus: list[Gpu] | None = None

@@ -132,20 +132,6 @@ def test_check_fails_by_name_when_the_network_is_wrong(tmp_path: Path, monkeypat
         check_numerics(bundle)
 
 
-def test_large_models_are_checked_by_their_first_layers_and_engine_json_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = export(tmp_path, "int4")
-    monkeypatch.setattr(_trt_check, "MOST_PARAMETERS", 1)
-    checked = check_numerics(bundle)
-    assert (checked["layers"], checked["of_layers"]) == (2, 3)  # as far as the first mixture of experts
-    monkeypatch.setattr(_trt_check.machine, "memory_bytes", lambda: 1000)
-    assert check_numerics(bundle) == {
-        "checked": False,
-        "reason": "this machine's memory does not hold a dequantized layer of experts",
-    }
-
-
 # engines
 
 

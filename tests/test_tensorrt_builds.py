@@ -15,10 +15,11 @@ from test_tensorrt_families import export
 
 from moedge.bundle import Bundle
 from moedge.errors import BuildError
+from moedge.export import memory
 from moedge.profiles.build import build, build_portable, finish_build
 from moedge.profiles.commands import build_command
 from moedge.profiles.device import load_profile
-from moedge.profiles.targets import _trt_build, tensorrt
+from moedge.profiles.targets import _trt_build, _trt_parts, tensorrt
 from moedge.profiles.targets._canonical import load_canonical
 from moedge.profiles.targets._trt_check import check_numerics
 from moedge.profiles.targets._trt_parts import (
@@ -31,6 +32,7 @@ from moedge.profiles.targets._trt_parts import (
     plan_parts,
 )
 from moedge.profiles.targets.tensorrt_network import lower_network
+from moedge.runtime import machine
 
 JETSON = "jetson-orin-nano-8gb"
 
@@ -39,6 +41,14 @@ JETSON = "jetson-orin-nano-8gb"
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("tiny")
     return export("qwen2_moe", "one_layer_dense", folder, num_hidden_layers=4, hidden_size=128, vocab_size=512)
+
+
+@pytest.fixture
+def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, which has loaded all that tests need, counts as nothing beside the builders."""
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(_trt_parts, "CALLER_BYTES", 0)
+    monkeypatch.setattr(machine, "reset_peak_memory", lambda: False)
 
 
 def sizes_of(bundle: Bundle) -> NetworkSizes:
@@ -109,6 +119,33 @@ def test_dry_run_is_the_arithmetic_by_hand(tiny: Bundle) -> None:
     assert fit["fits"] and fit["built"] is None
 
 
+@pytest.mark.usefixtures("small_process")
+def test_dry_run_plans_the_engines_by_hand(tiny: Bundle) -> None:
+    """Whole and cut in two: 400 MiB and four times the weights each, the process's own share beside."""
+    (whole,) = dry_run(tiny, "--profile", "l4", "--max-seq-len", "96")
+    network = lower_network(*load_canonical(tiny), 96, real=ir.DataType.FLOAT16)
+    written = sum(tensor.nbytes for tensor in network.weights.tensors)
+    assert whole["parts"] == [
+        {"layers": [0, 4], "weights_bytes": written, "build_memory_bytes": (400 << 20) + 4 * written}
+    ]
+    assert (whole["target"], whole["max_memory_bytes"]) == ("tensorrt_rtx", None)
+    bound = (400 << 20) + 4 * written - 1
+    (cut,) = dry_run(tiny, "--profile", "l4", "--max-seq-len", "96", "--max-memory", str(bound))
+    assert [part["layers"] for part in cut["parts"]] == [[0, 2], [2, 4]]
+    assert sum(part["weights_bytes"] for part in cut["parts"]) == written
+    assert all(part["build_memory_bytes"] <= bound for part in cut["parts"])
+    assert cut["workspace_bytes"] == 2 * whole["workspace_bytes"]  # each engine has its own
+    assert cut["total_bytes"] - whole["total_bytes"] == whole["workspace_bytes"]
+    (plain,) = dry_run(tiny, "--profile", "l4", "--max-seq-len", "96", "--backend", "onnxruntime")
+    assert plain["parts"] == []
+    options = [str(tiny.path), "--profile", "l4", "--dry-run", "--max-memory"]
+    shown = CliRunner().invoke(build_command, [*options, str(bound)])
+    assert "2 to 3" in shown.stdout and "l4: 2 engines, built in at most" in shown.stdout
+    refused = CliRunner().invoke(build_command, [*options, "1MiB"])
+    assert "building one layer's engine takes about" in str(refused.exception)
+    assert not tiny.engine_dir("l4").exists()
+
+
 @needs_rtx
 def test_what_the_log_says_is_shown_beside_the_estimate(tiny: Bundle) -> None:
     runner = CliRunner()
@@ -145,8 +182,14 @@ def test_parts_are_few_about_alike_and_within_the_bound() -> None:
         assert all(estimate_build_bytes(sizes.of(part)) <= bound for part in parts)
     with pytest.raises(BuildError, match=r"^--max-memory 400 MiB: building one layer's engine takes about .*use --max"):
         plan_parts(sizes, least - 1)
+    held = 100 << 20  # of the process that waits
+    assert plan_parts(sizes, everything + held, held) == plan_parts(sizes, everything)
+    assert plan_parts(sizes, everything + held - 1, held) == halves
+    with pytest.raises(BuildError, match=r"takes about 500 MiB, 100 MiB of it this process; use --max-memory 501MiB"):
+        plan_parts(sizes, least + held - 1, held)
 
 
+@pytest.mark.usefixtures("small_process")
 def test_the_smallest_figure_that_is_named_works(tiny: Bundle) -> None:
     with pytest.raises(BuildError, match=r"use --max-memory (\d+)MiB or more") as caught:
         build(tiny.path, "rtx4090", max_memory=1 << 20)
@@ -169,6 +212,7 @@ def test_a_part_may_be_without_experts(tmp_path: Path) -> None:
 
 
 @needs_rtx
+@pytest.mark.usefixtures("small_process")
 def test_engines_by_range_are_built_one_after_the_other(tiny: Bundle) -> None:
     sizes = sizes_of(tiny)
     bound = estimate_build_bytes(max(sizes.of(Part(0, 2, 4)), sizes.of(Part(2, 4, 4))))
@@ -201,6 +245,7 @@ _BUILT = (
 
 
 @needs_rtx
+@pytest.mark.usefixtures("small_process")
 def test_a_part_that_took_more_than_the_bound_is_cut_again(tiny: Bundle, fake_builder: Any) -> None:
     fake_builder(_BUILT.format(peak="(1 << 40) if job['model'].endswith(('model.onnx', '0-1.onnx')) else 1000"))
     folder = build(tiny.path, "rtx-5090", max_seq_len=64, max_memory=1 << 30)
@@ -209,13 +254,14 @@ def test_a_part_that_took_more_than_the_bound_is_cut_again(tiny: Bundle, fake_bu
     assert engine["session"]["numerics"]["chained"] == 3  # checked again, as it was built
     assert len(engine["files"]) == 9
     fake_builder(_BUILT.format(peak="1 << 30"))
-    with pytest.raises(BuildError, match=r"^--max-memory 900 MiB: building one layer.* 1.0 GiB; use --max-memory 1024"):
+    with pytest.raises(BuildError, match=r"^--max-memory 900 MiB: building one layer.* 1.0 GiB, .* use --max-memory 1024M"):
         build(tiny.path, "rtx-5090", max_seq_len=64, max_memory=900 << 20)
 
 
 # on the device
 
 
+@pytest.mark.usefixtures("small_process")
 def test_a_folder_is_finished_part_by_part_and_goes_on_where_it_stopped(
     tiny: Bundle, fake_builder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ...bundle import Bundle, Progress
 from ...errors import BuildError
@@ -57,10 +57,41 @@ class Target(Protocol):
         """
 
 
+class PlanningTarget(Target, Protocol):
+    """What a target's module offers beside, where building takes memory that is worth planning."""
+
+    def plan(self, request: BuildRequest) -> list[dict[str, Any]]:
+        """The engines that `build` would make: layers [start, stop], weights_bytes, build_memory_bytes of each.
+
+        Raises what `build` raises before it builds.
+        """
+
+
+def plan_build(name: str, request: BuildRequest) -> list[dict[str, Any]]:
+    """What `PlanningTarget.plan` says of a target that plans; nothing of one that does not.
+
+    Raises:
+        BuildError: the target is unknown, or it refuses.
+    """
+    target = find_target(name)
+    planned: list[dict[str, Any]] = cast(PlanningTarget, target).plan(request) if hasattr(target, "plan") else []
+    return planned
+
+
 def list_targets() -> list[str]:
     """The names that a device profile may give as its target."""
     modules = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name for name in modules if not name.startswith("_") and not name.startswith("tensorrt_network"))
+
+
+def pick_target(name: str, device: DeviceProfile) -> str:
+    """The target that builds for `device` where `name` is asked for: a target may name another for GPUs, ON_GPU.
+
+    Raises:
+        BuildError: no such target.
+    """
+    on_gpu = getattr(find_target(name), "ON_GPU", None)
+    return on_gpu if on_gpu is not None and device.compute_capability is not None else name
 
 
 def find_target(name: str) -> Target:

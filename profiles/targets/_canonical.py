@@ -124,6 +124,15 @@ def linear_matrix(node: ir.Node) -> Matrix:
     return find_matrix(transpose.inputs[0])
 
 
+def gate_of(experts: ir.Value) -> ir.Node:
+    """The gate that chose `experts`, whatever was done to their numbers since."""
+    node = experts.producer()
+    while node is not None and node.domain != DOMAIN and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    assert node is not None, f"{experts} comes from no gate"
+    return node
+
+
 def attributes_of(node: ir.Node) -> dict[str, Any]:
     """A node's attributes as plain values."""
     return {name: attribute.value for name, attribute in node.attributes.items()}

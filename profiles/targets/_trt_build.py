@@ -17,6 +17,8 @@ from typing import IO, Any
 
 from ...bundle import Progress
 from ...errors import BuildError
+from ...export import memory
+from ...runtime import machine
 
 PLAN = "engine.plan"
 LOG = "build.log"
@@ -60,7 +62,8 @@ class BuildJob:
 def run_builder(job: BuildJob, title: str, progress: Progress | None) -> dict[str, Any]:
     """Build the plan and its log in the job's folder.
 
-    Returns version, validity (well_formed, status, diagnostics; or None), seconds and peak_bytes.
+    Returns version, validity (well_formed, status, diagnostics; or None), seconds, peak_bytes of the builder and
+    caller_bytes, what this process held when it began.
 
     Raises:
         BuildError: the builder refused, crashed, or made no engine; the log is kept as `failed_log`.
@@ -69,6 +72,8 @@ def run_builder(job: BuildJob, title: str, progress: Progress | None) -> dict[st
         path = Path(scratch) / "job.json"
         path.write_text(json.dumps(job.to_json()), encoding="utf-8")
         with (Path(scratch) / "stderr").open("w+b") as errors:
+            machine.release_memory()
+            beside = memory.resident_bytes()
             process = _start(path, errors)
             last = _follow(process, title, progress)
             errors.seek(0)
@@ -77,7 +82,7 @@ def run_builder(job: BuildJob, title: str, progress: Progress | None) -> dict[st
     if process.returncode == 0 and result is not None:
         if result["validity"] is not None and not result["validity"]["well_formed"]:
             raise _failure(job, "TensorRT calls its own engine malformed")
-        answer: dict[str, Any] = result
+        answer: dict[str, Any] = result | {"caller_bytes": beside}
         return answer
     raise _failure(job, last.get("error") or _describe_end(process.returncode, job, said))
 

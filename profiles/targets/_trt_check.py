@@ -1,7 +1,8 @@
 """Does the lowered network compute what the canonical graph computes? Both run on onnxruntime's CPU, no GPU needed.
 
 The network's float32 form runs on chunks (one half of every branch) and on one token (the other half), and each token's
-logits are compared. That says the lowering is right; the rounding that half precision adds is measured beside it.
+logits are compared. That says the lowering is right; the rounding that half precision adds is measured beside it. What
+does not fit the memory at once is checked in slices, of experts and of the vocabulary (`_trt_views`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,16 @@ import onnx_ir as ir
 
 from ...bundle import Bundle, Progress
 from ...errors import BuildError, ParityError, require
-from ...export.config import MoEConfig
 from ...runtime import machine
 from ._canonical import Array, load_canonical
 from ._trt_parts import Part, whole
+from ._trt_views import View, keep_view, measure_view_sizes, plan_views
 from .tensorrt_network import NetworkForm, lower_network
 
 TOLERANCE = 1e-4  # of a logit, relative where the largest is above 1
-CHUNKS = (2, 1, 2)  # a chunk at the beginning, one token, a chunk behind others
-# onnxruntime dequantizes every expert in every run, five times the largest matrix at once and seconds for each 100
-# million parameters: a larger model is checked by its first layers.
-MOST_PARAMETERS = 600_000_000
 MOST_PARAMETERS_HALF = 64_000_000
-_COPIES = 5
 _SEEDS = (0, 1)
+_LANE_TOKENS = 4  # that `_step_lanes` takes
 _TITLE = "checking the lowered network"
 
 
@@ -39,73 +37,78 @@ def check_numerics(
     progress: Progress | None = None,
     *,
     parts: Sequence[Part] | None = None,
-    max_memory: int | None = None,
+    memory: int | None = None,
     form: NetworkForm | None = None,
 ) -> dict[str, Any]:
     """Compare the lowered network, its `parts` chained, with the canonical graph; returns what engine.json keeps of it.
+
+    `memory`: bytes that the check may take beside what the process has; half the machine's unless given.
 
     Raises:
         ParityError: their logits differ.
     """
     require("onnxruntime", purpose="check the network that TensorRT is given")
-    layers, total = pick_layers(bundle, max_memory), int(bundle.config["num_hidden_layers"])
-    if layers == 0:
-        whose = "this machine's memory" if max_memory is None else "the bound on memory"
-        return {"checked": False, "reason": f"{whose} does not hold a dequantized layer of experts"}
-    parts, form = parts or whole(total), form or NetworkForm()
+    model, config = load_canonical(bundle)
+    sizes = measure_view_sizes(model, config)
+    views = plan_views(sizes, (machine.memory_bytes() or 8 << 30) // 2 if memory is None else memory)
+    if not views:
+        whose = "this machine's memory" if memory is None else "the bound on memory"
+        return {"checked": False, "reason": f"{whose} does not hold a dequantized matrix of the network"}
+    parts, form = parts or whole(config.num_hidden_layers), form or NetworkForm()
+    steps = _Steps(progress, sum(_count_steps(view, form.lanes) for view in views))
+    worst = max(_check_view(bundle, view, parts, form, steps) for view in views)
+    deepest = max(view.layers for view in views)
+    return {
+        "checked": True,
+        "against": "canonical graph on onnxruntime, float32",
+        "layers": deepest,
+        "of_layers": config.num_hidden_layers,
+        "layers_with_every_expert": views[0].layers,
+        "experts_at_once": views[0].experts,
+        "of_experts": sizes.experts,
+        "chained": sum(part.start < deepest for part in parts),
+        "difference": worst,
+        "tolerance": TOLERANCE,
+    }
+
+
+def _check_view(bundle: Bundle, view: View, parts: Sequence[Part], form: NetworkForm, steps: _Steps) -> float:
+    """`difference` of a view; raises ParityError beyond the tolerance."""
     worst = math.inf
-    with tempfile.TemporaryDirectory(prefix="moedge-check-") as scratch:
-        # Two routers' scores may lie closer than rounding, so that another order of sums picks another expert: other
-        # tokens then decide. A wrong lowering is wrong for both.
-        for seed in _SEEDS:
-            worst = min(worst, _compare(bundle, layers, parts, form, Path(scratch), seed, progress))
-            if worst <= TOLERANCE:
-                return {
-                    "checked": True,
-                    "against": "canonical graph on onnxruntime, float32",
-                    "layers": layers,
-                    "of_layers": total,
-                    "chained": sum(part.start < layers for part in parts),
-                    "difference": worst,
-                    "tolerance": TOLERANCE,
-                }
+    # Two routers' scores may lie closer than rounding, so that another order of sums picks another expert: other
+    # tokens then decide. A wrong lowering is wrong for both.
+    for seed in _SEEDS:
+        with tempfile.TemporaryDirectory(prefix="moedge-check-") as scratch:
+            worst = min(worst, _compare(bundle, view, parts, form, Path(scratch), seed, steps))
+        if worst <= TOLERANCE:
+            return worst
     raise ParityError(
-        f"the network lowered for TensorRT differs from the canonical graph by {worst:.2g} over {layers} of {total} "
-        f"layers (at most {TOLERANCE:.0e} was expected); this is a fault of moedge: report it, and build for the "
-        "onnxruntime target meanwhile: moedge build ... --profile cpu"
+        f"the network lowered for TensorRT differs from the canonical graph by {worst:.2g} over {view.layers} of "
+        f"{bundle.config['num_hidden_layers']} layers (at most {TOLERANCE:.0e} was expected); this is a fault of "
+        "moedge: report it, and build for the onnxruntime target meanwhile: moedge build ... --profile cpu"
     )
 
 
-def pick_layers(bundle: Bundle, max_memory: int | None = None) -> int:
-    """How many of the first layers the check takes, a mixture among them; 0 where this machine cannot hold one."""
-    model, config = load_canonical(bundle)
-    total = config.num_hidden_layers
-    parameters, largest = [0] * total, 0
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        assert tensor is not None and value.name is not None
-        largest = max(largest, int(tensor.size))
-        if value.name.startswith("layers."):
-            parameters[int(value.name.split(".")[1])] += int(tensor.size)
-    memory = (machine.memory_bytes() or 8 << 30) // 2
-    memory = memory if max_memory is None else min(memory, max_memory)
-    if 4 * _COPIES * largest > memory:
-        return 0
-    most = MOST_PARAMETERS if max_memory is None else min(MOST_PARAMETERS, max_memory // (4 * _COPIES))
-    least = min(config.moe.layers, default=0) + 1
-    return max(least, sum(sum(parameters[: layer + 1]) <= most for layer in range(total)))
+def _count_steps(view: View, lanes: int) -> int:
+    return len(view.chunks) + (2 if lanes > 1 else 1)
 
 
-def keep_layers(model: ir.Model, layers: int, config: MoEConfig) -> None:
-    """Cut a canonical model behind its first `layers` layers; norm and head stay."""
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
+@dataclass
+class _Steps:
+    """Counts the runs of all views, for the one progress that the user sees."""
 
-    if layers == config.num_hidden_layers:
-        return
-    ends = {value.name: value for node in model.graph for value in node.outputs}
-    last = ends[f"layers.{config.num_hidden_layers - 1}.output"]
-    last.replace_all_uses_with(ends[f"layers.{layers - 1}.output"])
-    RemoveUnusedNodesPass()(model)
+    progress: Progress | None
+    total: int
+    done: int = 0
+    title: str = _TITLE
+
+    def say(self) -> None:
+        if self.progress is not None:
+            self.progress(self.title, min(self.done, self.total), self.total)
+
+    def advance(self) -> None:
+        self.done += 1
+        self.say()
 
 
 class NetworkRunner:
@@ -182,24 +185,19 @@ def open_plain_session(model: Path | bytes, external: Path | None = None) -> Any
 
 
 def _compare(
-    bundle: Bundle,
-    layers: int,
-    parts: Sequence[Part],
-    form: NetworkForm,
-    scratch: Path,
-    seed: int,
-    progress: Progress | None,
+    bundle: Bundle, view: View, parts: Sequence[Part], form: NetworkForm, scratch: Path, seed: int, steps: _Steps
 ) -> float:
-    """`difference` between the float32 form, run in CHUNKS, and the canonical graph, of the first layers."""
-    kept = [Part(part.start, min(part.stop, layers), layers) for part in parts if part.start < layers]
+    """`difference` between the float32 form, run in chunks, and the canonical graph, both cut down to the view."""
+    kept = [Part(part.start, min(part.stop, view.layers), view.layers) for part in parts if part.start < view.layers]
     for part in kept:
         model, config = load_canonical(bundle)
-        keep_layers(model, layers, config)
-        network = lower_network(model, config, sum(CHUNKS) + 3, real=ir.DataType.FLOAT, part=part, form=form)
+        config = keep_view(model, config, view)
+        slots = sum(view.chunks) + 3
+        network = lower_network(model, config, slots, real=ir.DataType.FLOAT, part=part, form=form)
         network.weights.write(scratch / part.weights)
         network.save(scratch, part.model)
     runner = NetworkRunner(*[scratch / part.model for part in kept], lanes=form.lanes)
-    return _run_both(bundle, layers, runner, draw_tokens(bundle, seed), _TITLE, progress)[0]
+    return _run_both(bundle, view, runner, draw_tokens(view, seed), steps)[0]
 
 
 def measure_half(
@@ -216,11 +214,13 @@ def measure_half(
 
     if bundle.manifest["model"]["parameters"] > MOST_PARAMETERS_HALF:
         return None
-    layers, tokens = int(bundle.config["num_hidden_layers"]), draw_tokens(bundle, _SEEDS[0])
+    config = bundle.config
+    view = View(int(config["num_hidden_layers"]), 0, int(config["moe"]["num_experts"]), 0, int(config["vocab_size"]))
     unable = ort.capi.onnxruntime_pybind11_state
     try:
         runner = NetworkRunner(*paths, lanes=form.lanes)
-        worst, same = _run_both(bundle, layers, runner, tokens, "measuring half precision", progress)
+        steps = _Steps(progress, _count_steps(view, form.lanes), title="measuring half precision")
+        worst, same = _run_both(bundle, view, runner, draw_tokens(view, _SEEDS[0]), steps)
     except (unable.NotImplemented, unable.Fail):
         return None
     if not math.isfinite(worst):
@@ -232,22 +232,21 @@ def measure_half(
 
 
 def _run_both(
-    bundle: Bundle, layers: int, runner: NetworkRunner, tokens: Array, title: str, progress: Progress | None
+    bundle: Bundle, view: View, runner: NetworkRunner, tokens: Array, steps: _Steps
 ) -> tuple[float, float]:
     """(`difference`, share of tokens whose largest logit is the same) of a lowered network and the canonical graph."""
-    steps = len(CHUNKS) + (2 if runner.lanes > 1 else 1)
-    report = progress or (lambda what, done, total: None)
     pieces = []
-    for done, length in enumerate(CHUNKS):
-        report(title, done, steps)
+    steps.say()
+    for length in view.chunks:
         pieces.append(runner.step(tokens[runner.length : runner.length + length].tolist())["logits"])
-    places = list(range(len(tokens)))
+        steps.advance()
+    places = list(range(sum(view.chunks)))
     if runner.lanes > 1:
-        report(title, len(CHUNKS), steps)
         pieces += _step_lanes(runner, tokens, places)
-    report(title, steps - 1, steps)
-    found, expected = np.concatenate(pieces), canonical_logits(bundle, layers, tokens)[places]
-    report(title, steps, steps)
+        steps.advance()
+    runner.sessions.clear()  # before the other graph's weights come
+    found, expected = np.concatenate(pieces), _view_logits(bundle, view, tokens)[places]
+    steps.advance()
     same = float((found.argmax(axis=-1) == expected.argmax(axis=-1)).mean())
     return difference(found, expected), same
 
@@ -266,9 +265,9 @@ def _step_lanes(runner: NetworkRunner, tokens: Array, places: list[int]) -> list
     return [*pieces, both[:1], both[last:]]
 
 
-def draw_tokens(bundle: Bundle, seed: int) -> Array:
+def draw_tokens(view: View, seed: int) -> Array:
     """int64 [tokens]: random tokens; a wrong lowering is wrong for any."""
-    return np.random.default_rng(seed).integers(0, int(bundle.config["vocab_size"]), sum(CHUNKS))
+    return np.random.default_rng(seed).integers(0, view.rows, max(_LANE_TOKENS, sum(view.chunks)))
 
 
 def difference(found: Array, expected: Array) -> float:
@@ -279,8 +278,15 @@ def difference(found: Array, expected: Array) -> float:
 
 def canonical_logits(bundle: Bundle, layers: int, tokens: Array) -> Array:
     """float32 [tokens, vocab] of the canonical graph's first layers."""
+    config = bundle.config
+    view = View(layers, 0, int(config["moe"]["num_experts"]), 0, int(config["vocab_size"]))
+    return _view_logits(bundle, view, tokens)
+
+
+def _view_logits(bundle: Bundle, view: View, tokens: Array) -> Array:
+    """float32 [tokens, rows] of the canonical graph cut down to the view."""
     model, config = load_canonical(bundle)
-    keep_layers(model, layers, config)
+    keep_view(model, config, view)
     session = open_plain_session(ir.to_proto(model).SerializeToString(), bundle.path)
     (logits,) = session.run(["logits"], {"input_ids": tokens[None]})
     result: Array = logits[0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from ._canonical import Matrix, attributes_of, find_matrix, linear_matrix
+from ._canonical import Matrix, attributes_of, find_matrix, gate_of, linear_matrix
 from ._trt_weights import Stored
 
 if TYPE_CHECKING:
@@ -69,9 +69,7 @@ def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
     biased = _biases_of(lowering, call)
     gate_up, down = find_matrix(call.inputs[3]), find_matrix(call.inputs[5 if biased else 4])
     count, hidden, inner = down.shape
-    gate = experts.producer()
-    assert gate is not None
-    choices = int(attributes_of(gate)["top_k"])
+    choices = int(attributes_of(gate_of(experts))["top_k"])
     shared = None if biased else _find_shared(call, gate_up, down)
     more = 0
     if shared is not None:
@@ -250,7 +248,7 @@ def _dense(lowering: Lowering, mixture: _Mixture, x: ir.Value, experts: ir.Value
         by_choice = _dense(lowering, dataclasses.replace(mixture, ordered=False), x, experts, weights)
         by_token = op("Reshape", [by_choice, ints(-1, mixture.choices, mixture.hidden)], allowzero=1)
         return op("ReduceSum", [by_token, ints(1)], keepdims=0)
-    ids = lowering.rewriter.constant(f"experts.{count}", np.arange(count, dtype=np.int64))
+    ids = lowering.rewriter.constant(f"numbers.{count}", np.arange(count, dtype=np.int64))
     is_chosen = op("Cast", [op("Equal", [op("Unsqueeze", [experts, ints(2)]), ids])], to=int(ir.DataType.FLOAT))
     gates = op("ReduceSum", [op("Mul", [is_chosen, op("Unsqueeze", [weights, ints(2)])]), ints(1)], keepdims=0)
     both = op("Reshape", [lowering.multiply(x, mixture.gate_up), ints(-1, count, 2 * inner)], allowzero=1)

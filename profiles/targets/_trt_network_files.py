@@ -10,11 +10,13 @@ import onnx_ir as ir
 
 from ...bundle import Progress
 from ...errors import BuildError
+from ...export import memory
+from ...export.config import moe_config_from_json
 from . import BuildRequest
 from ._canonical import load_canonical
 from ._trt_check import check_numerics, measure_half
 from ._trt_log import read_build_log
-from ._trt_parts import Part, measure_sizes, plan_parts
+from ._trt_parts import NetworkSizes, Part, caller_bytes, estimate_build_bytes, measure_sizes, plan_parts
 from .tensorrt_network import CHUNK, LoweredNetwork, NetworkForm, lower_network
 
 # TF32 would round the router's float32 products, and with them the choice of experts.
@@ -25,13 +27,15 @@ SETTINGS: dict[str, Any] = {"tf32": False}
 class Prepared:
     """A network that was checked and cut, and the fields of engine.json that follow from it.
 
-    `smallest_matrix`, elements of an expert's: a kernel that writes as much out writes experts out.
+    `smallest_matrix`, elements of an expert's: a kernel that writes as much out writes experts out. `check_bytes`: what
+    checking it may take; None for no bound.
     """
 
     parts: list[Part]
     total: int
     form: NetworkForm
     smallest_matrix: int
+    check_bytes: int | None
     numerics: dict[str, Any]
     fields: dict[str, Any]
 
@@ -47,17 +51,44 @@ def prepare_network(request: BuildRequest, bound: int | None, progress: Progress
         BuildError: sizes beyond these targets, or a bound below what one layer needs.
         ParityError: the lowered network is not the canonical graph.
     """
+    form = NetworkForm(lanes=request.max_batch)
+    network, _, parts = _plan_network(request, bound, form)
+    config = moe_config_from_json(request.bundle.config)
+    # Checked here, whatever machine the engines are then built on.
+    check_bytes = None if request.max_memory is None else request.max_memory - memory.resident_bytes()
+    numerics = check_numerics(request.bundle, progress, parts=parts, memory=check_bytes, form=form)
+    smallest = config.moe.intermediate_size * config.hidden_size
+    total = config.num_hidden_layers
+    fields = _describe_network(request, network, numerics)
+    return Prepared(parts, total, form, smallest, check_bytes, numerics, fields)
+
+
+def plan_build(request: BuildRequest, bound: int | None) -> list[dict[str, Any]]:
+    """What `build` would make, part by part, and in what memory; nothing is written, checked or built.
+
+    Raises:
+        BuildError: sizes beyond these targets, or a bound below what one layer needs.
+    """
+    _, sizes, parts = _plan_network(request, bound, NetworkForm(lanes=request.max_batch))
+    return [
+        {
+            "layers": [part.start, part.stop],
+            "weights_bytes": sizes.of(part),
+            "build_memory_bytes": estimate_build_bytes(sizes.of(part)) + caller_bytes(),
+        }
+        for part in parts
+    ]
+
+
+def _plan_network(
+    request: BuildRequest, bound: int | None, form: NetworkForm
+) -> tuple[LoweredNetwork, NetworkSizes, list[Part]]:
     if request.max_seq_len < 2:
         raise BuildError(f"max_seq_len {request.max_seq_len}: a TensorRT engine needs room for 2 tokens or more")
     model, config = load_canonical(request.bundle)
-    total = config.num_hidden_layers
-    form = NetworkForm(lanes=request.max_batch)
     network = lower_network(model, config, request.max_seq_len, real=ir.DataType.FLOAT16, form=form)
-    parts = plan_parts(measure_sizes(network.weights, total), bound)
-    # Checked here, whatever machine the engines are then built on.
-    numerics = check_numerics(request.bundle, progress, parts=parts, max_memory=request.max_memory, form=form)
-    smallest = config.moe.intermediate_size * config.hidden_size
-    return Prepared(parts, total, form, smallest, numerics, _describe_network(request, network, numerics))
+    sizes = measure_sizes(network.weights, config.num_hidden_layers)
+    return network, sizes, plan_parts(sizes, bound, caller_bytes())
 
 
 def write_part(
@@ -140,7 +171,13 @@ def describe_result(result: dict[str, Any], log: Path, smallest_matrix: int) -> 
         "validity": result["validity"],
         "builder_seconds": result["seconds"],
         "peak_build_memory_bytes": result["peak_bytes"],
+        "caller_memory_bytes": result["caller_bytes"],
     }
+
+
+def together_bytes(part: dict[str, Any]) -> int:
+    """What building a part took: its builder's peak, and what the process that waited for it held."""
+    return (part["peak_build_memory_bytes"] or 0) + int(part["caller_memory_bytes"])
 
 
 def add_memory(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 import onnx_ir as ir
 
 from ...errors import BuildError
+from ...export import memory
+from ...runtime import machine
 from ..fit import size
 from ._trt_weights import LoweredWeights
 
@@ -21,6 +23,9 @@ from ._trt_weights import LoweredWeights
 # for INT8, 646 MiB for 102 MiB and 7.9 GB for 2.5 GiB (docs/devices.md). A part that takes more is cut again.
 BUILDER_BYTES = 400 << 20
 BUILDER_TIMES = 4.0
+# What this process holds more when the builders run than before it checked the network: onnxruntime's library, and what
+# the allocator keeps (measured: 20 to 40 MiB).
+CALLER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,16 @@ def estimate_build_bytes(weights_bytes: int) -> int:
     return BUILDER_BYTES + math.ceil(BUILDER_TIMES * weights_bytes)
 
 
-def plan_parts(sizes: NetworkSizes, bound: int | None) -> list[Part]:
+def caller_bytes() -> int:
+    """What the process that starts the builders is expected to hold beside them."""
+    machine.release_memory()
+    return memory.resident_bytes() + CALLER_BYTES
+
+
+def plan_parts(sizes: NetworkSizes, bound: int | None, beside: int = 0) -> list[Part]:
     """As few parts as the bound allows, about alike; one where there is no bound.
+
+    `beside`: bytes that the process that starts the builders holds meanwhile.
 
     Raises:
         BuildError: a single layer needs more; says the smallest bound that is enough.
@@ -136,12 +149,12 @@ def plan_parts(sizes: NetworkSizes, bound: int | None) -> list[Part]:
     if bound is None:
         return whole(total)
     singles = [Part(layer, layer + 1, total) for layer in range(total)]
-    least = max(estimate_build_bytes(sizes.of(part)) for part in singles)
+    least = max(estimate_build_bytes(sizes.of(part)) for part in singles) + beside
     if least > bound:
-        raise too_small(bound, least)
+        raise too_small(bound, least, beside)
     for count in range(1, total + 1):
         parts = _cut_evenly(sizes, count)
-        if all(estimate_build_bytes(sizes.of(part)) <= bound for part in parts):
+        if all(estimate_build_bytes(sizes.of(part)) + beside <= bound for part in parts):
             return parts
     return singles
 
@@ -161,9 +174,9 @@ def _cut_evenly(sizes: NetworkSizes, count: int) -> list[Part]:
     return [Part(start, stop, total) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 
-def too_small(bound: int, least: int) -> BuildError:
+def too_small(bound: int, least: int, beside: int) -> BuildError:
     mib = -(-least // (1 << 20))
     return BuildError(
-        f"--max-memory {size(bound)}: building one layer's engine takes about {size(least)}; use --max-memory {mib}MiB "
-        "or more, or export with fewer bits (--weights int4)"
+        f"--max-memory {size(bound)}: building one layer's engine takes about {size(least)}, {size(beside)} of it this "
+        f"process; use --max-memory {mib}MiB or more, or export with fewer bits (--weights int4)"
     )

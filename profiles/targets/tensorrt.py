@@ -22,7 +22,9 @@ from ._trt_network_files import (
     add_memory,
     describe_plain_part,
     describe_result,
+    plan_build,
     prepare_network,
+    together_bytes,
     write_part,
 )
 
@@ -51,13 +53,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         ParityError: the lowered network is not the canonical graph.
         DependencyError: onnxruntime is not installed.
     """
-    capability = request.device.compute_capability
-    if capability is None:
-        raise BuildError(
-            f"{request.device.name} has no compute capability, and TensorRT builds for NVIDIA GPUs alone; "
-            "use --backend onnxruntime"
-        )
-    bound = request.max_memory or request.device.available_bytes
+    capability, bound = _check_capability(request), _pick_bound(request)
     prepared = prepare_network(request, bound, progress)
     fields = prepared.fields | {
         "backend": PACKAGE,
@@ -76,6 +72,29 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     if importlib.util.find_spec(PACKAGE) is not None and _is_here(capability):
         fields |= finish(folder, progress)
     return fields
+
+
+def plan(request: BuildRequest) -> list[dict[str, Any]]:
+    """What `build` would make, for the dry run.
+
+    Raises what `build` raises before it builds.
+    """
+    _check_capability(request)
+    return plan_build(request, _pick_bound(request))
+
+
+def _check_capability(request: BuildRequest) -> tuple[int, int]:
+    capability = request.device.compute_capability
+    if capability is None:
+        raise BuildError(
+            f"{request.device.name} has no compute capability, and TensorRT builds for NVIDIA GPUs alone; "
+            "use --backend onnxruntime"
+        )
+    return capability
+
+
+def _pick_bound(request: BuildRequest) -> int:
+    return request.max_memory or request.device.available_bytes
 
 
 def _write_manifest(
@@ -127,7 +146,6 @@ def finish(folder: Path, progress: Progress | None) -> dict[str, Any]:
         )
     parts = [_finish_part(folder, manifest, part, progress) for part in manifest["parts"]]
     session = manifest["session"] | {"parts": parts, **add_memory(parts)}
-    peaks = [part["peak_build_memory_bytes"] or 0 for part in parts]
     versions = {str(manifest["built"][part["engine"]]["version"]) for part in parts}
     if len(versions) > 1:
         raise BuildError(
@@ -137,7 +155,7 @@ def finish(folder: Path, progress: Progress | None) -> dict[str, Any]:
     return {
         "backend_version": versions.pop(),
         "status": "ready",
-        "peak_build_memory_bytes": max(peaks) or None,
+        "peak_build_memory_bytes": max(together_bytes(part) for part in parts),
         "session": session,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from ._trt_network_files import (
     Prepared,
     add_memory,
     describe_part,
+    plan_build,
     prepare_network,
     shape_profiles,
+    together_bytes,
     write_part,
 )
 from ._trt_parts import Part, too_small
@@ -65,7 +68,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         final = [Part(part["layers"][0], part["layers"][1], prepared.total) for part in parts]
         prepared.numerics.update(
             check_numerics(
-                request.bundle, progress, parts=final, max_memory=request.max_memory, form=prepared.form
+                request.bundle, progress, parts=final, memory=prepared.check_bytes, form=prepared.form
             )
         )
     fields = prepared.fields | {
@@ -73,7 +76,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         "backend_version": results[0]["version"],
         "compute_capability": list(capabilities[0]),
         "status": "ready",
-        "peak_build_memory_bytes": max(result["peak_bytes"] or 0 for result in results) or None,
+        "peak_build_memory_bytes": max(together_bytes(part) for part in parts),
     }
     built_for = [list(capability) for capability in capabilities]
     fields["session"] |= {"compute_capabilities": built_for, "max_build_memory_bytes": request.max_memory}
@@ -88,7 +91,7 @@ def build_parts(
     job_of: Callable[[Part, LoweredNetwork], tuple[BuildJob, str]],
     progress: Progress | None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """One engine after the other; a part whose builder took more than the bound is built again as two.
+    """One engine after the other; a part that took more than the bound, this process included, is built again as two.
 
     Returns the parts as engine.json has them, and what the builder said of each.
 
@@ -104,16 +107,28 @@ def build_parts(
         job, title = job_of(part, network)
         result = run_builder(job, title, progress)
         (folder / part.weights).unlink()  # the engine has its own copy
-        if request.max_memory is not None and (result["peak_bytes"] or 0) > request.max_memory:
+        built = describe_part(part, network, request.max_seq_len, result, folder, prepared.smallest_matrix)
+        if request.max_memory is not None and together_bytes(built) > request.max_memory:
             if part.stop - part.start == 1:
-                raise too_small(request.max_memory, result["peak_bytes"])
+                raise too_small(request.max_memory, together_bytes(built), result["caller_bytes"])
             for name in (part.model, part.plan, part.log):
                 (folder / name).unlink()
             waiting[:0] = part.halves()
             continue
-        parts.append(describe_part(part, network, request.max_seq_len, result, folder, prepared.smallest_matrix))
+        parts.append(built)
         results.append(result)
     return parts, results
+
+
+def plan(request: BuildRequest) -> list[dict[str, Any]]:
+    """What `build` would make, for the dry run, which needs no TensorRT.
+
+    Raises what `build` raises before it builds.
+    """
+    if importlib.util.find_spec(PACKAGE) is not None:
+        for device in request.devices:
+            check_device(require(PACKAGE), device)
+    return plan_build(request, request.max_memory)
 
 
 def check_device(package: Any, device: DeviceProfile) -> tuple[int, int]:
