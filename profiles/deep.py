@@ -53,8 +53,7 @@ def verify_routes(bundle: Bundle, profiles: list[str], progress: Progress | None
     """
     require("onnx", purpose="run the canonical graph")
     require("onnxruntime", purpose="run the canonical graph")
-    from .targets._routes import trace_canonical
-    from .targets._trt_check import pick_layers
+    from .targets._routes import pick_layers, trace_canonical
 
     deep = Deep(of_layers=int(bundle.config["num_hidden_layers"]))
     if not (bundle.config.get("moe") or {}).get("layers"):

@@ -21,15 +21,19 @@ import onnx_ir as ir
 from ...bundle import MODEL, Bundle
 from ...export.config import MoEConfig
 from ...export.gating import list_gates
+from ...runtime.machine import memory_bytes
 from ...runtime.preflight import EngineInfo
 from ...runtime.sessions import SessionOptions, backend_module
 from ._canonical import Array, attributes_of, find_calls, find_matrix, load_canonical
 from ._trt_attention import layer_of
-from ._trt_check import MOST_PARAMETERS_HALF, NetworkRunner, keep_layers, open_plain_session
+from ._trt_check import MOST_PARAMETERS_HALF, NetworkRunner, open_plain_session
 from ._trt_parts import Part
+from ._trt_views import keep_layers
 from .tensorrt_network import lower_network
 
 CPU = "CPUExecutionProvider"
+_MOST_PARAMETERS = 600_000_000  # of the layers compared
+_COPIES = 5  # of a tensor in fp32 while onnxruntime dequantizes it
 _ROUTE_TYPES = (ir.DataType.INT64, ir.DataType.FLOAT)  # of experts, of weights
 # Nodes whose place matters; shapes and masks may be computed anywhere.
 _HEAVY = ("MatMul", "Gemm", "Attention", "QMoE", "Experts", "TopK", "Softmax")
@@ -86,6 +90,23 @@ def cut_steps(tokens: Array) -> list[Array]:
 
 
 # the canonical graph
+
+
+def pick_layers(bundle: Bundle) -> int:
+    """How many of the first layers are compared, a mixture among them; 0 where this machine cannot hold one in fp32."""
+    model, config = load_canonical(bundle)
+    total = config.num_hidden_layers
+    parameters, largest = [0] * total, 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None and value.name is not None
+        largest = max(largest, int(tensor.size))
+        if value.name.startswith("layers."):
+            parameters[int(value.name.split(".")[1])] += int(tensor.size)
+    if 4 * _COPIES * largest > (memory_bytes() or 8 << 30) // 2:
+        return 0
+    least = min(config.moe.layers, default=0) + 1
+    return max(least, sum(sum(parameters[: layer + 1]) <= _MOST_PARAMETERS for layer in range(total)))
 
 
 def trace_canonical(bundle: Bundle, layers: int, tokens: Array) -> dict[int, CanonicalGate]:
