@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
+from small_process import small_process
 from test_tensorrt import fake_builder as fake_builder
 from test_tensorrt import needs_rtx, pretend_package
 from test_tensorrt_families import export
 
 from moedge.bundle import Bundle
 from moedge.errors import BuildError
-from moedge.export import memory
 from moedge.profiles.build import build, build_portable, finish_build
 from moedge.profiles.commands import build_command
 from moedge.profiles.device import load_profile
-from moedge.profiles.targets import _trt_build, _trt_parts, tensorrt
+from moedge.profiles.targets import _trt_build, tensorrt
 from moedge.profiles.targets._canonical import load_canonical
 from moedge.profiles.targets._trt_check import check_numerics
 from moedge.profiles.targets._trt_parts import (
@@ -32,7 +33,6 @@ from moedge.profiles.targets._trt_parts import (
     plan_parts,
 )
 from moedge.profiles.targets.tensorrt_network import lower_network
-from moedge.runtime import machine
 
 JETSON = "jetson-orin-nano-8gb"
 
@@ -43,12 +43,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export("qwen2_moe", "one_layer_dense", folder, num_hidden_layers=4, hidden_size=128, vocab_size=512)
 
 
-@pytest.fixture
-def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process, which has loaded all that tests need, counts as nothing beside the builders."""
-    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(_trt_parts, "CALLER_BYTES", 0)
-    monkeypatch.setattr(machine, "reset_peak_memory", lambda: False)
+@pytest.fixture(name="small_process")
+def keep_process_small() -> Iterator[None]:
+    with small_process():
+        yield
 
 
 def sizes_of(bundle: Bundle) -> NetworkSizes:

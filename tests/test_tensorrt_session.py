@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_trt import FakeDevice
+from small_process import small_process
 from test_tensorrt_families import export
 
 from moedge.bundle import Bundle
@@ -43,7 +44,8 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     name = {"deepseek_v2": "greedy_first_dense", "qwen2_moe": "one_layer_dense", "qwen3_moe": "normalized_mqa"}[family]
     bundle = export(family, name, tmp_path_factory.mktemp(family), num_hidden_layers=3)
     bound = (400 << 20) + 500_000 if how == "cut" else None
-    folder = build(bundle.path, load_profile(PROFILE), max_seq_len=SLOTS, max_memory=bound)
+    with small_process():
+        folder = build(bundle.path, load_profile(PROFILE), max_seq_len=SLOTS, max_memory=bound)
     info = read_engine(bundle, PROFILE)
     assert (len(info.session["parts"]) > 1) == (how == "cut")
     return Prepared(bundle, folder, info)
