@@ -1,7 +1,7 @@
 """`moedge bench`: what one engine does on this machine, beside what the machine's memory would allow.
 
-Single stream, batch 1. The prompt is random tokens (so that experts are visited as evenly as training left them), and
-decoding goes on greedily from it. Times are taken around the engine's own steps, sampling included, text excluded.
+Prompts are random tokens (so that experts are visited as evenly as training left them), and decoding goes on greedily
+from them, of `batch` sequences together. Rates count all sequences.
 
 Scenarios go by MLPerf Inference's names (Reddi et al., arXiv:1911.02549): single-stream sends a query when the last is
 answered and is told by the 90th percentile of a query's time; offline has all queries at once and is told by its
@@ -15,40 +15,21 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle, Progress
-from ..errors import EngineError, UsageError
-from ..profiles.shape import bytes_per_token
+from ..profiles.shape import ModelShape, bytes_per_token
 from . import machine
-from .energy import EnergyMeter, open_meter
-from .engine import Engine, load
+from .bench_runs import Case, Samples, check_fits, measure
+from .energy import open_meter
+from .engine import load
 from .preflight import EngineInfo, choose_profile, read_engine
-from .sampling import Sampler, Sampling
 
 SCHEMA = 1
-SEED = 0
 PERCENTILES = (50, 90, 99)
-SCENARIOS = ("single-stream", "offline")
 SWEEP = (16, 64, 256, 1024, 4096, 16384)  # prompt lengths
-
-
-@dataclass
-class Samples:
-    """Raw times in seconds: of the prompt for each repeat, and of each new token after the first, by repeat."""
-
-    ttft_s: list[float] = field(default_factory=list)
-    itl_s: list[list[float]] = field(default_factory=list)
-    wall_s: float = 0.0  # from the first query to the last answer, warm-up excluded
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "ttft_ms": [1e3 * value for value in self.ttft_s],
-            "itl_ms": [[1e3 * value for value in row] for row in self.itl_s],
-        }
 
 
 def bench(
@@ -62,19 +43,22 @@ def bench(
     threads: int | None = None,
     samples: bool = False,
     scenario: str | None = None,
+    context: int = 0,
     breakdown: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure an engine; the result as documented for `moedge bench --json`.
 
-    One warm-up, then `repeat` runs of a prompt and `new_tokens` tokens. `samples` keeps the raw times. `scenario`:
-    `single-stream` or `offline`. `breakdown` runs once more with the backend's profiler on, for times by operation.
+    One warm-up, then `repeat` runs of a prompt and `new_tokens` tokens for each of `batch` sequences: the prompts one
+    after the other (TTFT is that of the last), the tokens of all in one step (ITL is a step's time). `context` tokens
+    are in each cache before. `samples` keeps the raw times. `scenario`: `single-stream` or `offline`. `breakdown` runs
+    once more with the backend's profiler on, for times by operation.
 
     Raises:
         UsageError: a count out of range, or an unknown scenario. EngineError: what `moedge.load` raises, more tokens
         than the context holds, or a breakdown of a backend without a profiler.
     """
-    case = Case(prompt_tokens, new_tokens, batch, repeat, scenario)
+    case = Case(prompt_tokens, new_tokens, batch, repeat, scenario, context)
     (result,) = _bench_cases(bundle, profile, [case], threads, samples, progress)
     if breakdown:
         from .bench_breakdown import measure_breakdown
@@ -92,16 +76,18 @@ def bench_sweep(
     profile: str | None = None,
     *,
     lengths: Sequence[int] | None = None,
+    batches: Sequence[int] = (1,),
+    contexts: Sequence[int] = (0,),
     new_tokens: int = 64,
-    batch: int = 1,
     repeat: int = 5,
     threads: int | None = None,
     samples: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """A result for each prompt length, of one loaded engine; decoding goes on behind it, at that context.
+    """A result for each prompt length, each batch and each context, the lengths in the innermost turn.
 
-    lengths: default: 16, 64, 256 and so on, as far as the engine has room.
+    lengths: default: 16, 64, 256 and so on, as far as the engine has room behind the longest context.
+    contexts: tokens that are in each cache before the prompt; what they cost to compute is not counted.
 
     Raises:
         UsageError, EngineError: as `bench`.
@@ -109,32 +95,15 @@ def bench_sweep(
     if lengths is None:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         room = read_engine(opened, profile if profile is not None else choose_profile(opened)).max_seq_len
-        lengths = [length for length in SWEEP if length + new_tokens - 1 <= room] or [max(1, room - new_tokens + 1)]
-    cases = [Case(length, new_tokens, batch, repeat) for length in dict.fromkeys(lengths)]
+        room -= max(contexts) + new_tokens - 1
+        lengths = [length for length in SWEEP if length <= room] or [max(1, room)]
+    cases = [
+        Case(length, new_tokens, batch, repeat, context=context)
+        for batch in dict.fromkeys(batches)
+        for context in dict.fromkeys(contexts)
+        for length in dict.fromkeys(lengths)
+    ]
     return _bench_cases(bundle, profile, cases, threads, samples, progress)
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is run.
-
-    Raises:
-        UsageError: a count out of range, or an unknown scenario.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    batch: int
-    repeat: int
-    scenario: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in {"prompt_tokens": 1, "new_tokens": 2, "repeat": 1}.items():  # one new comes with the prompt
-            value = getattr(self, name)
-            if value < least:
-                raise UsageError(f"{name} is {value}; it must be at least {least}")
-        if self.scenario not in (None, *SCENARIOS):
-            raise UsageError(f"scenario is {self.scenario!r}; it must be one of {', '.join(SCENARIOS)}")
 
 
 def _bench_cases(
@@ -145,48 +114,67 @@ def _bench_cases(
     samples: bool,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
-    """Load once, measure each case, then the memory's bandwidth; the results in the cases' order."""
+    """Measure each case, then the memory's bandwidth; the results in the cases' order.
+
+    The engine is loaded once for single sequences, and once more for batches where there are both.
+    """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    results: list[dict[str, Any]] = []
+    for several in sorted({case.batch > 1 for case in cases}):
+        some = [case for case in cases if (case.batch > 1) == several]
+        results += _measure_cases(opened, profile, some, threads, samples, progress)
+    if progress is not None:
+        progress("measuring memory bandwidth", 0, 1)
+    limit = machine.measure_bandwidth(results[0]["threads"])
+    if progress is not None:
+        progress("measuring memory bandwidth", 1, 1)
+    for result in results:
+        result["bandwidth_limit_bytes_per_s"] = limit
+        result["fraction_of_limit"] = result["bandwidth_bytes_per_s"] / limit
+    order = [(case.batch, case.context, case.prompt_tokens) for case in cases]
+    return sorted(results, key=lambda one: order.index((one["batch"], one["context_tokens"], one["prompt_tokens"])))
+
+
+def _measure_cases(
+    bundle: Bundle,
+    profile: str | None,
+    cases: Sequence[Case],
+    threads: int | None,
+    samples: bool,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """Load once and measure each case; the results without what the memory's bandwidth says to them."""
     peak_is_own = machine.reset_peak_memory()
     began = time.perf_counter()
-    with load(opened, profile, threads=threads) as engine:
+    with load(bundle, profile, threads=threads, lanes=max(case.batch for case in cases)) as engine:
         load_s = time.perf_counter() - began
         used, info = engine.session.threads, engine.info
         for case in cases:
-            _check_fits(engine, case.prompt_tokens, case.new_tokens, case.batch)
+            check_fits(engine, case)
         meter = open_meter(on_gpu=info.compute_capability is not None)
-        measured = []
+        results = []
         for case in cases:
-            what = "measuring" if len(cases) == 1 else f"measuring {case.prompt_tokens} tokens"
-            found, joules = _measure(engine, meter, case, what, progress)
-            measured.append((case, found, joules, machine.peak_memory_bytes()))
+            what = "measuring" if len(cases) == 1 else f"measuring {case.prompt_tokens} tokens, batch {case.batch}"
+            found, joules = measure(engine, meter, case, what, progress)
+            result = _result(bundle, info, case, found, joules)
+            result |= {"threads": used, "load_s": load_s, "peak_memory_bytes": machine.peak_memory_bytes()}
+            result["peak_memory_of"] = "the benchmark" if peak_is_own else "the whole process"
+            if samples:
+                result["samples"] = found.to_json()
+            results.append(result)
         energy = {"energy_reason": meter.reason, "energy_source": meter.source}
         meter.close()
-    if progress is not None:
-        progress("measuring memory bandwidth", 0, 1)
-    limit = machine.measure_bandwidth(used)
-    if progress is not None:
-        progress("measuring memory bandwidth", 1, 1)
-    results = []
-    for case, found, joules, peak in measured:
-        result = _result(opened, info, case, found, joules, limit)
-        result |= {"threads": used, "load_s": load_s, "peak_memory_bytes": peak}
-        result["peak_memory_of"] = "the benchmark" if peak_is_own else "the whole process"
-        result |= energy
-        if samples:
-            result["samples"] = found.to_json()
-        results.append(result)
-    return results
+    return [result | energy for result in results]
 
 
 def _result(
-    bundle: Bundle, info: EngineInfo, case: Case, measured: Samples, joules: float | None, limit: float
+    bundle: Bundle, info: EngineInfo, case: Case, measured: Samples, joules: float | None
 ) -> dict[str, Any]:
     """The document of one case, by the contract's keys in their order."""
     itl = [value for row in measured.itl_s for value in row]
-    tokens_per_s = 1 / statistics.fmean(itl)
+    steps_per_s = 1 / statistics.fmean(itl)
     element = np.dtype(info.cache[0].dtype).itemsize if info.cache else 4
-    context = case.prompt_tokens + case.new_tokens // 2
+    context = case.context + case.prompt_tokens + case.new_tokens // 2
     read = bytes_per_token(bundle.manifest, context, case.batch, element)
     return {
         "schema": SCHEMA,
@@ -203,16 +191,18 @@ def _result(
         "load_s": None,
         "ttft_ms": percentiles(measured.ttft_s),
         "itl_ms": percentiles(itl),
-        "prefill_tokens_per_s": case.prompt_tokens / statistics.median(measured.ttft_s),
-        "decode_tokens_per_s": tokens_per_s,
+        "prefill_tokens_per_s": case.batch * case.prompt_tokens / statistics.median(measured.ttft_s),
+        "decode_tokens_per_s": case.batch * steps_per_s,
         "peak_memory_bytes": None,
         "bundle_bytes": sum(entry["bytes"] for entry in bundle.manifest["files"].values()),
         "bytes_per_token": read,
-        "bandwidth_bytes_per_s": read * tokens_per_s,
-        "bandwidth_limit_bytes_per_s": limit,
-        "fraction_of_limit": read * tokens_per_s / limit,
-        "energy_j_per_token": None if joules is None else joules / len(itl),
+        "bandwidth_bytes_per_s": read * steps_per_s,
+        "bandwidth_limit_bytes_per_s": None,
+        "fraction_of_limit": None,
+        "energy_j_per_token": None if joules is None else joules / len(itl) / case.batch,
         "measured": True,
+        "context_tokens": case.context,
+        "expected_distinct_experts": ModelShape.from_manifest(bundle.manifest).distinct_experts(case.batch),
         **_circumstances(bundle, info.backend_version),
         "warm_up": 1,
         "spread": _spread(measured),
@@ -232,7 +222,9 @@ def _scenario(case: Case, measured: Samples) -> dict[str, Any]:
     """What MLPerf tells of the scenario; empty without one."""
     if case.scenario is None:
         return {}
-    queries = [first + sum(rest) for first, rest in zip(measured.ttft_s, measured.itl_s, strict=True)]
+    # Queries that are computed together are answered together.
+    runs = [first + sum(rest) for first, rest in zip(measured.ttft_s, measured.itl_s, strict=True)]
+    queries = [seconds for seconds in runs for _ in range(case.batch)]
     told: dict[str, Any] = {"scenario": case.scenario, "queries": len(queries), "query_ms": percentiles(queries)}
     told["queries_per_s"] = len(queries) / measured.wall_s
     told["output_tokens_per_s"] = len(queries) * case.new_tokens / measured.wall_s
@@ -244,72 +236,6 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     """p50, p90 and p99 in milliseconds, interpolated as numpy does."""
     values = np.percentile(np.array(seconds) * 1e3, PERCENTILES)
     return {f"p{name}": float(value) for name, value in zip(PERCENTILES, values, strict=True)}
-
-
-def _measure(
-    engine: Engine, meter: EnergyMeter, case: Case, what: str, progress: Progress | None
-) -> tuple[Samples, float | None]:
-    """The times of `repeat` runs after one to warm up, and the energy of the new tokens in joules."""
-    random = np.random.default_rng(SEED)
-    runs = case.repeat + 1
-    prompts = random.integers(0, engine.info.vocab_size, (runs, case.prompt_tokens))
-    if case.scenario is None:
-        prompts[1:] = prompts[0]
-    samples = Samples()
-    energy: list[float | None] = []
-    began = 0.0
-    for run in range(runs):
-        if progress is not None:
-            progress(what, run, runs)
-        if run == 1:
-            began = time.perf_counter()
-        ttft, itl, joules = _run_once(engine, prompts[run], case.new_tokens, meter)
-        if run:  # the first warms up: pages, caches, the memory arena
-            samples.ttft_s.append(ttft)
-            samples.itl_s.append(itl)
-            energy.append(joules)
-    samples.wall_s = time.perf_counter() - began
-    if progress is not None:
-        progress(what, runs, runs)
-    known = [value for value in energy if value is not None]
-    return samples, sum(known) if len(known) == case.repeat else None
-
-
-def _run_once(
-    engine: Engine, prompt: np.ndarray[Any, np.dtype[np.int64]], new_tokens: int, meter: EnergyMeter
-) -> tuple[float, list[float], float | None]:
-    sampler = Sampler(Sampling())
-    session = engine.begin()
-    token, row = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    began = time.perf_counter()
-    token[0] = sampler.choose(engine.prefill(prompt))
-    ttft = time.perf_counter() - began
-    meter.start()
-    times = []
-    last = time.perf_counter()
-    for _ in range(new_tokens - 1):
-        token[0] = sampler.choose(session.step(token, row).reshape(-1))
-        now = time.perf_counter()
-        times.append(now - last)
-        last = now
-    return ttft, times, meter.joules()
-
-
-def _check_fits(engine: Engine, prompt_tokens: int, new_tokens: int, batch: int) -> None:
-    rebuild = f"moedge build {engine.bundle.path} --profile {engine.profile}"
-    if batch != engine.info.max_batch:
-        mend = "use --batch 1" if engine.info.max_batch == 1 else f"use --batch {engine.info.max_batch}"
-        raise EngineError(
-            f"engine '{engine.profile}' was built for batch {engine.info.max_batch} and cannot run {batch}; {mend}"
-        )
-    needed = prompt_tokens + new_tokens - 1
-    capacity = engine.session.capacity
-    if needed > capacity:
-        raise EngineError(
-            f"context is full: {prompt_tokens} prompt and {new_tokens} new tokens need room for {needed}, engine "
-            f"'{engine.profile}' has {capacity}; use a smaller --prompt-tokens or --new-tokens, or build it for more: "
-            f"{rebuild} --max-seq-len {needed}"
-        )
 
 
 def _quantization(bundle: Bundle) -> dict[str, Any]:

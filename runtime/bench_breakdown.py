@@ -1,4 +1,4 @@
-"""Times by kind of operation, out of onnxruntime's own profiler: one prompt and its new tokens, apart.
+"""Times by kind of operation, out of onnxruntime's own profiler: prompts and their new tokens, apart.
 
 The profiler slows every node a little, so these times are for shares, not for latency.
 """
@@ -10,19 +10,16 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle
 from ..errors import EngineError
+from .bench_runs import Case, run_once
 from .engine import PREFILL_CHUNK, Engine
 from .preflight import check_engine, read_engine
-from .sampling import Sampler, Sampling
 from .sessions import SessionOptions, backend_module
-
-if TYPE_CHECKING:
-    from .bench import Case
 
 _SEED = 0
 
@@ -30,7 +27,7 @@ _SEED = 0
 def measure_breakdown(
     bundle: str | os.PathLike[str] | Bundle, profile: str, case: Case, threads: int | None
 ) -> dict[str, Any]:
-    """`prefill` (of the whole prompt) and `decode` (of one step): rows of op, nodes, ms and share, longest first;
+    """`prefill` (of all sequences' prompts) and `decode` (of one step): rows of op, nodes, ms and share, longest first;
     `prefill_ms` and `decode_ms` with the profiler on, what is outside of all nodes included.
 
     Raises:
@@ -40,7 +37,7 @@ def measure_breakdown(
     info = read_engine(opened, profile)
     check_engine(opened, info)
     with tempfile.TemporaryDirectory(prefix="moedge-profile-") as folder:
-        options = SessionOptions(threads, profile_prefix=str(Path(folder) / "ops"))
+        options = SessionOptions(threads, profile_prefix=str(Path(folder) / "ops"), lanes=case.batch)
         session = backend_module(info.backend).open_session(opened, info, options)
         end_profiling = getattr(session, "end_profiling", None)
         if end_profiling is None:
@@ -84,13 +81,13 @@ def summarize(events: Sequence[Mapping[str, Any]], prefills: int, steps: int) ->
 
 
 def _run(engine: Engine, case: Case) -> int:
-    """Warm up, then one prompt and its new tokens; how many runs of the model the prompt took."""
-    prompt = np.random.default_rng(_SEED).integers(0, engine.info.vocab_size, case.prompt_tokens)
-    token, row = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    """Warm up, then the prompts and their new tokens; how many runs of the model the prompts took."""
+    size = (case.batch, case.context + case.prompt_tokens)
+    prompts = np.random.default_rng(_SEED).integers(0, engine.info.vocab_size, size)
+    own = engine.begin()
+    sessions = [own, *(own.another() for _ in range(case.batch - 1))]
     for _ in range(2):
-        sampler = Sampler(Sampling())
-        session = engine.begin()
-        token[0] = sampler.choose(engine.prefill(prompt))
-        for _ in range(case.new_tokens - 1):
-            token[0] = sampler.choose(session.step(token, row).reshape(-1))
-    return -(-case.prompt_tokens // PREFILL_CHUNK)
+        run_once(engine, sessions, prompts, case)
+    for session in sessions[1:]:
+        session.close()
+    return case.batch * -(-case.prompt_tokens // PREFILL_CHUNK)

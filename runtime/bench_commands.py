@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @click.option("--profile", metavar="NAME", help="Engine. [default: the best that runs on this machine]")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences decoded at once.")
+@click.option("--batch", default="1", show_default=True, metavar="N", help="Sequences decoded together.")
+@click.option("--context", default="0", show_default=True, metavar="N", help="Tokens in each cache before the prompt.")
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs, after one to warm up.")
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute. [default: physical cores]")
 @click.option(
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     is_flag=False,
     flag_value="auto",
     metavar="[N,N,...]",
-    help="Several prompt lengths in place of one: 16, 64, 256, ... as far as there is room, or those given.",
+    help="Several prompt lengths in place of one: 16, 64, 256, ... as far as there is room, or those given. --batch "
+    "and --context may then be lists too; each with each is measured.",
 )
 @click.option("--breakdown", is_flag=True, help="Run once more under the profiler: time by kind of operation.")
 @click.option("--samples", is_flag=True, help="Keep every single time in the JSON.")
@@ -46,17 +48,20 @@ if TYPE_CHECKING:
     metavar="[FILE]",
     help="One JSON document, on stdout or in FILE; a list with --sweep.",
 )
-def bench_command(bundle: Path, json_file: str | None, sweep: str | None, **options: Any) -> None:
+def bench_command(
+    bundle: Path, json_file: str | None, sweep: str | None, batch: str, context: str, **options: Any
+) -> None:
     """Measures one engine on this machine: latency, rates, memory, and the share of the memory bandwidth it uses."""
     from .bench import bench, bench_sweep
 
     document: dict[str, Any] | list[dict[str, Any]]
     with console_progress() as progress:
+        batches, contexts = _numbers("--batch", batch, 1, sweep), _numbers("--context", context, 0, sweep)
         if sweep is None:
-            document = bench(bundle, progress=progress, **options)
+            document = bench(bundle, batch=batches[0], context=contexts[0], progress=progress, **options)
         else:
-            lengths = _lengths(sweep, options)
-            document = bench_sweep(bundle, lengths=lengths, progress=progress, **options)
+            options |= {"lengths": _lengths(sweep, options), "batches": batches, "contexts": contexts}
+            document = bench_sweep(bundle, progress=progress, **options)
     text = json.dumps(document, indent=1)
     if json_file == "-":
         click.echo(text)
@@ -79,10 +84,16 @@ def _lengths(sweep: str, options: dict[str, Any]) -> list[int] | None:
     options.pop("prompt_tokens")
     if sweep == "auto":
         return None
-    words = sweep.split(",")
-    if not all(word.strip().isdigit() and int(word) for word in words):
-        told = f"{sweep!r} is no list of prompt lengths; for example 16,256,1024"
-        raise click.BadParameter(told, param_hint="--sweep")
+    return _numbers("--sweep", sweep, 1, sweep)
+
+
+def _numbers(option: str, text: str, least: int, sweep: str | None) -> list[int]:
+    """The number of an option, or, with --sweep, the list of them."""
+    words = [word.strip() for word in text.split(",")]
+    good = all(word.isdecimal() and len(word) < 10 and int(word) >= least for word in words)
+    if not good or (sweep is None and len(words) > 1):
+        what = f"a whole number from {least}" + (" or a list of them, such as 16,256,1024" if sweep else "")
+        raise click.BadParameter(f"{text!r} is not {what}", param_hint=option)
     return [int(word) for word in words]
 
 
@@ -129,14 +140,16 @@ def _sweep_table(results: Sequence[dict[str, Any]]) -> Table:
     first = results[0]
     title = f"{first['model']} {first['weights']} on {first['device']} ({first['profile']}), {first['threads']} threads"
     table = Table(title=title, title_justify="left")
-    headings = ("prompt", "TTFT ms\np50", "\np99", "prefill\ntokens/s", "ITL ms\np50", "\np99", "decode\ntokens/s")
-    for name in (*headings, "of\nlimit"):
+    counts = ("batch", "context", "prompt")
+    headings = ("TTFT ms\np50", "\np99", "prefill\ntokens/s", "ITL ms\np50", "\np99", "decode\ntokens/s")
+    for name in (*counts, *headings, "of\nlimit"):
         table.add_column(name, justify="right")
     for result in results:
         times = [f"{result[key][name]:,.2f}" for key in ("ttft_ms", "itl_ms") for name in ("p50", "p99")]
         prefill, decode = (f"{result[f'{kind}_tokens_per_s']:,.0f}" for kind in ("prefill", "decode"))
         share = f"{100 * result['fraction_of_limit']:.0f}%"
-        table.add_row(str(result["prompt_tokens"]), *times[:2], prefill, *times[2:], decode, share)
+        cells = (str(result[key]) for key in ("batch", "context_tokens", "prompt_tokens"))
+        table.add_row(*cells, *times[:2], prefill, *times[2:], decode, share)
     return table
 
 

@@ -329,9 +329,12 @@ class Engine:
             self.begin()
             return read_snapshot(self.bundle, self.info, self._context, Path(path))
 
-    def prefill(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Feed `tokens` to the context in chunks; the logits [vocab] after the last, valid until the next step."""
-        session = self.session
+    def prefill(self, tokens: NDArray[np.int64], session: Session | None = None) -> NDArray[np.float32]:
+        """Feed `tokens` to the context, or to a further sequence of it, in chunks.
+
+        The logits [vocab] after the last, valid until the next step.
+        """
+        session = session or self.session
         logits = np.empty((0, 0), np.float32)
         for start, part in self._chunks(tokens):
             last = start + len(part) == len(tokens)

@@ -208,7 +208,7 @@ def _versions(result: Mapping[str, Any]) -> str:
 
 
 def _key(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(result.get(key) for key in _KEY)
+    return (*(result.get(key) for key in _KEY), result.get("context_tokens") or 0)
 
 
 def _name(result: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ def bench_table(result: dict[str, Any]) -> Table:
     title = f"{result['model']} {result['weights']} on {result['device']} ({result['profile']}, {result['backend']})"
     table = _plain(title)
     repeats = f"{result['repeat']} runs of {result['prompt_tokens']} prompt and {result['new_tokens']} new tokens"
+    if result["context_tokens"]:
+        repeats += f" behind {result['context_tokens']}"
     table.add_row("measured", f"{repeats}, batch {result['batch']}, {result['threads']} threads, 1 to warm up")
     table.add_row("load", f"{result['load_s']:.2f} s")
     table.add_row("time to first token", _percentiles(result["ttft_ms"]))

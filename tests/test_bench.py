@@ -11,13 +11,13 @@ from click.testing import CliRunner
 
 from moedge.bundle import Bundle
 from moedge.errors import EngineError, UsageError
-from moedge.profiles.shape import bytes_per_token
-from moedge.runtime import bench as bench_module
-from moedge.runtime import machine
+from moedge.profiles.shape import ModelShape, bytes_per_token
+from moedge.runtime import bench_runs, machine
 from moedge.runtime.bench import bench, bench_sweep
 from moedge.runtime.bench_breakdown import summarize
 from moedge.runtime.bench_commands import bench_command
 from moedge.runtime.report import check_result, load_results
+from moedge.runtime.sessions._ort_lanes import LaneRunner
 
 CONTRACT_KEYS = (
     "schema model profile backend device weights group_size batch prompt_tokens new_tokens threads repeat load_s "
@@ -75,8 +75,12 @@ def test_errors(fake_bundle):
         "--prompt-tokens or --new-tokens, or build it for more: "
         f"moedge build {fake_bundle} --profile cpu --max-seq-len 69"
     )
-    with pytest.raises(EngineError, match="engine 'cpu' was built for batch 1 and cannot run 2; use --batch 1"):
+    with pytest.raises(EngineError, match="'cpu' steps 1 sequences together at most and cannot run 2; use --batch 1, "):
         bench(fake_bundle, batch=2)
+    with pytest.raises(EngineError, match="full: 50 tokens of context, 10 prompt and 10 new tokens need room for 69"):
+        bench(fake_bundle, context=50, prompt_tokens=10, new_tokens=10)
+    with pytest.raises(UsageError, match="single-stream is one sequence at a time, not 2; use --batch 1, or offline"):
+        bench(fake_bundle, batch=2, scenario="single-stream")
     with pytest.raises(UsageError, match="new_tokens is 1; it must be at least 2"):
         bench(fake_bundle, new_tokens=1)
 
@@ -120,12 +124,42 @@ def test_sweep(fake_bundle):
     assert [result["prompt_tokens"] for result in default] == [16]  # 64 and one more have no room in 64
 
 
+def test_a_batch_is_stepped_together(tiny_bundle, monkeypatch):
+    """Rates count all sequences; what must be read counts the experts that they are expected to call on."""
+    together = []
+    real = LaneRunner.run_together
+
+    def run(self, caches, tokens):
+        together.append(len(caches))
+        return real(self, caches, tokens)
+
+    monkeypatch.setattr(LaneRunner, "run_together", run)
+    options = {"new_tokens": 5, "repeat": 2, "threads": 1, "samples": True}
+    results = bench_sweep(tiny_bundle, lengths=[6], batches=[3, 1], contexts=[0, 40], **options)
+    assert together == [3] * 4 * 3 * 2
+    shape = ModelShape.from_manifest(Bundle.open(tiny_bundle).manifest)
+    found = [(result["batch"], result["context_tokens"], result["prompt_tokens"]) for result in results]
+    assert found == [(3, 0, 6), (3, 40, 6), (1, 0, 6), (1, 40, 6)]
+    for result in results:
+        batch, itl = result["batch"], np.concatenate(result["samples"]["itl_ms"])
+        np.testing.assert_allclose(result["decode_tokens_per_s"], batch * 1e3 / itl.mean())
+        ttft = np.median(result["samples"]["ttft_ms"])
+        np.testing.assert_allclose(result["prefill_tokens_per_s"], batch * 6e3 / ttft)
+        read = bytes_per_token(Bundle.open(tiny_bundle).manifest, result["context_tokens"] + 8, batch, 4)
+        assert result["bytes_per_token"] == read
+        np.testing.assert_allclose(result["bandwidth_bytes_per_s"], read * 1e3 / itl.mean())
+        assert result["expected_distinct_experts"] == shape.distinct_experts(batch)
+        check_result(json.loads(json.dumps(result)), "batch")
+
+
 def test_scenarios(fake_bundle, monkeypatch):
     prompts = []
-    real = bench_module._run_once
-    monkeypatch.setattr(bench_module, "_run_once", lambda *given: (prompts.append(given[1].tolist()), real(*given))[1])
+    real = bench_runs.run_once
+    monkeypatch.setattr(
+        bench_runs, "run_once", lambda *given: (prompts.append(given[2][0].tolist()), real(*given))[1]
+    )
     options = {"prompt_tokens": 6, "new_tokens": 4, "repeat": 3, "threads": 1, "samples": True}
-    for scenario in bench_module.SCENARIOS:
+    for scenario in bench_runs.SCENARIOS:
         prompts.clear()
         result = bench(fake_bundle, scenario=scenario, **options)
         assert len(prompts) == 4 and len(set(map(tuple, prompts))) == 4  # each query a prompt of its own
@@ -182,7 +216,9 @@ def test_commands_of_sweep_scenario_and_breakdown(fake_bundle, tmp_path):
     assert swept.exit_code == 0, swept.output
     assert [result["prompt_tokens"] for result in load_results([tmp_path / "s.json"])] == [4, 8]
     wrong = CliRunner().invoke(bench_command, [*options, "--sweep", "4,x"])
-    assert wrong.exit_code == 2 and "is no list of prompt lengths; for example 16,256,1024" in wrong.stderr
+    assert wrong.exit_code == 2 and "'4,x' is not a whole number from 1 or a list of them" in wrong.stderr
+    wrong = CliRunner().invoke(bench_command, [*options, "--batch", "1,2"])
+    assert wrong.exit_code == 2 and "'1,2' is not a whole number from 1" in wrong.stderr
     both = CliRunner().invoke(bench_command, [*options, "--sweep", "--breakdown"])
     assert both.exit_code == 2 and "--sweep takes neither --scenario nor --breakdown" in both.stderr
     options += ["--prompt-tokens", "4", "--breakdown", "--scenario", "offline"]

@@ -91,6 +91,25 @@ def test_lanes_of_several_lengths_give_the_logits_of_single_sequences(family: st
         np.testing.assert_array_equal(session.routing.experts, experts)
 
 
+@pytest.mark.parametrize("kind", ["tiny", "grouped", "float"])
+def test_one_sequence_has_the_bits_of_its_own_graph(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """In groups of 32 at most, and unquantized; MatMulNBits in larger groups rounds single rows in its own way."""
+    path = make_bundle("qwen2_moe", tmp_path, weights="fp32") if kind == "float" else None
+    path = path or request.getfixturevalue(f"{kind}_bundle")
+    single, first = open_session(path, 1), open_session(path, 2)
+    sessions = [first, first.another(), first.another()]
+    random = np.random.default_rng(6)
+    prompts = [random.integers(0, VOCAB, length) for length in LENGTHS]
+    for session, prompt in zip(sessions, prompts, strict=True):
+        np.testing.assert_array_equal(fill(session, prompt), fill(single, prompt))
+    found = [first.step_together(sessions[1:], np.arange(3) + place).copy() for place in range(4)]
+    for lane, prompt in enumerate(prompts):
+        fill(single, prompt)
+        for place in range(4):
+            alone = single.step(np.array([lane + place]), np.array([0]))[0]
+            np.testing.assert_array_equal(alone, found[place][lane])
+
+
 @pytest.mark.parametrize("kind", ["sample", "grouped"])
 def test_no_bit_depends_on_who_else_is_stepped(kind: str, request: pytest.FixtureRequest) -> None:
     """Sequences join and leave at random, in any lane; each has the logits that it has when it is stepped alone."""

@@ -67,6 +67,8 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
             lanes=count,
         )
         (folder / name).write_bytes(ir.to_proto(model).SerializeToString())
+    # This kernel takes rows in pairs, and rounds the last of an odd number otherwise.
+    pairs = any(node.op_type == "MatMulNBits" for node in model.graph)
     if progress is not None:
         progress("lowering to onnxruntime", 2, 2)
     quantization = request.bundle.manifest["quantization"]
@@ -79,7 +81,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         "max_batch": request.max_batch,
         "max_seq_len": request.max_seq_len,
         "cache": [entry.to_json() for entry in cache],
-        "session": {"moe_layers": list(config.moe.layers), "fused_experts": fused, "lanes": lanes},
+        "session": {"moe_layers": list(config.moe.layers), "fused_experts": fused, "lanes": lanes, "pairs": pairs},
     }
 
 

@@ -1,9 +1,9 @@
 """Several sequences in one run of an onnxruntime graph.
 
-A run takes a prompt's chunk of one sequence, or one token of each of up to `lanes`. Products over one row, and the last
-of an odd number of rows, round differently in onnxruntime's kernels from products over an even number (tried with
-1.31). So a run of single tokens always has an even number of rows, the first one twice where need be: what a token
-gives does not depend, to the bit, on how many others are stepped with it.
+A run takes a prompt's chunk of one sequence, or one token of each of up to `lanes`. The graph is made so that what a
+token gives does not depend, to the bit, on which others are stepped with it. One kernel of onnxruntime's takes rows in
+pairs and rounds the last of an odd number otherwise (tried with 1.31): where engine.json says that the graph has it
+(`pairs`), a run of single tokens has an even number of rows, the first one twice where need be.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Frame:
     """The arrays of a run with one token in each of the first `active` lanes, made once and filled for each run."""
 
     def __init__(self, info: EngineInfo, active: int, lanes: int, idle_rows: int) -> None:
-        count = active + active % 2
+        count = active + (active % 2 if info.session.get("pairs", True) else 0)
         self.active = active
         self.input_ids = np.zeros(count, np.int64)
         self.places = np.zeros((1, count), np.int64)
