@@ -24,7 +24,7 @@ else:
     import tomli as tomllib
 
 KINDS = ("gpu", "jetson", "cpu")
-TARGETS = ("onnxruntime", "tensorrt_rtx", "tensorrt")
+TARGETS = ("onnxruntime", "onnxruntime_cuda", "tensorrt_rtx", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "int8", "fp8", "fp4")
 
 _SHIPPED = Path(__file__).parent / "devices"

@@ -154,13 +154,11 @@ def estimate_workspace(shape: ModelShape, target: str, max_batch: int, max_seq_l
     """Bytes of activations alive at once: the widest layer of one prompt chunk, attention scores and the logits.
 
     TensorRT's prompt chunk goes through every expert (three expert widths a token in fp16), onnxruntime's through the
-    chosen ones in fp32.
+    chosen ones, in fp32 on a CPU and fp16 on a GPU.
     """
     tokens = max(min(PREFILL_CHUNK, max_seq_len), max_batch)
-    if target == "onnxruntime":
-        element, experts = 4, shape.experts_per_token
-    else:
-        element, experts = 2, shape.experts
+    element = CACHE_ELEMENT_BYTES[target]
+    experts = shape.experts_per_token if target.startswith("onnxruntime") else shape.experts
     sparse = 3 * (experts * shape.expert_width + shape.shared_width) if shape.moe_layers else 0
     widest = max(sparse, 3 * shape.dense_width if shape.dense_layers else 0, 4 * shape.hidden_size)
     scores = 2 * shape.heads * min(PREFILL_CHUNK, max_seq_len) * max_seq_len * element

@@ -14,8 +14,8 @@ READ_IN_FULL = ("norm", "attention", "dense_mlp", "router", "shared_experts", "h
 # The same of a torch model's own graph, whose linear layers have no names that say what they are for.
 READ_IN_FULL_OF_TORCH = ("linear", "other")
 
-# Bytes of one KV cache element by target: onnxruntime computes in fp32 on a CPU, TensorRT in fp16.
-CACHE_ELEMENT_BYTES = {"onnxruntime": 4, "tensorrt_rtx": 2, "tensorrt": 2}
+# Bytes of one KV cache element by target: onnxruntime computes in fp32 on a CPU, what runs on a GPU in fp16.
+CACHE_ELEMENT_BYTES = {"onnxruntime": 4, "onnxruntime_cuda": 2, "tensorrt_rtx": 2, "tensorrt": 2}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from ._ort_attention import MS, AttentionLowering, CacheEntry, layer_of
 from ._ort_rows import split_rows
 from ._routes import trace_session
 
+ON_GPU = "onnxruntime_cuda"  # the target in this one's place for a device that is a GPU
 # int8 activations inside the product: three times the rate of the default for one token (docs/decisions.md).
 ACCURACY_LEVEL = 4
 LANES_MODEL = "model.lanes.onnx"

@@ -2,6 +2,7 @@
 
 A backend's module has
     version() -> str | None                           the installed version of what it runs on; None: not installed
+    loads(info) -> list[str]                          the engine's files that a session loads
     check(folder, info) -> Findings                   what is wrong with the engine's files, found without running them
     cannot_run(info) -> str | None                    why this machine cannot run the engine
     open_session(bundle, info, options) -> Session
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Backend as engine.json names it -> module of this package.
 BACKENDS = {
     "onnxruntime": "onnxruntime_cpu",
+    "onnxruntime_cuda": "onnxruntime_cuda",
     "onnxruntime_prefix": "onnxruntime_prefix",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt_rtx",
@@ -184,6 +186,8 @@ class Backend(Protocol):
     """The functions of a backend's module."""
 
     def version(self) -> str | None: ...
+
+    def loads(self, info: EngineInfo) -> list[str]: ...
 
     def check(self, folder: Path, info: EngineInfo) -> Findings: ...
 

@@ -29,6 +29,11 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def list_plans(info: EngineInfo) -> list[str]:
+    """Names of the plans, by range of layers."""
+    return [str(part["engine"]) for part in info.session.get("parts") or ()]
+
+
 def diagnose(trt: ModuleType, header: bytes) -> int:
     """The bits that tensorrt's or tensorrt_rtx's own validity check gives for a plan's first bytes."""
 

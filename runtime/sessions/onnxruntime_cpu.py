@@ -35,6 +35,11 @@ def version() -> str | None:
     return str(require("onnxruntime").__version__)
 
 
+def loads(info: EngineInfo) -> list[str]:
+    """The lowered graph, and that of several lanes where there is one; their weights are the bundle's."""
+    return [MODEL, LANES_MODEL] if int(info.session.get("lanes", 1)) > 1 else [MODEL]
+
+
 def check(folder: Path, info: EngineInfo) -> Findings:
     """Nothing beyond checksums: loading is quick, and says itself what is wrong."""
     return Findings()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ...errors import EngineError
 from . import Findings, OneLane, Routing, SessionOptions, check_room
 from .onnxruntime_cpu import check as check
+from .onnxruntime_cpu import loads as loads
 from .onnxruntime_cpu import open_onnxruntime
 from .onnxruntime_cpu import version as version
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ...bundle import Bundle
     from ..preflight import EngineInfo
 
-__all__ = ["Findings", "cannot_run", "check", "open_session", "version"]
+__all__ = ["Findings", "cannot_run", "check", "loads", "open_session", "version"]
 
 
 def cannot_run(info: EngineInfo) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import require
 from . import Findings, SessionOptions
-from ._plans import check_plans, find_missing, installed_version, open_plans
+from ._plans import check_plans, find_missing, installed_version, list_plans, open_plans
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 def version() -> str | None:
     """The installed tensorrt_rtx's version."""
     return installed_version("tensorrt_rtx")
+
+
+def loads(info: EngineInfo) -> list[str]:
+    """The plan of each range of layers."""
+    return list_plans(info)
 
 
 def check(folder: Path, info: EngineInfo) -> Findings:

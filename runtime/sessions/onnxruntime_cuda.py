@@ -1,0 +1,266 @@
+"""Backend `onnxruntime_cuda`: onnxruntime with its CUDA provider, the KV cache on the device and never copied.
+
+A cache by rows [capacity, width] is bound twice: the past as a view of its first P rows, the new rows right behind it.
+A cache by heads [1, heads, capacity, head size] is one buffer, the kernel's input and its output. Tokens go to the
+device and logits and routing come back with each step; nothing else moves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...bundle import MODEL
+from ...errors import EngineError, require
+from ..machine import default_threads
+from . import Findings, OneLane, Routing, SessionOptions, check_room
+
+if TYPE_CHECKING:
+    from ...bundle import Bundle
+    from ..preflight import CacheEntry, EngineInfo
+
+CUDA, CPU = "cuda", "cpu"
+# TF32 would round the router's float32 products, and with them the choice of experts.
+_CUDA_OPTIONS = {"device_id": "0", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+_PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
+    CUDA: ("CUDAExecutionProvider", _CUDA_OPTIONS),
+    CPU: ("CPUExecutionProvider", {}),
+}
+_INSTALL = "pip uninstall onnxruntime, then: pip install 'moedge[gpu]'"
+
+
+def version() -> str | None:
+    """The installed onnxruntime's version; onnxruntime-gpu is the same module."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    return str(require("onnxruntime").__version__)
+
+
+def loads(info: EngineInfo) -> list[str]:
+    """The lowered graph; its weights are the bundle's."""
+    return [MODEL]
+
+
+def check(folder: Path, info: EngineInfo) -> Findings:
+    """Nothing beyond checksums can be looked at without running it."""
+    unchecked = [f"engine '{info.profile}': that it runs (it needs a GPU and onnxruntime-gpu)"]
+    return Findings(unchecked=[] if cannot_run(info) is None else unchecked)
+
+
+def cannot_run(info: EngineInfo) -> str | None:
+    """What is not installed; whether there is a GPU is the preflight's affair."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "onnxruntime-gpu is not installed: pip install 'moedge[gpu]'"
+    provider = _PROVIDERS[CUDA][0]
+    if provider not in require("onnxruntime").get_available_providers():
+        return f"the onnxruntime that is installed has no {provider}: {_INSTALL}"
+    return None
+
+
+def open_session(bundle: Bundle, info: EngineInfo, options: SessionOptions) -> OnnxruntimeCudaSession:
+    """Load the engine onto CUDA device 0; onto the CPU where engine.json names that provider, which no build does.
+
+    Raises:
+        EngineError: onnxruntime refuses the graph or has no CUDA, or the cache does not fit the memory.
+        DependencyError: onnxruntime is not installed.
+    """
+    on_cpu = info.session.get("provider") == _PROVIDERS[CPU][0]
+    return open_on(CPU if on_cpu else CUDA, bundle, info, options)
+
+
+def open_on(device: str, bundle: Bundle, info: EngineInfo, options: SessionOptions) -> OnnxruntimeCudaSession:
+    """`open_session` on a device of `_PROVIDERS`: the same on the CPU is how it is checked without a GPU."""
+    ort = require("onnxruntime", "gpu", f"run engine '{info.profile}'")
+    provider, provider_options = _PROVIDERS[device]
+    settings = ort.SessionOptions()
+    threads = options.threads or default_threads()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    # A memory plan is kept for every shape of the inputs, and each step has a new one: that would be a leak.
+    settings.enable_mem_pattern = False
+    settings.log_severity_level = 3
+    if options.profile_prefix is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = options.profile_prefix
+    folder = str(bundle.path.absolute())
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    model = bundle.engine_dir(info.profile) / MODEL
+    again = f"build it again: moedge build {bundle.path} --profile {info.profile} --backend onnxruntime"
+    try:
+        session = ort.InferenceSession(
+            model.read_bytes(), settings, providers=[provider], provider_options=[provider_options]
+        )
+    except Exception as error:  # onnxruntime's own classes, each straight from Exception
+        first = (str(error).splitlines() or [""])[0]
+        raise EngineError(f"onnxruntime {ort.__version__} cannot load {model} ({first}); {again}") from error
+    if session.get_providers()[0] != provider:  # onnxruntime then runs on the CPU and says so on stderr only
+        raise EngineError(
+            f"onnxruntime {ort.__version__} did not start its {provider} (its own words are on stderr: most often CUDA "
+            f"or cuDNN is missing or of another version); {_INSTALL}"
+        )
+    return OnnxruntimeCudaSession(session, info, options.max_seq_len or info.max_seq_len, threads, device)
+
+
+class OnnxruntimeCudaSession(OneLane):
+    """One sequence in an onnxruntime session; see `Session` for what the members do."""
+
+    def __init__(self, session: Any, info: EngineInfo, capacity: int, threads: int, device: str) -> None:
+        self._session: Any = session
+        self._binding: Any = session.io_binding()
+        self._info = info
+        self._length = 0
+        self._capacity = capacity
+        self._threads = threads
+        self._device = device
+        _check_interface(session, info)
+        self._takes = {value.name for value in session.get_inputs()}
+        self._cache: dict[str, Any] = {}  # OrtValue, on the device
+        self._rows: list[tuple[str, int, type[Any], int]] = []  # name, width, dtype, address of caches by rows
+        for entry in info.cache:
+            self._cache[entry.name] = self._allocate(entry)
+            if not entry.heads:
+                dtype = np.dtype(entry.dtype)
+                self._rows.append((entry.name, entry.width, dtype.type, self._cache[entry.name].data_ptr()))
+        self._routing = Routing(np.empty((0, 0, 0), np.int64), np.empty((0, 0, 0), np.float32))
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def threads(self) -> int:
+        return self._threads
+
+    @property
+    def routing(self) -> Routing:
+        return self._routing
+
+    def step(
+        self, input_ids: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        count, past = len(input_ids), self._length
+        check_room(self._capacity, past, count)
+        logits = np.empty((len(rows), self._info.vocab_size), np.float32) if out is None else out
+        assert logits.shape == (len(rows), self._info.vocab_size) and logits.flags.c_contiguous
+        feeds = {"input_ids": input_ids, "rows": rows, "length": np.array([past])}
+        for name in self._takes & feeds.keys():
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], np.int64))
+        for name, width, kind, address in self._rows:
+            row = width * np.dtype(kind).itemsize
+            self._binding.bind_input(f"past.{name}", self._device, 0, kind, (past, width), address)
+            self._binding.bind_output(f"new.{name}", self._device, 0, kind, (count, width), address + past * row)
+        self._bind_host("logits", logits)
+        routing = self._bind_routing(count)
+        self._run()
+        self._length, self._routing = past + count, routing
+        return logits
+
+    def truncate(self, length: int) -> None:
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot truncate {self._length} tokens to {length}")
+        self._length = length
+
+    def another(self) -> OnnxruntimeCudaSession:
+        return OnnxruntimeCudaSession(self._session, self._info, self._capacity, self._threads, self._device)
+
+    def read_rows(self, start: int, stop: int) -> list[NDArray[Any]]:
+        if not 0 <= start <= stop <= self._length:
+            raise ValueError(f"cannot read tokens {start} to {stop} of {self._length}")
+        return [buffer.numpy()[..., start:stop, :].copy() for buffer in self._cache.values()]
+
+    def append_rows(self, rows: Sequence[NDArray[Any]]) -> None:
+        """Through the host, a whole buffer at a time: a beginning that is used again saves far more."""
+        count = rows[0].shape[-2] if rows and rows[0].ndim >= 2 else 0
+        if self._length + count > self._capacity:
+            raise ValueError(f"no room for {count} tokens: {self._length} of {self._capacity} are taken")
+        shapes = [(*buffer.shape()[:-2], count, buffer.shape()[-1]) for buffer in self._cache.values()]
+        kinds = [np.dtype(entry.dtype) for entry in self._info.cache]
+        if [(part.shape, part.dtype) for part in rows] != list(zip(shapes, kinds, strict=True)):
+            raise ValueError("these rows are of another cache")
+        for buffer, part in zip(self._cache.values(), rows, strict=True):
+            host = buffer.numpy().copy()
+            host[..., self._length : self._length + count, :] = part
+            buffer.update_inplace(host)
+        self._length += count
+
+    def end_profiling(self) -> Path:
+        """The profile (Chrome's trace format) of a session that was opened with `profile_prefix`."""
+        return Path(self._session.end_profiling())
+
+    def close(self) -> None:
+        # The binding holds the session too.
+        self._binding = None
+        self._session = None
+        self._cache.clear()
+        self._rows.clear()
+
+    def _allocate(self, entry: CacheEntry) -> Any:
+        """Zeros on the device; bound once where it is a cache by heads."""
+        ort = require("onnxruntime", "gpu")
+        kind = np.dtype(entry.dtype)
+        shape = [self._capacity, entry.width]
+        if entry.heads:
+            shape = [1, entry.heads, self._capacity, entry.width // entry.heads]
+        try:
+            buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind), self._device, 0)
+        except Exception as error:
+            raise EngineError(
+                f"a cache of {np.prod(shape) * kind.itemsize / 2**20:,.0f} MiB does not fit the device's memory; load "
+                "with a smaller max_seq_len"
+            ) from error
+        if entry.heads:
+            place = (self._device, 0, kind.type, shape, buffer.data_ptr())
+            self._binding.bind_input(f"past.{entry.name}", *place)
+            self._binding.bind_output(f"new.{entry.name}", *place)
+        return buffer
+
+    def _bind_host(self, name: str, values: NDArray[Any]) -> None:
+        self._binding.bind_output(name, CPU, 0, values.dtype.type, values.shape, values.ctypes.data)
+
+    def _bind_routing(self, count: int) -> Routing:
+        shape = (len(self._info.moe_layers), count, self._info.num_experts_per_tok)
+        routing = Routing(np.empty(shape, np.int64), np.empty(shape, np.float32))
+        for index, layer in enumerate(self._info.moe_layers):
+            self._bind_host(f"experts.{layer}", routing.experts[index])
+            self._bind_host(f"weights.{layer}", routing.weights[index])
+        return routing
+
+    def _run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            text = str(error)
+            if "llocat" not in text and "out of memory" not in text:
+                raise
+            raise EngineError(
+                "not enough memory for this step; give a shorter prompt, or load with a smaller max_seq_len"
+            ) from error
+
+
+def _check_interface(session: Any, info: EngineInfo) -> None:
+    """Compare what the graph takes and gives with what engine.json says: a mix-up would write past a buffer."""
+    kinds = {"tensor(float16)": "float16", "tensor(float)": "float32"}
+    has = {value.name: value for value in [*session.get_inputs(), *session.get_outputs()]}
+    wanted: dict[str, tuple[int, str | None]] = {"logits": (info.vocab_size, "float32")}
+    for entry in info.cache:
+        width = entry.width // (entry.heads or 1)
+        wanted |= {f"past.{entry.name}": (width, entry.dtype), f"new.{entry.name}": (width, entry.dtype)}
+    for layer in info.moe_layers:
+        wanted |= {f"{kind}.{layer}": (info.num_experts_per_tok, None) for kind in ("experts", "weights")}
+    for name, (width, dtype) in wanted.items():
+        found = has.get(name)
+        alike = found is not None and found.shape[-1] == width
+        if not alike or (dtype is not None and kinds.get(found.type) != dtype):  # type: ignore[union-attr]
+            raise EngineError(
+                f"engine '{info.profile}' is not what its engine.json says ({name} is missing, or of another width or "
+                f"type); build it again: moedge build BUNDLE --profile {info.profile} --backend onnxruntime"
+            )
