@@ -26,6 +26,7 @@ from ..bundle import (
 )
 from ..errors import BuildError
 from ..runtime import machine
+from ..runtime.preflight import seal_of
 from .device import DeviceProfile, load_profile
 from .fit import Fit, check_fit, size
 from .plan import BuildPlan, plan_engines
@@ -283,6 +284,7 @@ def write_engine_manifest(folder: Path, document: dict[str, Any]) -> None:
     }
     document["files"] = files
     document["bytes"] = sum(entry["bytes"] for entry in files.values())
+    document["seal"] = seal_of(document)
     write_json(folder / ENGINE_MANIFEST, document)
 
 

@@ -167,11 +167,18 @@ def gpus() -> list[Gpu]:
         return _gpus
 
 
-def _query_gpus() -> list[Gpu]:
+def _open_cuda() -> Any:
+    """The driver's library; None where there is none."""
     name = "nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1"
     try:
-        cuda = ctypes.CDLL(name)
+        return ctypes.CDLL(name)
     except OSError:
+        return None
+
+
+def _query_gpus() -> list[Gpu]:
+    cuda = _open_cuda()
+    if cuda is None:
         return []
     count = ctypes.c_int()
     if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
@@ -191,6 +198,15 @@ def _query_gpus() -> list[Gpu]:
             capability = (major.value, minor.value)
             found.append(Gpu(text.value.decode(errors="replace"), capability, memory.value))
     return found
+
+
+def cuda_driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver supports, (major, minor); None without a driver."""
+    cuda = _open_cuda()
+    number = ctypes.c_int()
+    if cuda is None or cuda.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        return None
+    return number.value // 1000, number.value % 1000 // 10
 
 
 def gpu_driver() -> str | None:

@@ -5,21 +5,29 @@ Every mismatch is one line that ends with the command that mends it.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..bundle import ENGINE_MANIFEST, Bundle, Progress, read_json, sha256_file
+from ..bundle import ENGINE_MANIFEST, MODEL, WEIGHTS, Bundle, Progress, read_json, sha256_file
 from ..errors import EngineError
 from . import machine
 from .sessions import Backend, Findings, backend_module
 
 ENGINE_FORMAT = 1
 
-# Files up to this size are hashed at every load (a fraction of a second); larger ones only by `moedge verify`.
+# Files up to this size are hashed at every load (a fraction of a second); larger ones only by `moedge verify`, but for
+# plans: they are machine code.
 HASHED_AT_LOAD = 64 << 20
+_PLAN = ".plan"
+# The oldest driver of each CUDA (NVIDIA, CUDA Compatibility, minor version compatibility; Linux).
+_OLDEST_DRIVERS = {12: "525", 13: "580"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class EngineInfo:
     moe_layers: tuple[int, ...] = ()
     num_experts_per_tok: int = 0
     num_experts: int = 0
+    cuda_minimum: int | None = None  # major version of CUDA that the driver must be for
     cache: tuple[CacheEntry, ...] = ()
     session: dict[str, Any] = field(default_factory=dict)
 
@@ -75,6 +84,8 @@ def read_engine(bundle: Bundle, profile: str) -> EngineInfo:
     path = bundle.engine_dir(profile) / ENGINE_MANIFEST
     document = read_json(path, EngineError)
     found = document.get("format")
+    if "seal" in document and document["seal"] != seal_of(document):
+        raise EngineError(f"{path} was changed since the engine was built; build it again: {build}")
     if found != ENGINE_FORMAT:
         raise EngineError(f"{path}: engine format {found}, this version reads {ENGINE_FORMAT}; build it again: {build}")
     try:
@@ -85,6 +96,12 @@ def read_engine(bundle: Bundle, profile: str) -> EngineInfo:
     if info.profile != profile:
         raise EngineError(f"{path} is of profile '{info.profile}', not '{profile}'; build it: {build}")
     return info
+
+
+def seal_of(document: Mapping[str, Any]) -> str:
+    """sha256 of an engine.json but for its `seal`: what the engine was built for is not to be edited afterwards."""
+    content = json.loads(json.dumps({key: value for key, value in document.items() if key != "seal"}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def choose_profile(bundle: Bundle) -> str:
@@ -127,8 +144,27 @@ def cannot_run(bundle: Bundle, info: EngineInfo) -> str | None:
         if info.compute_capability not in [gpu.compute_capability for gpu in gpus]:
             here = ", ".join(f"{gpu.name} ({_dotted(gpu.compute_capability)})" for gpu in gpus)
             return f"{label} needs a GPU of compute capability {wanted}, and this machine has {here}"
+        old = _find_old_driver(info)
+        if old is not None:
+            return f"{label} {old}"
     reason = backend_module(info.backend).cannot_run(info)
     return f"{label} cannot run: {reason}" if reason else None
+
+
+def _find_old_driver(info: EngineInfo) -> str | None:
+    """What is wrong with the driver; None where it is new enough, or nothing is known of it."""
+    here = machine.cuda_driver_version()
+    if info.cuda_minimum is None or here is None or here[0] >= info.cuda_minimum:
+        return None
+    return (
+        f"needs {_describe_driver(info.cuda_minimum)}, and this machine's is for CUDA {_dotted(here)}: update the "
+        "NVIDIA driver"
+    )
+
+
+def _describe_driver(cuda: int) -> str:
+    oldest = _OLDEST_DRIVERS.get(cuda)
+    return f"a driver for CUDA {cuda}" + (f" ({oldest} or later)" if oldest else "")
 
 
 def check_engine(bundle: Bundle, info: EngineInfo) -> None:
@@ -156,26 +192,57 @@ def inspect_engine(
     folder = bundle.engine_dir(info.profile)
     label = f"engine '{info.profile}'"
     rebuild = f"build it again: moedge build {bundle.path} --profile {info.profile}"
-    findings = Findings()
-    for name, entry in info.files.items():
-        fault = _file_fault(folder / name, entry, whole, progress)
-        if fault:
-            findings.faults.append(f"{label}: {fault}; {rebuild}")
+    findings, backend = Findings(), backend_module(info.backend)
+    for fault in _find_unlisted(info, backend):
+        findings.faults.append(f"{label}: {fault}; {rebuild}")
+    for fault in _find_damage(folder, info, whole, progress):
+        findings.faults.append(f"{label}: {fault}; {rebuild}")
     for name, digest in info.made_from.items():
         entry = bundle.manifest["files"].get(name)
         if entry is None or entry["sha256"] != digest:
             findings.faults.append(f"{label} was made from another {name} than this bundle's; {rebuild}")
     for name, entry in bundle.manifest["files"].items() if not whole else ():
-        fault = _file_fault(bundle.file(name), entry, False, progress)
-        if fault:
-            findings.faults.append(f"{fault}; export the bundle again: moedge export ... --force")
-    backend = backend_module(info.backend)
+        damage = _file_fault(bundle.file(name), entry, False, progress)
+        if damage:
+            findings.faults.append(f"{damage}; export the bundle again: moedge export ... --force")
     _check_version(info, backend, rebuild, findings)
+    if whole and info.cuda_minimum is not None and machine.cuda_driver_version() is None:
+        driver = _describe_driver(info.cuda_minimum)
+        findings.unchecked.append(f"{label}: the driver ({driver} is needed; none is here)")
     if whole and not findings.faults and info.status == "ready":
         deeper = backend.check(folder, info)
         findings.faults += [f"{fault}; {rebuild}" for fault in deeper.faults]
         findings.unchecked += deeper.unchecked
     return findings
+
+
+def _find_unlisted(info: EngineInfo, backend: Backend) -> list[str]:
+    """What engine.json does not vouch for: a file that would be loaded without a checksum, an origin left out."""
+    strange = [name for name in info.files if not _is_plain(name)]
+    faults = [f"engine.json names {name!r}, which is no file of its folder" for name in strange]
+    loaded = backend.loads(info) if info.status == "ready" else []
+    faults += [f"engine.json has no checksum of {name}" for name in loaded if name not in info.files]
+    unknown = [name for name in (MODEL, WEIGHTS) if name not in info.made_from]
+    faults += [f"engine.json does not say which {name} it was made from" for name in unknown]
+    return faults
+
+
+def _is_plain(name: str) -> bool:
+    return Path(name).name == name and "\\" not in name
+
+
+def _find_damage(
+    folder: Path, info: EngineInfo, whole: bool, progress: Progress | None
+) -> list[str]:
+    """Faults of the engine's files; plans are hashed side by side."""
+    names = [name for name in info.files if _is_plain(name)]
+
+    def look(name: str) -> str | None:
+        deep = whole or name.endswith(_PLAN)
+        return _file_fault(folder / name, info.files[name], deep, progress if whole else None)
+
+    with ThreadPoolExecutor(min(8, max(1, len(names)))) as pool:
+        return [fault for fault in pool.map(look, names) if fault]
 
 
 def _check_version(info: EngineInfo, backend: Backend, rebuild: str, findings: Findings) -> None:
@@ -246,6 +313,7 @@ def _parse(document: dict[str, Any]) -> EngineInfo:
         moe_layers=tuple(int(layer) for layer in document.get("moe_layers", [])),
         num_experts_per_tok=int(document.get("num_experts_per_tok", 0)),
         num_experts=int(document.get("num_experts", 0)),
+        cuda_minimum=None if document.get("cuda_minimum") is None else int(document["cuda_minimum"]),
         cache=cache,
         session=dict(document.get("session", {})),
     )

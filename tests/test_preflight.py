@@ -100,7 +100,8 @@ def test_damaged_engine_files(bundle):
 
 
 def test_another_bundles_engine(bundle):
-    engine_json(bundle, made_from={"weights.bin": "0" * 64})
+    made_from = json.loads((bundle / "engines/cpu/engine.json").read_text())["made_from"]
+    engine_json(bundle, made_from={**made_from, "weights.bin": "0" * 64})
     assert refusal(bundle) == f"engine 'cpu' was made from another weights.bin than this bundle's; {AGAIN}"
 
 
@@ -123,14 +124,14 @@ def test_another_backend_version(bundle):
 def test_unknown_backend(bundle):
     engine_json(bundle, backend="abacus")
     assert refusal(bundle, "cpu") == (
-        "unknown backend 'abacus'; this version of moedge knows onnxruntime, tensorrt, tensorrt_rtx: "
-        "upgrade moedge, or build the engine again"
+        "unknown backend 'abacus'; this version of moedge knows onnxruntime, onnxruntime_cuda, onnxruntime_prefix, "
+        "tensorrt, tensorrt_rtx: upgrade moedge, or build the engine again"
     )
 
 
 def test_several_faults_are_counted(bundle):
-    engine_json(bundle, backend_version="1.2.3", made_from={"model.onnx": "0"})
-    assert refusal(bundle).endswith("(1 more: moedge verify BUNDLE)")
+    engine_json(bundle, backend_version="1.2.3", made_from={"model.onnx": "0", "weights.bin": "0"})
+    assert refusal(bundle).endswith("(2 more: moedge verify BUNDLE)")
 
 
 def test_a_graph_that_is_not_what_engine_json_says(bundle):
@@ -196,6 +197,76 @@ def test_large_files_are_hashed_by_verify_only(bundle, monkeypatch):
     (bundle / "engines/cpu/extra.bin").write_bytes(b"y" * 20)
     load(bundle).close()
     assert ["extra.bin is damaged" in fault for fault in verify(Bundle.open(bundle)).faults] == [True]
+
+
+PART = {"engine": "engine.plan"}
+
+
+def on_its_gpu(monkeypatch):
+    """A machine where nothing but the engine's own state keeps it from loading."""
+    monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu("RTX 4090", (8, 9), 24 << 30)])
+    monkeypatch.setattr(machine, "cuda_driver_version", lambda: (13, 0))
+    monkeypatch.setattr(_plans, "find_missing", lambda *names: None)
+    for backend in ("tensorrt_rtx", "tensorrt"):
+        monkeypatch.setattr(f"moedge.runtime.sessions.{backend}.find_missing", lambda *names: None)
+        monkeypatch.setattr(f"moedge.runtime.sessions.{backend}.version", lambda: "1.7.1.116")
+
+
+def test_large_plans_are_hashed_at_every_load(bundle, monkeypatch):
+    on_its_gpu(monkeypatch)
+    monkeypatch.setattr(preflight, "HASHED_AT_LOAD", 2)
+    add_plan(bundle, b"plan" * 10, session={"parts": [PART]})
+    (bundle / "engines/rtx4090/engine.plan").write_bytes(b"pLan" * 10)
+    assert refusal(bundle, "rtx4090") == (
+        "engine 'rtx4090': BUNDLE/engines/rtx4090/engine.plan is damaged (its checksum is not the one it was made "
+        "with); build it again: moedge build BUNDLE --profile rtx4090"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"files": {}}, "engine.json has no checksum of engine.plan"),
+        ({"session": {"parts": [PART, {"engine": "more.plan"}]}}, "engine.json has no checksum of more.plan"),
+        ({"session": {"parts": [{"engine": "../x.plan"}]}}, "engine.json has no checksum of ../x.plan"),
+        ({"made_from": {}}, "engine.json does not say which model.onnx it was made from"),
+        ({"files": {"../cpu/x": {"bytes": 1, "sha256": "0"}}}, "names '../cpu/x', which is no file of its folder"),
+        ({"compute_capability": [9, 0]}, "needs a GPU of compute capability 9.0, and this machine has RTX 4090 (8.9)"),
+        ({"backend_version": "1.6.0"}, "was built with tensorrt_rtx 1.6.0, and 1.7.1.116 is installed"),
+        ({"backend": "tensorrt", "backend_version": "10.15"}, "built with tensorrt 10.15, and 1.7.1.116 is installed"),
+        ({"cuda_minimum": 14}, "needs a driver for CUDA 14, and this machine's is for CUDA 13.0: update the NVIDIA dr"),
+    ],
+)
+def test_what_engine_json_leaves_out_or_says_of_another_machine(bundle, monkeypatch, changes, said):
+    on_its_gpu(monkeypatch)
+    add_plan(bundle, **{"session": {"parts": [PART]}, **changes})
+    assert said in refusal(bundle, "rtx4090")
+    (bundle / "engines/rtx4090").rename(bundle / "engines/l4")  # of the same compute capability
+    assert "engine.json is of profile 'rtx4090', not 'l4'; build it: moedge build" in refusal(bundle, "l4")
+
+
+def test_an_edited_engine_json_is_told_by_its_seal(bundle):
+    path = bundle / "engines/cpu/engine.json"
+    document = json.loads(path.read_text())
+    engine_json(bundle, seal=preflight.seal_of(document))
+    load(bundle, "cpu").close()
+    engine_json(bundle, max_seq_len=document["max_seq_len"] * 2)
+    assert refusal(bundle, "cpu") == (
+        f"BUNDLE/engines/cpu/engine.json was changed since the engine was built; {AGAIN}"
+    )
+
+
+def test_an_old_driver(bundle, monkeypatch):
+    on_its_gpu(monkeypatch)
+    monkeypatch.setattr(machine, "cuda_driver_version", lambda: (12, 4))
+    add_plan(bundle, session={"parts": [PART]}, cuda_minimum=13)
+    assert refusal(bundle, "rtx4090").startswith(
+        "engine 'rtx4090' needs a driver for CUDA 13 (580 or later), and this machine's is for CUDA 12.4: update the "
+        "NVIDIA driver; what runs here: cpu"
+    )
+    monkeypatch.setattr(machine, "cuda_driver_version", lambda: None)
+    unchecked = verify(Bundle.open(bundle)).unchecked
+    assert "engine 'rtx4090': the driver (a driver for CUDA 13 (580 or later) is needed; none is here)" in unchecked
 
 
 def run_verify(bundle, *options):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,16 @@ def write_part(
     network.weights.write(folder / part.weights, progress)
     network.save(folder, part.model)
     return network
+
+
+def read_cuda_major(package: str) -> int | None:
+    """The CUDA that an installed package is for, by what it requires (tensorrt_rtx_cu13); None where that says none."""
+    try:
+        wanted = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = [int(match[1]) for match in (re.search(r"[-_]cu(\d+)\b", each) for each in wanted) if match]
+    return max(found, default=None)
 
 
 def shape_profiles(network: LoweredNetwork, max_seq_len: int) -> list[dict[str, list[list[int]]]]:

@@ -24,6 +24,7 @@ from ._trt_network_files import (
     describe_result,
     plan_build,
     prepare_network,
+    read_cuda_major,
     together_bytes,
     write_part,
 )
@@ -154,6 +155,7 @@ def finish(folder: Path, progress: Progress | None) -> dict[str, Any]:
         )
     return {
         "backend_version": versions.pop(),
+        "cuda_minimum": read_cuda_major(str(manifest["package"])),
         "status": "ready",
         "peak_build_memory_bytes": max(together_bytes(part) for part in parts),
         "session": session,

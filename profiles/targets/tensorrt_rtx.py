@@ -21,6 +21,7 @@ from ._trt_network_files import (
     describe_part,
     plan_build,
     prepare_network,
+    read_cuda_major,
     shape_profiles,
     together_bytes,
     write_part,
@@ -74,6 +75,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     fields = prepared.fields | {
         "backend": PACKAGE,
         "backend_version": results[0]["version"],
+        "cuda_minimum": read_cuda_major(PACKAGE),
         "compute_capability": list(capabilities[0]),
         "status": "ready",
         "peak_build_memory_bytes": max(together_bytes(part) for part in parts),
