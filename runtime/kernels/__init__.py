@@ -1,0 +1,102 @@
+"""Custom ops of our own for onnxruntime on the CPU, where they are compiled: quantized experts and linears.
+
+They read the weights as they lie in weights.bin, so that loading maps the file and repacks nothing, and a token's
+result does not depend, to the bit, on what else is computed with it. An engine of target `onnxruntime` has two graphs,
+one with these ops and one with onnxruntime's own; which one is loaded is decided here, on the machine that runs it.
+
+The variable MOEDGE_KERNELS chooses: `stock` (onnxruntime's own ops), or an instruction set by its name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...bundle import MODEL
+from ...errors import EngineError
+from .compiling import FOLDER, library_name
+
+DOMAIN = "moedge.cpu"
+OWN_MODEL = "model.moedge_cpu.onnx"
+VARIABLE = "MOEDGE_KERNELS"
+STOCK = "stock"
+COMPILE = "python -m moedge.runtime.kernels"
+
+
+def library() -> Path | None:
+    """The compiled library, or None where it is not there or the environment asks for the stock ops."""
+    if os.environ.get(VARIABLE) == STOCK:
+        return None
+    path = FOLDER / _library_name()
+    return path if path.is_file() else None
+
+
+def why_not() -> str | None:
+    """Why the stock ops run, with the command that changes it; None where ours do."""
+    if os.environ.get(VARIABLE) == STOCK:
+        return f"{VARIABLE} is {STOCK!r}; unset it"
+    if library() is None:
+        return f"the kernels are not compiled; with a C++ compiler: {COMPILE}"
+    return None
+
+
+def instruction_set() -> str | None:
+    """The instruction set that the ops use on this machine; None where there is no library.
+
+    Raises:
+        EngineError: the environment names one that this machine has not.
+    """
+    path = library()
+    if path is None:
+        return None
+    known = _instruction_sets(path)
+    asked = os.environ.get(VARIABLE)
+    if asked and asked not in known:
+        raise EngineError(f"{VARIABLE} is {asked!r}; on this machine it can be {', '.join([*known, STOCK])}")
+    return asked or known[0]
+
+
+def register(settings: Any, session: Mapping[str, Any]) -> str:
+    """Register the ops with onnxruntime's `settings` where an engine has a graph for them; the graph's file to load.
+
+    session: engine.json's entry of that name.
+
+    Raises:
+        EngineError: the environment names an instruction set that this machine has not.
+    """
+    path = library()
+    if path is None or instruction_set() is None or session.get("own_model") is None:
+        return MODEL
+    try:
+        settings.register_custom_ops_library(str(path))
+    except Exception:  # onnxruntime's own classes: this version of it has not the interface that the ops were made for
+        return MODEL
+    return str(session["own_model"])
+
+
+def describe(session: Mapping[str, Any]) -> str | None:
+    """What computes experts and linears of an engine here: "moedge.cpu (avx512)", "onnxruntime"; None: another backend.
+
+    Raises:
+        EngineError: as `register`.
+    """
+    if "own_model" not in session:
+        return None
+    name = instruction_set() if session["own_model"] is not None else None
+    return "onnxruntime" if name is None else f"{DOMAIN} ({name})"
+
+
+@cache
+def _library_name() -> str:
+    return library_name()
+
+
+@cache
+def _instruction_sets(path: Path) -> list[str]:
+    function = ctypes.CDLL(str(path)).moedge_kernels_available
+    function.restype = ctypes.c_char_p
+    return list(function().decode().split())

@@ -1,0 +1,52 @@
+// What the two instruction sets with vectors of 256 bits share.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include "body.h"
+
+namespace {
+
+struct Vectors256 {
+  static constexpr int64_t lanes = 8;
+  static constexpr int tokens = 4;
+  using Int = __m256i;
+  using Float = __m256;
+
+  static Int ints(int32_t value) { return _mm256_set1_epi32(value); }
+  static Float floats(float value) { return _mm256_set1_ps(value); }
+  static Int load_ints(const int32_t* from) { return _mm256_load_si256(reinterpret_cast<const Int*>(from)); }
+  static Float load_floats(const float* from) { return _mm256_load_ps(from); }
+  static void store_floats(float* to, Float value) { _mm256_store_ps(to, value); }
+  static Int load_codes(const uint8_t* from) { return _mm256_load_si256(reinterpret_cast<const Int*>(from)); }
+  static void store_codes(uint8_t* to, Int value) { _mm256_store_si256(reinterpret_cast<Int*>(to), value); }
+  static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
+  static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float fused(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float to_floats(Int a) { return _mm256_cvtepi32_ps(a); }
+  static Int low_nibbles(Int a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+  static Int high_nibbles(Int a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
+
+  static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {
+    Int a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_si256(reinterpret_cast<const Int*>(rows[i] + at));
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+      a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+      a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+      a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int c = 0; c < 4; ++c) {
+      out[c] = _mm256_permute2x128_si256(a[c], a[c + 4], 0x20);
+      out[c + 4] = _mm256_permute2x128_si256(a[c], a[c + 4], 0x31);
+    }
+  }
+};
+
+}  // namespace

@@ -1,0 +1,83 @@
+// Which kernels this processor runs. The compiled files are told by macros MOEDGE_HAS_... (see compiling.py).
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+namespace moedge {
+
+namespace {
+
+#if defined(__x86_64__)
+bool runs_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+using Find = const Kernels* (*)();
+
+// The best first.
+const Find* available() {
+  static Find found[5];
+  int count = 0;
+#if defined(__x86_64__)
+#ifdef MOEDGE_HAS_AVX512
+  if (runs_avx512()) found[count++] = avx512_kernels;
+#endif
+#ifdef MOEDGE_HAS_AVXVNNI
+  if (runs_avxvnni()) found[count++] = avxvnni_kernels;
+#endif
+#ifdef MOEDGE_HAS_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = avx2_kernels;
+#endif
+#endif
+#ifdef MOEDGE_HAS_NEON
+#if defined(__linux__)
+  if (getauxval(AT_HWCAP) & (1u << 20)) found[count++] = neon_kernels;  // HWCAP_ASIMDDP
+#else
+  found[count++] = neon_kernels;  // every 64-bit Apple processor
+#endif
+#endif
+  found[count++] = portable_kernels;
+  found[count] = nullptr;
+  return found;
+}
+
+}  // namespace
+
+const Kernels* find_kernels(const char* name) {
+  for (const Find* find = available(); *find; ++find)
+    if (strcmp((*find)()->name, name) == 0) return (*find)();
+  return nullptr;
+}
+
+const Kernels* default_kernels() {
+  const char* asked = getenv("MOEDGE_KERNELS");
+  return asked && *asked ? find_kernels(asked) : available()[0]();
+}
+
+}  // namespace moedge
+
+// The instruction sets that this processor runs, the best first, separated by spaces.
+extern "C" __attribute__((visibility("default"))) const char* moedge_kernels_available() {
+  static char names[128];
+  if (!names[0])
+    for (const moedge::Find* find = moedge::available(); *find; ++find) {
+      const size_t held = strlen(names);
+      snprintf(names + held, sizeof names - held, "%s ", (*find)()->name);
+    }
+  return names;
+}

@@ -1,0 +1,61 @@
+// 64-bit ARM with the dot product instructions: Raspberry Pi 5, Jetson, Apple, Graviton 2 and later.
+
+#include <arm_neon.h>
+
+#include "body.h"
+
+namespace {
+
+struct Neon {
+  static constexpr int64_t lanes = 4;
+  static constexpr int tokens = 8;
+  static constexpr int32_t middle = 128;
+  using Int = int32x4_t;
+  using Float = float32x4_t;
+
+  static Int ints(int32_t value) { return vdupq_n_s32(value); }
+  static Float floats(float value) { return vdupq_n_f32(value); }
+  static Int load_ints(const int32_t* from) { return vld1q_s32(from); }
+  static Float load_floats(const float* from) { return vld1q_f32(from); }
+  static void store_floats(float* to, Float value) { vst1q_f32(to, value); }
+  static Int load_codes(const uint8_t* from) { return vreinterpretq_s32_u8(vld1q_u8(from)); }
+  static void store_codes(uint8_t* to, Int value) { vst1q_u8(to, vreinterpretq_u8_s32(value)); }
+  static Int add(Int a, Int b) { return vaddq_s32(a, b); }
+  static Int multiply(Int a, Int b) { return vmulq_s32(a, b); }
+  static Float multiply(Float a, Float b) { return vmulq_f32(a, b); }
+  static Float fused(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+  static Float to_floats(Int a) { return vcvtq_f32_s32(a); }
+  static Int low_nibbles(Int a) {
+    return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(15)));
+  }
+  static Int high_nibbles(Int a) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(a), 4)); }
+  // The instruction multiplies signed bytes: 8-bit codes less 128.
+  static Int prepare(Int a) {
+    return vreinterpretq_s32_u8(veorq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(128)));
+  }
+  template <int bits>
+  static Int dot(Int acc, Int codes, const int8_t* x) {
+    return vdotq_s32(acc, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(vdupq_n_s32(word_at(x))));
+  }
+
+  static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {
+    Int a[4];
+    for (int i = 0; i < 4; ++i) a[i] = load_codes(rows[i] + at);
+    const Int low = vtrn1q_s32(a[0], a[1]), low_odd = vtrn2q_s32(a[0], a[1]);
+    const Int high = vtrn1q_s32(a[2], a[3]), high_odd = vtrn2q_s32(a[2], a[3]);
+    const auto pairs = [](Int v) { return vreinterpretq_s64_s32(v); };
+    out[0] = vreinterpretq_s32_s64(vtrn1q_s64(pairs(low), pairs(high)));
+    out[1] = vreinterpretq_s32_s64(vtrn1q_s64(pairs(low_odd), pairs(high_odd)));
+    out[2] = vreinterpretq_s32_s64(vtrn2q_s64(pairs(low), pairs(high)));
+    out[3] = vreinterpretq_s32_s64(vtrn2q_s64(pairs(low_odd), pairs(high_odd)));
+  }
+};
+
+}  // namespace
+
+namespace moedge {
+const Kernels* neon_kernels() {
+  static constexpr Kernels kernels = make_kernels<Neon>("neon");
+  return &kernels;
+}
+}  // namespace moedge

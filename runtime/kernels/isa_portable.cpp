@@ -1,0 +1,81 @@
+// Plain C++, for processors that no other file is for, and to compare the others with.
+
+#include "body.h"
+
+namespace {
+
+struct Portable {
+  static constexpr int64_t lanes = 4;
+  static constexpr int tokens = 4;
+  static constexpr int32_t middle = 0;
+  struct Int {
+    int32_t lane[4];
+  };
+  struct Float {
+    float lane[4];
+  };
+
+  template <typename V, typename F>
+  static V each(F make) {
+    V v;
+    for (int i = 0; i < 4; ++i) v.lane[i] = make(i);
+    return v;
+  }
+  static Int ints(int32_t value) { return {{value, value, value, value}}; }
+  static Float floats(float value) { return {{value, value, value, value}}; }
+  template <typename V, typename P>
+  static V load(const P* from) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+  }
+  static Int load_ints(const int32_t* from) { return load<Int>(from); }
+  static Float load_floats(const float* from) { return load<Float>(from); }
+  static Int load_codes(const uint8_t* from) { return load<Int>(from); }
+  static void store_floats(float* to, Float value) { memcpy(to, &value, sizeof value); }
+  static void store_codes(uint8_t* to, Int value) { memcpy(to, &value, sizeof value); }
+  static Int add(Int a, Int b) {
+    return each<Int>([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  static Int multiply(Int a, Int b) {
+    return each<Int>([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  static Float multiply(Float a, Float b) {
+    return each<Float>([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  static Float fused(Float a, Float b, Float c) {
+    return each<Float>([&](int i) { return fmaf(a.lane[i], b.lane[i], c.lane[i]); });
+  }
+  static Float to_floats(Int a) {
+    return each<Float>([&](int i) { return static_cast<float>(a.lane[i]); });
+  }
+  static Int low_nibbles(Int a) {
+    return each<Int>([&](int i) { return a.lane[i] & 0x0f0f0f0f; });
+  }
+  static Int high_nibbles(Int a) {
+    return each<Int>([&](int i) { return (a.lane[i] >> 4) & 0x0f0f0f0f; });
+  }
+  static Int prepare(Int a) { return a; }
+  template <int bits>
+  static Int dot(Int acc, Int codes, const int8_t* x) {
+    uint8_t weights[16];
+    memcpy(weights, &codes, 16);
+    return each<Int>([&](int i) {
+      const uint8_t* own = weights + 4 * i;
+      return acc.lane[i] + own[0] * x[0] + own[1] * x[1] + own[2] * x[2] + own[3] * x[3];
+    });
+  }
+  static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {
+    for (int r = 0; r < 4; ++r)
+      for (int w = 0; w < 4; ++w) memcpy(&out[w].lane[r], rows[r] + at + 4 * w, 4);
+  }
+};
+
+}  // namespace
+
+namespace moedge {
+const Kernels* portable_kernels() {
+  static constexpr Kernels kernels = make_kernels<Portable>("portable");
+  return &kernels;
+}
+}  // namespace moedge

@@ -1,0 +1,119 @@
+// Products of int8 activations with 4-bit and 8-bit weights: what each instruction set implements, and who uses it.
+//
+// A row of y = W x is the sum over groups, in order, of  float(sum of code * activation) * (weight scale * activation
+// scale), each group's integers summed exactly, each group added by one fused multiply-add. That is the whole of the
+// arithmetic: it names no vector width, no number of tokens and no thread, so every path gives the same bits.
+
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace moedge {
+
+constexpr int64_t kMaxGroup = 512;  // codes that share a scale: a power of two from 16 to this
+constexpr int64_t kMaxTile = 32;    // rows of a tile, over all instruction sets
+constexpr int64_t kMaxTokens = 128; // tokens of one call of `multiply`
+
+// One matrix [rows, width] as it lies in weights.bin: codes of 4 bits (two to a byte, low nibble first) or 8.
+struct Matrix {
+  const uint8_t* codes;
+  const float* scales;         // [rows, groups]
+  const uint8_t* zero_points;  // [rows, groups] packed like the codes, each row from a whole byte; null: the middle
+  int64_t rows, width, group;
+  int bits;
+
+  int64_t groups() const { return width / group; }
+  int64_t row_bytes() const { return width * bits / 8; }
+  int64_t zero_row_bytes() const { return (groups() * bits + 7) / 8; }
+  Matrix at(int64_t index) const {  // of a stack of matrices
+    Matrix one = *this;
+    one.codes += index * rows * row_bytes();
+    one.scales += index * rows * groups();
+    if (zero_points) one.zero_points += index * rows * zero_row_bytes();
+    return one;
+  }
+};
+
+// Rows of activations [tokens, width], each group with its own scale and the sum of its codes. For matrices of 4 bits
+// each 8 codes are stored 0 2 4 6 1 3 5 7: as the low and the high nibbles of four bytes come.
+struct Activations {
+  int8_t* codes;
+  float* scales;   // [tokens, groups]
+  int32_t* sums;   // [tokens, groups]
+  int64_t width, groups;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t tile;  // rows that `multiply` computes at once
+
+  // x [width] -> row `row` of `out`. Groups that hold no finite value everywhere get the scale NaN.
+  void (*quantize)(const float* x, int bits, int64_t row, const Activations& out);
+
+  // Rows `first` to `first + rows` (at most a tile) for the activations' rows index[0..count), count <= kMaxTokens:
+  // out[i * stride + r]. Null index: rows 0 to count.
+  void (*multiply)(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
+                   int64_t count, float* out, int64_t stride);
+
+  // pairs [2 * count] (gate, up, gate, up ...) -> h [count]: gate * sigmoid(alpha * gate) * (up + offset), the gate at
+  // most `limit`, up between -limit and limit.
+  void (*swiglu)(const float* pairs, int64_t count, float alpha, float limit, float offset, float* h);
+};
+
+// Runs body(0) ... body(total - 1), in any order, on all threads.
+struct Parallel {
+  void (*call)(void* self, void (*body)(void* data, size_t index), size_t total, void* data);
+  void* self;
+
+  template <typename Body>
+  void operator()(int64_t total, const Body& body) const {
+    if (total == 1) return body(int64_t{0});
+    if (total > 0)
+      call(self, [](void* data, size_t index) { (*static_cast<const Body*>(data))(static_cast<int64_t>(index)); },
+           static_cast<size_t>(total), const_cast<Body*>(&body));
+  }
+};
+
+// The best that this machine's processor runs, or the one that the environment names (MOEDGE_KERNELS). Null: unknown.
+const Kernels* find_kernels(const char* name);
+const Kernels* default_kernels();
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avxvnni_kernels();
+const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+
+// A mixture of experts over tokens. E = experts, H = hidden, I = inner.
+struct Mixture {
+  const Kernels* kernels;
+  int64_t tokens, choices, experts, hidden, inner;
+  const float* x;        // [tokens, H]
+  const int64_t* chosen; // [tokens, choices], each in [0, E)
+  const float* weights;  // [tokens, choices]
+  Matrix gate_up;        // [E] stacked: [2 I, H], rows gate 0, up 0, gate 1, up 1 ...
+  Matrix down;           // [E] stacked: [H, I]
+  const float* gate_up_bias;  // [E, 2 I] or null
+  const float* down_bias;     // [E, H] or null
+  float alpha, limit, offset; // of the activation, see `swiglu`
+  float* y;                   // [tokens, H]
+};
+
+size_t mixture_scratch(const Mixture& mixture);
+void run_mixture(const Mixture& mixture, void* scratch, const Parallel& parallel);
+
+// y [tokens, rows] = x [tokens, width] by the transposed matrix, plus bias [rows] where it is given.
+struct Linear {
+  const Kernels* kernels;
+  int64_t tokens;
+  const float* x;
+  Matrix matrix;
+  const float* bias;
+  float* y;
+};
+
+size_t linear_scratch(const Linear& linear);
+void run_linear(const Linear& linear, void* scratch, const Parallel& parallel);
+
+}  // namespace moedge

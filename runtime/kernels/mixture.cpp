@@ -1,0 +1,201 @@
+// How products are shared among threads: a mixture of experts, and one linear layer.
+
+#include <string.h>
+
+#include "kernels.h"
+
+namespace moedge {
+
+namespace {
+
+// Weights that one unit of parallel work reads when there are few tokens: long enough to stream, short enough to share.
+constexpr int64_t kUnitBytes = 64 << 10;
+// Below this many bytes of work a second thread costs more than it saves.
+constexpr int64_t kAlone = 16 << 10;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t unit_rows(const Kernels& kernels, const Matrix& matrix) {
+  const int64_t rows = kUnitBytes / (matrix.row_bytes() > 0 ? matrix.row_bytes() : 1) / kernels.tile * kernels.tile;
+  return least(rows < kernels.tile ? kernels.tile : rows, divide_up(matrix.rows, kernels.tile) * kernels.tile);
+}
+
+// Takes blocks off one piece of memory; without memory it counts what they would take.
+struct Blocks {
+  char* base;
+  size_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* block = reinterpret_cast<T*>(base + used);
+    used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return block;
+  }
+  Activations take_activations(int64_t rows, const Matrix& matrix) {
+    const int64_t groups = matrix.groups();
+    int8_t* codes = take<int8_t>(rows * matrix.width);
+    float* scales = take<float>(rows * groups);
+    return {codes, scales, take<int32_t>(rows * groups), matrix.width, groups};
+  }
+};
+
+void quantize_rows(const Kernels& kernels, const float* x, int64_t rows, int bits, const Activations& out,
+                   const Parallel& parallel) {
+  const int64_t some = rows * out.width <= kAlone ? rows : divide_up(kAlone, out.width);
+  parallel(divide_up(rows, some), [&](int64_t unit) {
+    for (int64_t row = unit * some; row < least(rows, (unit + 1) * some); ++row)
+      kernels.quantize(x + row * out.width, bits, row, out);
+  });
+}
+
+// The choices (token, weight), ordered by expert and within an expert by token: `starts` [E + 1].
+struct Choices {
+  int32_t* starts;
+  int32_t* active;  // the experts that were chosen at all
+  int32_t* tokens;
+  float* weights;
+  int64_t count = 0;
+};
+
+Choices take_choices(const Mixture& m, Blocks* blocks) {
+  int32_t* starts = blocks->take<int32_t>(m.experts + 1);
+  int32_t* active = blocks->take<int32_t>(m.experts);
+  int32_t* tokens = blocks->take<int32_t>(m.tokens * m.choices);
+  return {starts, active, tokens, blocks->take<float>(m.tokens * m.choices)};
+}
+
+void order_choices(const Mixture& m, Choices* choices) {
+  int32_t* starts = choices->starts;
+  memset(starts, 0, static_cast<size_t>(m.experts + 1) * sizeof *starts);
+  for (int64_t i = 0; i < m.tokens * m.choices; ++i) ++starts[m.chosen[i] + 1];
+  for (int64_t e = 0; e < m.experts; ++e) {
+    if (starts[e + 1] > 0) choices->active[choices->count++] = static_cast<int32_t>(e);
+    starts[e + 1] += starts[e];
+  }
+  for (int64_t i = 0; i < m.tokens * m.choices; ++i) {
+    const int32_t place = starts[m.chosen[i]]++;  // each start moves to its expert's end: the next one's start
+    choices->tokens[place] = static_cast<int32_t>(i / m.choices);
+    choices->weights[place] = m.weights[i];
+  }
+  for (int64_t e = m.experts; e > 0; --e) starts[e] = starts[e - 1];
+  starts[0] = 0;
+}
+
+struct Scratch {
+  Choices choices;
+  Activations x;      // [tokens, H]
+  float* h;           // [tokens * choices, I], in the choices' order
+  Activations inner;  // [tokens * choices, I]
+};
+
+Scratch take_scratch(const Mixture& m, Blocks* blocks) {
+  const Choices choices = take_choices(m, blocks);
+  const Activations x = blocks->take_activations(m.tokens, m.gate_up);
+  float* h = blocks->take<float>(m.tokens * m.choices * m.inner);
+  return {choices, x, h, blocks->take_activations(m.tokens * m.choices, m.down)};
+}
+
+// h of rows `first` to `first + rows` (pairs of gate and up) for the tokens of one expert.
+void compute_inner(const Mixture& m, const Scratch& s, int32_t expert, int64_t first, int64_t rows) {
+  const int64_t start = s.choices.starts[expert], end = s.choices.starts[expert + 1];
+  const float* bias = m.gate_up_bias ? m.gate_up_bias + expert * 2 * m.inner + first : nullptr;
+  alignas(64) float pairs[kMaxTokens * kMaxTile];
+  for (int64_t at = start; at < end; at += kMaxTokens) {
+    const int64_t count = least(kMaxTokens, end - at);
+    m.kernels->multiply(m.gate_up.at(expert), first, rows, s.x, s.choices.tokens + at, count, pairs, rows);
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = pairs + i * rows;
+      for (int64_t r = 0; bias && r < rows; ++r) row[r] += bias[r];
+      m.kernels->swiglu(row, rows / 2, m.alpha, m.limit, m.offset, s.h + (at + i) * m.inner + first / 2);
+    }
+  }
+}
+
+// Adds one expert's rows `first` to `first + rows` to y, for the expert's tokens.
+void add_outputs(const Mixture& m, const Scratch& s, int32_t expert, int64_t first, int64_t rows) {
+  const int64_t start = s.choices.starts[expert], end = s.choices.starts[expert + 1];
+  const float* bias = m.down_bias ? m.down_bias + expert * m.hidden + first : nullptr;
+  alignas(64) float outputs[kMaxTokens * kMaxTile];
+  Activations inner = s.inner;
+  for (int64_t at = start; at < end; at += kMaxTokens) {
+    const int64_t count = least(kMaxTokens, end - at);
+    inner.codes = s.inner.codes + at * inner.width;
+    inner.scales = s.inner.scales + at * inner.groups;
+    inner.sums = s.inner.sums + at * inner.groups;
+    m.kernels->multiply(m.down.at(expert), first, rows, inner, nullptr, count, outputs, rows);
+    for (int64_t i = 0; i < count; ++i) {
+      const float weight = s.choices.weights[at + i];
+      const float* row = outputs + i * rows;
+      float* y = m.y + s.choices.tokens[at + i] * m.hidden + first;
+      for (int64_t r = 0; r < rows; ++r) y[r] += weight * (bias ? row[r] + bias[r] : row[r]);
+    }
+  }
+}
+
+}  // namespace
+
+size_t mixture_scratch(const Mixture& mixture) {
+  Blocks blocks{nullptr};
+  take_scratch(mixture, &blocks);
+  return blocks.used;
+}
+
+void run_mixture(const Mixture& m, void* scratch, const Parallel& parallel) {
+  Blocks blocks{static_cast<char*>(scratch)};
+  Scratch s = take_scratch(m, &blocks);
+  order_choices(m, &s.choices);
+  quantize_rows(*m.kernels, m.x, m.tokens, m.gate_up.bits, s.x, parallel);
+
+  const int64_t tile = m.kernels->tile;
+  const int64_t up_rows = unit_rows(*m.kernels, m.gate_up), up_blocks = divide_up(2 * m.inner, up_rows);
+  parallel(s.choices.count * up_blocks, [&](int64_t unit) {
+    const int64_t first = unit % up_blocks * up_rows, end = least(2 * m.inner, first + up_rows);
+    for (int64_t row = first; row < end; row += tile)
+      compute_inner(m, s, s.choices.active[unit / up_blocks], row, least(tile, end - row));
+  });
+  quantize_rows(*m.kernels, s.h, m.tokens * m.choices, m.down.bits, s.inner, parallel);
+
+  // A unit has some rows of y alone to itself, and adds its experts in ascending order whatever else is computed.
+  const int64_t down_rows = unit_rows(*m.kernels, m.down);
+  parallel(divide_up(m.hidden, down_rows), [&](int64_t unit) {
+    const int64_t first = unit * down_rows, end = least(m.hidden, first + down_rows);
+    for (int64_t token = 0; token < m.tokens; ++token)
+      memset(m.y + token * m.hidden + first, 0, static_cast<size_t>(end - first) * sizeof(float));
+    for (int64_t i = 0; i < s.choices.count; ++i)
+      for (int64_t row = first; row < end; row += tile)
+        add_outputs(m, s, s.choices.active[i], row, least(tile, end - row));
+  });
+}
+
+size_t linear_scratch(const Linear& linear) {
+  Blocks blocks{nullptr};
+  blocks.take_activations(linear.tokens, linear.matrix);
+  return blocks.used;
+}
+
+void run_linear(const Linear& l, void* scratch, const Parallel& parallel) {
+  Blocks blocks{static_cast<char*>(scratch)};
+  const Activations x = blocks.take_activations(l.tokens, l.matrix);
+  quantize_rows(*l.kernels, l.x, l.tokens, l.matrix.bits, x, parallel);
+  const int64_t tile = l.kernels->tile, rows = l.matrix.rows, some = unit_rows(*l.kernels, l.matrix);
+  parallel(divide_up(rows, some), [&](int64_t unit) {
+    const int64_t end = least(rows, (unit + 1) * some);
+    for (int64_t first = unit * some; first < end; first += tile) {
+      const int64_t width = least(tile, end - first);
+      for (int64_t at = 0; at < l.tokens; at += kMaxTokens) {
+        const int64_t count = least(kMaxTokens, l.tokens - at);
+        Activations part = x;
+        part.codes += at * x.width;
+        part.scales += at * x.groups;
+        part.sums += at * x.groups;
+        float* y = l.y + at * rows + first;
+        l.kernels->multiply(l.matrix, first, width, part, nullptr, count, y, rows);
+        for (int64_t i = 0; l.bias && i < count; ++i)
+          for (int64_t r = 0; r < width; ++r) y[i * rows + r] += l.bias[first + r];
+      }
+    }
+  });
+}
+
+}  // namespace moedge

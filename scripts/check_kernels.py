@@ -1,0 +1,71 @@
+"""The CPU kernels under sanitizers, and on other processors: every instruction set must give the same bits.
+
+    python scripts/check_kernels.py [--sanitize] [--cross aarch64-linux-gnu-g++ --run qemu-aarch64]
+
+Compiles scripts/check_kernels.cpp with the kernels, runs it and compares the digests it prints. With --sanitize also
+under the address and undefined-behaviour sanitizers; with --cross also for ARM, run by an emulator or on a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from moedge.runtime.kernels import compiling
+
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--cross", default="", help="a compiler for 64-bit ARM")
+    parser.add_argument("--run", default="", help="what runs its programs")
+    args = parser.parse_args()
+    native = compiling.find_compiler()
+    if native is None:
+        raise SystemExit("error: no C++ compiler was found")
+    host = compiling.instruction_sets()
+    runs = [("native", native, [], host, ())]
+    if args.sanitize:
+        runs.append(("sanitized", native, [], host, SANITIZERS))
+    if args.cross:
+        runs.append(("cross", shlex.split(args.cross), shlex.split(args.run), compiling.ARM, ("-static",)))
+    digests: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, compiler, runner, sets, extra in runs:
+            program = compile_program(Path(folder) / name, compiler, sets, extra)
+            done = subprocess.run([*runner, str(program)], capture_output=True, text=True, check=False, timeout=1200)
+            if done.returncode:
+                print(done.stderr, file=sys.stderr)
+                raise SystemExit(f"error: the {name} program failed with {done.returncode}")
+            for line in done.stdout.splitlines():
+                print(f"{name:10} {line}")
+                digests[f"{name} {line.split()[0]}"] = line.split()[1]
+    if len(set(digests.values())) != 1:
+        raise SystemExit("error: the digests differ")
+    return 0
+
+
+def compile_program(folder: Path, compiler: list[str], sets: dict[str, str], extra: tuple[str, ...]) -> Path:
+    folder.mkdir()
+    flags = {f"isa_{name}": own.split() for name, own in sets.items()}
+    flags |= {"mixture": [], "dispatch": [f"-DMOEDGE_HAS_{name.upper()}" for name in sets]}
+    sources = {compiling.FOLDER / f"{name}.cpp": own for name, own in flags.items()}
+    sources[Path(__file__).with_suffix(".cpp")] = []
+    objects = []
+    for source, own in sources.items():
+        objects.append(str(folder / f"{source.stem}.o"))
+        command = [*compiler, *compiling.FLAGS, *extra, *own, "-c", str(source), "-o", objects[-1]]
+        subprocess.run(command, check=True)
+    program = folder / "program"
+    subprocess.run([*compiler, *extra, *objects, "-lm", "-o", str(program)], check=True)
+    return program
+
+
+if __name__ == "__main__":
+    sys.exit(main())

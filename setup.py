@@ -1,0 +1,48 @@
+"""Compiles the CPU kernels at install where a C++ compiler is there; where it is not, onnxruntime's own ops are used.
+
+Everything else about the package stands in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+SOURCE = Path(__file__).resolve().parent / "runtime" / "kernels" / "compiling.py"
+spec = importlib.util.spec_from_file_location("compiling", SOURCE)
+assert spec is not None and spec.loader is not None
+compiling = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compiling)
+
+
+class BuildKernels(build_ext):
+    """The library is no Python extension: it has its own compiler call and a name without a Python's version."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            compiling.compile_library(Path(self.get_ext_fullpath(ext.name)).parent)
+        except compiling.CompileError as error:
+            raise CompileError(str(error)) from error  # which an optional extension survives, with a warning
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")[:-1], compiling.library_name()))
+
+
+class TagWheel(bdist_wheel):
+    """One wheel for every Python on this platform; for every platform where nothing was compiled."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        platform = super().get_tag()[2]
+        built = any(Path(self.bdist_dir).rglob("libmoedge_cpu-*.so"))
+        return "py3", "none", platform if built else "any"
+
+
+setup(
+    ext_modules=[Extension("moedge.runtime.kernels.libmoedge_cpu", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": TagWheel},
+)
