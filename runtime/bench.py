@@ -21,7 +21,7 @@ import numpy as np
 
 from ..bundle import Bundle, Progress
 from ..profiles.shape import ModelShape, bytes_per_token
-from . import machine
+from . import kernels, machine
 from .bench_runs import Case, Samples, check_fits, measure
 from .energy import open_meter
 from .engine import load
@@ -203,6 +203,7 @@ def _result(
         "measured": True,
         "context_tokens": case.context,
         "expected_distinct_experts": ModelShape.from_manifest(bundle.manifest).distinct_experts(case.batch),
+        "kernels": kernels.describe(info.session),
         **_circumstances(bundle, info.backend_version),
         "warm_up": 1,
         "spread": _spread(measured),

@@ -119,6 +119,7 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
 
 
 def _inspection(bundle: Bundle) -> dict[str, Any]:
+    from . import kernels
     from .preflight import cannot_run, read_engine
 
     engines = []
@@ -137,6 +138,7 @@ def _inspection(bundle: Bundle) -> dict[str, Any]:
                 "backend_version": info.backend_version,
                 "compute_capability": info.compute_capability,
                 "precision": info.precision,
+                "kernels": kernels.describe(info.session),
                 "max_batch": info.max_batch,
                 "max_seq_len": info.max_seq_len,
                 "bytes": info.bytes,

@@ -275,16 +275,16 @@ def test_an_onnxruntime_that_refuses_the_library_runs_the_stock_ops() -> None:
         def register_custom_ops_library(self, path: str) -> None:
             raise RuntimeError("moedge.cpu: this onnxruntime is too old")
 
-    session = {"own_model": kernels.OWN_MODEL}
-    assert kernels.register(Refusing(), session) == MODEL
-    assert kernels.register(ort.SessionOptions(), session) == kernels.OWN_MODEL
-    assert kernels.register(ort.SessionOptions(), {"own_model": None}) == MODEL
+    session = {"own_kernels": True}
+    assert kernels.register(Refusing(), session, MODEL) == MODEL
+    assert kernels.register(ort.SessionOptions(), session, MODEL) == "model.moedge_cpu.onnx"
+    assert kernels.register(ort.SessionOptions(), {"own_kernels": False}, MODEL) == MODEL
 
 
 def test_floating_point_bundles_have_no_graph_with_the_ops(tiny_checkpoint: Path, tmp_path: Path) -> None:
     moedge.export(tiny_checkpoint, tmp_path / "b", weights="fp16", verify=False)
     engine = moedge.build(tmp_path / "b", "cpu")
-    assert sorted(path.name for path in engine.iterdir()) == ["engine.json", MODEL]
+    assert sorted(path.name for path in engine.iterdir()) == ["engine.json", "model.lanes.onnx", MODEL]
 
 
 # Compiling

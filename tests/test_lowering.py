@@ -16,6 +16,7 @@ import moedge
 from moedge.bundle import Bundle
 from moedge.profiles.targets import onnxruntime as target
 from moedge.profiles.targets._canonical import load_canonical
+from moedge.runtime import kernels
 
 LENGTH = 40
 
@@ -58,12 +59,13 @@ def test_weights_are_those_of_the_canonical_graph(tiny_bundle: Path) -> None:
         externals = [{e.key: e.value for e in tensor.external_data} for tensor in model.graph.initializer]
         return {(external["offset"], external["length"]) for external in externals if external}
 
-    engine = tiny_bundle / "engines" / "cpu" / "model.onnx"
-    assert places(engine) <= places(tiny_bundle / "model.onnx")
-    assert engine.stat().st_size < 100_000
-    lanes = engine.with_name("model.lanes.onnx")
-    assert places(lanes) == places(engine) and lanes.stat().st_size < 100_000
-    assert sorted(path.name for path in engine.parent.iterdir()) == ["engine.json", "model.lanes.onnx", "model.onnx"]
+    engine = tiny_bundle / "engines" / "cpu"
+    names = [name for stock in ("model.onnx", "model.lanes.onnx") for name in (kernels.own_name(stock), stock)]
+    for name in names:
+        assert places(engine / name) <= places(tiny_bundle / "model.onnx")
+        assert (engine / name).stat().st_size < 100_000
+    assert places(engine / "model.lanes.onnx") == places(engine / "model.onnx")
+    assert sorted(path.name for path in engine.iterdir()) == sorted(["engine.json", *names])
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.lanes.onnx"])
@@ -97,6 +99,15 @@ def test_experts_and_matrices_run_in_the_quantized_kernels(tiny_bundle: Path) ->
         if node.op_type in ("QMoE", "MatMulNBits"):
             attributes = {attribute.name: attribute.i for attribute in node.attribute}
             assert attributes["accuracy_level"] == 4
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.lanes.onnx"])
+def test_own_kernels_take_every_quantized_product(name: str, tiny_bundle: Path) -> None:
+    """And nothing in that graph is left that onnxruntime would repack but the few matrices in floating point."""
+    graph = onnx.load(tiny_bundle / "engines" / "cpu" / kernels.own_name(name), load_external_data=False).graph
+    counts = collections.Counter(node.op_type for node in graph.node)
+    assert (counts["Experts"], counts["Linear"]) == (2, 3 * 4 + 2 + 2 * 2 + 1)
+    assert not counts["QMoE"] + counts["MatMulNBits"] + counts["Scan"]
 
 
 def test_the_cache_holds_the_latent_not_keys_and_values(tiny_bundle: Path) -> None:

@@ -25,6 +25,7 @@ from ._canonical import (
     replace_each,
 )
 from ._ort_attention import MS
+from ._ort_products import StockProducts
 from .onnxruntime import ACCURACY_LEVEL, _Lowering, has_router_weights
 
 # Between the head's product and the logits: what works on rows whatever their number.
@@ -58,17 +59,18 @@ def lower(model: ir.Model, *, accuracy_level: int = ACCURACY_LEVEL, fused_expert
     Afterwards: inputs input_ids int64 [1, S], rows int64 [R]; outputs logits float32 [R, vocab], experts.LAYER int64
     and weights.LAYER float32 [S, k].
     """
-    lowering = _Lowering(model, accuracy_level, fused_experts)
+    lowering = _Lowering(model)
     rewriter = lowering.rewriter
+    products = StockProducts(rewriter, accuracy_level, fused_experts)
     for kind, gate in list_gates().items():
         for call in find_calls(model, kind):
             rewriter.replace(call, list(gate.lower(rewriter, call.inputs, attributes_of(call))))
     calls = find_calls(model, "Experts")
     for layer, call in enumerate(calls):
         _give_routes(lowering, call, layer)
-    replace_each(rewriter, calls, lowering.lower_experts)
+    replace_each(rewriter, calls, products.lower_experts)
     coded = [node for node in find_linears(model) if linear_matrix(node).bits]
-    replace_each(rewriter, coded, lowering.lower_linear)
+    replace_each(rewriter, coded, products.lower_linear)
     _pick_rows(lowering)
     finish_model(model, {MS: 1})
 

@@ -1,8 +1,8 @@
 """Custom ops of our own for onnxruntime on the CPU, where they are compiled: quantized experts and linears.
 
 They read the weights as they lie in weights.bin, so that loading maps the file and repacks nothing, and a token's
-result does not depend, to the bit, on what else is computed with it. An engine of target `onnxruntime` has two graphs,
-one with these ops and one with onnxruntime's own; which one is loaded is decided here, on the machine that runs it.
+result does not depend, to the bit, on what else is computed with it. An engine of target `onnxruntime` has each graph
+twice, with these ops and with onnxruntime's own; which is loaded is decided here, on the machine that runs it.
 
 The variable MOEDGE_KERNELS chooses: `stock` (onnxruntime's own ops), or an instruction set by its name.
 """
@@ -16,12 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...bundle import MODEL
 from ...errors import EngineError
 from .compiling import FOLDER, library_name
 
 DOMAIN = "moedge.cpu"
-OWN_MODEL = "model.moedge_cpu.onnx"
 VARIABLE = "MOEDGE_KERNELS"
 STOCK = "stock"
 COMPILE = "python -m moedge.runtime.kernels"
@@ -60,8 +58,13 @@ def instruction_set() -> str | None:
     return asked or known[0]
 
 
-def register(settings: Any, session: Mapping[str, Any]) -> str:
-    """Register the ops with onnxruntime's `settings` where an engine has a graph for them; the graph's file to load.
+def own_name(graph: str) -> str:
+    """The file of an engine's graph with these ops, beside the one with onnxruntime's."""
+    return f"{graph.removesuffix('.onnx')}.moedge_cpu.onnx"
+
+
+def register(settings: Any, session: Mapping[str, Any], graph: str) -> str:
+    """Register the ops with onnxruntime's `settings` where an engine has graphs for them; the file to load for `graph`.
 
     session: engine.json's entry of that name.
 
@@ -69,13 +72,13 @@ def register(settings: Any, session: Mapping[str, Any]) -> str:
         EngineError: the environment names an instruction set that this machine has not.
     """
     path = library()
-    if path is None or instruction_set() is None or session.get("own_model") is None:
-        return MODEL
+    if path is None or instruction_set() is None or not session.get("own_kernels"):
+        return graph
     try:
         settings.register_custom_ops_library(str(path))
     except Exception:  # onnxruntime's own classes: this version of it has not the interface that the ops were made for
-        return MODEL
-    return str(session["own_model"])
+        return graph
+    return own_name(graph)
 
 
 def describe(session: Mapping[str, Any]) -> str | None:
@@ -84,9 +87,9 @@ def describe(session: Mapping[str, Any]) -> str | None:
     Raises:
         EngineError: as `register`.
     """
-    if "own_model" not in session:
+    if "own_kernels" not in session:
         return None
-    name = instruction_set() if session["own_model"] is not None else None
+    name = instruction_set() if session["own_kernels"] else None
     return "onnxruntime" if name is None else f"{DOMAIN} ({name})"
 
 

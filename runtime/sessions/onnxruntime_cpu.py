@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ...bundle import MODEL
 from ...errors import EngineError, require
+from .. import kernels
 from ..machine import default_threads
 from . import Findings, OneLane, Routing, Session, SessionOptions, check_room, check_routing
 from ._ort_binding import CPU, bind_buffer, bind_routing, check_interface, empty_routing, run_bound
@@ -89,7 +90,7 @@ def open_onnxruntime(
     }
     for name, value in entries.items():
         settings.add_session_config_entry(name, str(value))
-    model = bundle.engine_dir(info.profile) / graph
+    model = bundle.engine_dir(info.profile) / kernels.register(settings, info.session, graph)
     try:
         session = ort.InferenceSession(model.read_bytes(), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own classes, each straight from Exception
