@@ -230,7 +230,7 @@ class AttentionLowering:
             if value is not v:
                 row = op("RotaryEmbedding", [row, cos, sin], interleaved=a["interleaved"], num_heads=count)
             rows.append(self._widen_heads(row, count, dim))
-        room = _kernel_head_size(dim)
+        room = kernel_head_size(dim)
         self.cache += [CacheEntry(f"{kind}.{layer_of(call)}", groups * room, groups) for kind in ("key", "value")]
         if self.lanes.count == 1:
             attended = self._attend_grouped(call, 0, rows)
@@ -246,7 +246,7 @@ class AttentionLowering:
     def _attend_grouped(self, call: ir.Node, lane: int, rows: list[ir.Value | None]) -> ir.Value:
         """One lane's attention over its cache; `rows` are q, k and v, or all of them side by side."""
         a, window = attributes_of(call), attributes_of(call)["window"]
-        layer, groups, room = layer_of(call), a["num_key_value_heads"], _kernel_head_size(a["head_dim"])
+        layer, groups, room = layer_of(call), a["num_key_value_heads"], kernel_head_size(a["head_dim"])
         shape = [1, groups, "capacity", room]
         entries = [f"{kind}.{layer}" for kind in ("key", "value")]
         pasts = [ir.val(self.lanes.name("past", entry, lane), ir.DataType.FLOAT, shape) for entry in entries]
@@ -271,7 +271,7 @@ class AttentionLowering:
 
     def _widen_heads(self, row: ir.Value, count: int, dim: int) -> ir.Value:
         """[1, S, count * dim] with zeros behind each head, up to the size the kernel takes; they change no product."""
-        op, ints, room = self.rewriter.op, self.rewriter.ints, _kernel_head_size(dim)
+        op, ints, room = self.rewriter.op, self.rewriter.ints, kernel_head_size(dim)
         if room == dim:
             return row
         by_head = op("Reshape", [row, ints(1, -1, count, dim)])
@@ -314,7 +314,7 @@ class AttentionLowering:
         self.rewriter.replace(call, [op("Reshape", [values, ints(-1, heads * a["v_head_dim"])])])
 
 
-def _kernel_head_size(dim: int) -> int:
+def kernel_head_size(dim: int) -> int:
     """`GroupQueryAttention` takes multiples of 8."""
     return -(-dim // 8) * 8
 

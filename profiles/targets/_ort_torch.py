@@ -32,7 +32,7 @@ from .onnxruntime import ACCURACY_LEVEL, _Lowering, has_router_weights
 _BY_ROW = ("Add", "Mul", "Div", "Cast", "Tanh", "Identity")
 
 
-def build(request: BuildRequest, folder: Path) -> dict[str, Any]:
+def build_torch(request: BuildRequest, folder: Path) -> dict[str, Any]:
     """Write model.onnx into `folder`; see `Target.build`."""
     ort = require("onnxruntime", purpose="build an engine for it")
     model = load_torch_graph(request.bundle)

@@ -48,11 +48,13 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     """
     ort = require("onnxruntime", purpose="build an engine for it")
     if holds_torch_graph(request.bundle):
-        from . import _ort_torch
+        from ._ort_torch import build_torch
 
         if request.max_batch != 1:
             raise BuildError(f"max_batch {request.max_batch}: a torch graph runs one sequence; use --max-batch 1")
-        return _ort_torch.build(request, folder)
+        return build_torch(request, folder)
+    from ._genai import write_genai
+
     fused, lanes = has_router_weights(), count_lanes(request)
     quantization = request.bundle.manifest["quantization"]
     graphs = {MODEL: 1, **({LANES_MODEL: lanes} if lanes > 1 else {})}
@@ -69,6 +71,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
             continue  # nothing is quantized
         (folder / (kernels.own_name(name) if ours else name)).write_bytes(ir.to_proto(model).SerializeToString())
         own = ours
+    write_genai(request, folder, fused_experts=fused)
     if progress is not None:
         progress("lowering to onnxruntime", len(wanted), len(wanted))
     return {
