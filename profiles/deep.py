@@ -53,11 +53,15 @@ def verify_routes(bundle: Bundle, profiles: list[str], progress: Progress | None
     """
     require("onnx", purpose="run the canonical graph")
     require("onnxruntime", purpose="run the canonical graph")
+    from .targets._canonical import holds_torch_graph
     from .targets._routes import pick_layers, trace_canonical
 
     deep = Deep(of_layers=int(bundle.config["num_hidden_layers"]))
     if not (bundle.config.get("moe") or {}).get("layers"):
         deep.unchecked.append("routes: the model has no mixture of experts")
+        return deep
+    if holds_torch_graph(bundle):
+        deep.unchecked.append("routes: a PyTorch model's own graph has no layers that --deep could cut")
         return deep
     deep.layers = min(pick_layers(bundle), deep.of_layers)
     if not deep.layers:

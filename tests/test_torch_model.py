@@ -224,10 +224,11 @@ def test_session_forgets_and_takes_up_texts(bundle: tuple[str, Path], tmp_path: 
 
 def test_verify_inspect_and_what_is_refused(bundle: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, folder = bundle
-    for command in (["verify", folder, "--json"], ["inspect", folder, "--json"]):
+    for command in (["verify", folder, "--deep", "--json"], ["inspect", folder, "--json"]):
         cli.main.main([str(word) for word in command], standalone_mode=False)
     verdict, inspection = (json.loads(text) for text in re.split(r"(?<=\n})\n(?={)", capsys.readouterr().out))
     assert verdict["ok"] and verdict["experts"] == 2 * EXPERTS and verdict["engines"]["cpu"]["runs_here"]
+    assert verdict["unchecked"] == ["routes: a PyTorch model's own graph has no layers that --deep could cut"]
     assert inspection["gating"][0]["attributes"]["top_k"] == 2
     with pytest.raises(BuildError, match="holds a PyTorch model's own graph.*--profile cpu"):
         moedge.build(folder, "rtx4090")

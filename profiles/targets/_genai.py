@@ -31,8 +31,13 @@ _SEARCH = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "r
 
 
 def write_genai(request: BuildRequest, folder: Path, *, fused_experts: bool) -> None:
-    """Write genai.onnx, genai_config.json and the tokenizer's files into an engine's `folder`."""
+    """Write genai.onnx, genai_config.json and the tokenizer's files into an engine's `folder`.
+
+    Nothing for gates that carry a load from step to step: genai has caches of keys and values alone.
+    """
     model, config = load_canonical(request.bundle)
+    if find_calls(model, "LoadAwareGate"):
+        return
     head_size, kv_heads = lower(model, fused_experts=fused_experts, max_seq_len=request.max_seq_len)
     (folder / GRAPH).write_bytes(ir.to_proto(model).SerializeToString())
     write_json(folder / CONFIG, _make_config(request.bundle, config, head_size, kv_heads, request.max_seq_len))
