@@ -19,6 +19,7 @@ from ...export.config import MoEConfig
 from . import BuildRequest
 from ._canonical import attributes_of, find_calls, find_linears, finish_model, load_canonical, replace_each
 from ._ort_attention import MS, kernel_head_size, layer_of
+from ._ort_products import StockProducts
 from .onnxruntime import ACCURACY_LEVEL, _Lowering
 
 GRAPH, CONFIG = "genai.onnx", "genai_config.json"
@@ -59,13 +60,14 @@ def lower(
     and .value float32 [B, heads, C, head size]; outputs logits float32 [B, 1, vocab], after each row's last token, and
     present.LAYER.key and .value, which may be the same buffers.
     """
-    lowering = _Lowering(model, accuracy_level, fused_experts)
+    lowering = _Lowering(model)
+    products = StockProducts(lowering.rewriter, accuracy_level, fused_experts)
     attention = _Attention(lowering, max_seq_len)
     attention.lower()
     lowering.lower_gates()
     for kind in ("Experts", "BiasedExperts"):
-        replace_each(lowering.rewriter, find_calls(model, kind), lowering.lower_experts)
-    replace_each(lowering.rewriter, find_linears(model), lowering.lower_linear)
+        replace_each(lowering.rewriter, find_calls(model, kind), products.lower_experts)
+    replace_each(lowering.rewriter, find_linears(model), products.lower_linear)
     attention.lower_head()
     model.graph.outputs[:] = [model.graph.outputs[0], *attention.presents]  # genai has no use for the routes
     finish_model(model, {MS: 1})
