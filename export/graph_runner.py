@@ -35,6 +35,7 @@ class Step:
     """`node`, the nodes that make its weights from `initializers` alone, and the bytes it needs at once.
 
     `split`: what its parts are, of `rows` slices that come in multiples of `multiple`; None: it runs whole only.
+    A mixture copies the experts of few choices: `copied` bytes for each, beside `made` bytes of all weights.
     """
 
     node: ir.Node
@@ -44,10 +45,19 @@ class Step:
     split: Literal["rows", "experts", "table"] | None = None
     rows: int = 1
     multiple: int = 1
+    made: int = 0
+    copied: int = 0
 
     @property
     def smallest(self) -> int:
-        return self.cost if self.split is None else -(-self.cost * min(self.multiple, self.rows) // self.rows)
+        if self.split is None:
+            return self.cost
+        least = min(self.multiple, self.rows)
+        return max(-(-self.cost * least // self.rows), -(-self.made * least // self.rows) + self.copied)
+
+    def cost_of(self, choices: int) -> int:
+        """Bytes for one token that makes so many choices."""
+        return max(self.cost, self.made + choices * self.copied)
 
 
 class GraphRunner:
@@ -283,10 +293,14 @@ def _make_step(
     leading = {_shape_of(tensor)[0] for tensor in tensors if len(tensor.shape)}
     if split is None or len(leading) != 1:
         return Step(node, makers, initializers, cost)
+    copied = 0
     if split == "experts":
-        cost += tokens * _FLOAT * _ACTIVATIONS * sum(math.prod(shape[:-1]) for shape in operands if len(shape) == 3)
+        stacks = [shape for shape in operands if len(shape) == 3]
+        cost += tokens * _FLOAT * _ACTIVATIONS * sum(math.prod(shape[:-1]) for shape in stacks)
+        copied = _FLOAT * max(math.prod(shape[1:]) for shape in stacks)
     halves = any(math.prod(_shape_of(tensor)[1:]) * tensor.dtype.bitwidth % 8 for tensor in tensors)
-    return Step(node, makers, initializers, cost, split, leading.pop(), 2 if halves else 1)
+    multiple = 2 if halves else 1
+    return Step(node, makers, initializers, cost, split, leading.pop(), multiple, stored + made, copied)
 
 
 def _find_split(

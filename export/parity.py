@@ -336,7 +336,7 @@ class _GraphCheck:
     def _run_alone(self, step: Step, values: Values, names: list[str]) -> Array:
         """The first token by itself: on the whole stack where that fits, else on its experts one by one."""
         one = {name: value[:1] for name, value in values.items() if name in names}
-        if step.cost <= self.runner.budget:
+        if step.cost_of(one[names[1]].shape[1]) <= self.runner.budget:
             (y,) = self.runner.run_step(step, one).values()
             return y
         outputs = []

@@ -121,6 +121,23 @@ def test_without_the_check_less_is_enough(tiny_checkpoint: Path, tmp_path: Path)
     assert without.peak < with_check.peak < 100 << 30
 
 
+@pytest.mark.parametrize("weights", ["int4", "fp16", "fp32"])
+def test_the_least_holds_an_expert_and_its_copy(weights: str, tmp_path: Path) -> None:
+    """One token takes the branch that gathers its experts: where an expert is large, that is most of what is held."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 7168, "num_local_experts": 3, "num_experts_per_tok": 1}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 1000, "num_hidden_layers": 1}
+    checkpoint = Checkpoint(tmp_path, {"model_type": "mixtral", "hidden_act": "silu", **sizes, **heads}, {})
+    family = find_family(checkpoint)
+    config = family.read_config(checkpoint)
+    layout = plan_layout(family.plan_weights(config), weights, 128, zero_points=False)
+    runner = GraphRunner(build_canonical_graph(config, layout, tmp_path), tmp_path, 51)
+    gate_up, down = 4 * 2 * 7168 * 2048, 4 * 2048 * 7168
+    dequantized = 0 if weights == "fp32" else gate_up + down
+    assert runner.smallest_budget() >= dequantized + gate_up
+    (mixture,) = [step for step in runner.steps if step.split == "experts"]
+    assert mixture.cost_of(3) >= 3 * (dequantized + gate_up)
+
+
 def test_too_small_is_refused_before_anything_is_written(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(moedge.CheckpointError, match="--max-memory 1MiB is too small for this checkpoint: the "):
         moedge.export(tiny_checkpoint, tmp_path / "b", max_memory=MIB)
