@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -59,3 +60,15 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
         for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
             if "://" not in link:
                 assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_the_page_on_quantization_is_made_from_its_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what they say meets the bar."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench_quantization
+
+    document = json.loads((ROOT / "docs" / "quantization.json").read_text(encoding="utf-8"))
+    assert bench_quantization.make_page(document) == (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    assert [met for _, met in bench_quantization.check_bars(document["results"])] == [True] * 3
+    worse = [{**result, "bits_per_byte": 1 + (result["weights"] != "fp32")} for result in document["results"]]
+    assert [met for _, met in bench_quantization.check_bars(worse)] == [False] * 3

@@ -292,6 +292,23 @@ def test_calibration_records_what_each_matrix_is_multiplied_with(tiny_checkpoint
     assert calibration.inputs("head.weight", 0) is None
 
 
+@pytest.mark.parametrize(("tokens", "fitted"), [(0, False), (gptq.MIN_TOKENS - 1, False), (gptq.MIN_TOKENS, True)])
+def test_an_expert_with_too_few_tokens_is_quantized_by_hqq_and_reported(tokens: int, fitted: bool) -> None:
+    class FewTokens:
+        sequences = (np.zeros(100, np.int64),)
+
+        def inputs(self, weight: str, unit: int) -> Array:
+            return np.random.default_rng(unit).normal(size=(tokens if unit == 1 else 200, 64)).astype(np.float32)
+
+    algorithm = gptq.Gptq(FewTokens())  # type: ignore[arg-type]
+    values = heavy_tailed(8, 64)
+    found = [algorithm.at("layers.0.experts.gate_up.weight", unit).quantize(values, 4, 32) for unit in range(3)]
+    plain = find_algorithm("hqq").quantize(values, 4, 32)
+    assert [bool((part.codes == plain.codes).all()) for part in found] == [False, not fitted, False]
+    few = [note for note in algorithm.notes() if "quantized by hqq" in note]
+    assert few == [] if fitted else f"expert 1 of layers.0 ({tokens} tokens)" in few[0]
+
+
 def test_gptq_exports_layer_by_layer_and_names_the_experts_without_tokens(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
