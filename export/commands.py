@@ -123,6 +123,8 @@ def _summary(bundle: Bundle, output: Path) -> str:
         if "relative_error" in entry:
             error = 100 * entry["relative_error"]
             own = ", zero points" if entry["zero_points"] else ""
-            lines.append(f"  {role}: {entry['dtype']}, group {entry['group_size']}{own}, relative error {error:.2f}%")
+            also = f" (some {'; '.join(entry['also'])})" if "also" in entry else ""
+            form = f"{entry['dtype']}, group {entry['group_size']}{own}{also}"
+            lines.append(f"  {role}: {form}, relative error {error:.2f}%")
     lines += [f"  note: {note}" for note in manifest["provenance"]["notes"]]
     return "\n".join([*lines, f"written: {output / MANIFEST}"])

@@ -235,17 +235,29 @@ def _describe(
 
 
 def describe_classes(layout: Layout, errors: dict[str, ClassError]) -> dict[str, Any]:
-    """How the tensors of each role are stored; of a role that has several ways, the quantized one."""
-    classes: dict[str, Any] = {}
+    """How the tensors of each role are stored: the quantized form that most values have, the others under `also`."""
+    forms: dict[str, dict[tuple[bool, str, int, bool], int]] = {}
     for stored in layout.stored.values():
-        entry: dict[str, Any] = {"dtype": stored.data.dtype}
-        if stored.quantized:
-            role = stored.weight.role
-            entry |= {"group_size": stored.group_size, "zero_points": not stored.shared_zero_points}
-            entry["relative_error"] = errors[role].relative
-        if stored.quantized or stored.weight.role not in classes:
-            classes[stored.weight.role] = entry
-    return classes
+        own = stored.quantized and not stored.shared_zero_points
+        form = stored.quantized, stored.data.dtype, stored.group_size, own
+        held = forms.setdefault(stored.weight.role, {})
+        held[form] = held.get(form, 0) + math.prod(stored.data.shape)
+    return {role: _describe_class(held, errors.get(role)) for role, held in forms.items()}
+
+
+def _describe_class(held: dict[tuple[bool, str, int, bool], int], error: ClassError | None) -> dict[str, Any]:
+    """`held`: values by (quantized, dtype, group size, zero points)."""
+    first, *others = sorted(held, key=lambda form: (form[0], held[form]), reverse=True)
+    quantized, dtype, group, zero_points = first
+    entry: dict[str, Any] = {"dtype": dtype}
+    if quantized and error is not None:
+        entry |= {"group_size": group, "zero_points": zero_points, "relative_error": error.relative}
+    if others:
+        entry["also"] = [
+            f"{dtype}{f', group {group}' if group else ''}{', zero points' if own else ''}"
+            for _, dtype, group, own in others
+        ]
+    return entry
 
 
 def _sizes(config: MoEConfig, layout: Layout) -> dict[str, int]:
