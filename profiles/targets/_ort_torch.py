@@ -69,10 +69,18 @@ def lower(model: ir.Model, *, accuracy_level: int = ACCURACY_LEVEL, fused_expert
     for layer, call in enumerate(calls):
         _give_routes(lowering, call, layer)
     replace_each(rewriter, calls, products.lower_experts)
-    coded = [node for node in find_linears(model) if linear_matrix(node).bits]
-    replace_each(rewriter, coded, products.lower_linear)
+    replace_each(rewriter, [node for node in find_linears(model) if _is_coded(node)], products.lower_linear)
     _pick_rows(lowering)
     finish_model(model, {MS: 1})
+
+
+def _is_coded(node: ir.Node) -> bool:
+    """Whether the transposed matrix is stored as codes; a user's graph also multiplies by transposed activations."""
+    transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+    source = transpose.inputs[0].producer() if transpose is not None and transpose.inputs[0] is not None else None
+    if source is None or source.op_type != "DequantizeLinear" or source.inputs[0] is None:
+        return False
+    return source.inputs[0].is_initializer() and bool(linear_matrix(node).bits)
 
 
 def _give_routes(lowering: _Lowering, call: ir.Node, layer: int) -> None:
