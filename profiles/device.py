@@ -10,8 +10,9 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,13 +100,25 @@ def user_profiles_folder() -> Path:
     return (Path(config) if config else Path.home() / ".config") / "moedge" / "profiles"
 
 
+def plain_name(name: str) -> str:
+    """A profile's name without what spellings differ in: rtx4090 for RTX-4090 and rtx_4090."""
+    return re.sub(r"[-_ ]", "", name.lower())
+
+
+def find_name(name: str, known: Iterable[str]) -> str | None:
+    """`name` as the `known` spell it; None where it is none of them."""
+    names = list(known)
+    alike = [each for each in names if plain_name(each) == plain_name(name)]
+    return name if name in names else (alike[0] if len(alike) == 1 else None)
+
+
 def list_profiles() -> list[str]:
     """Names of all profiles that `load_profile` finds by name, sorted."""
     return sorted(_files())
 
 
 def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
-    """The profile of that name, or in that TOML file (a path, or any name that ends in .toml).
+    """The profile of that name (rtx-4090 finds rtx4090), or in that TOML file (a path, or what ends in .toml).
 
     Raises:
         ProfileError: no such profile (lists the known), or a file that is no profile (names file and key).
@@ -114,14 +127,15 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
     if text.endswith(".toml") or os.sep in text:
         return read_profile(Path(text))
     files = _files()
-    if text not in files:
+    found = find_name(text, files)
+    if found is None:
         near = difflib.get_close_matches(text, files, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise ProfileError(
             f"unknown profile {text!r}{meant}; known: {', '.join(sorted(files))}; "
             f"add your own as {user_profiles_folder() / (text + '.toml')} or name a path that ends in .toml"
         )
-    return read_profile(files[text])
+    return read_profile(files[found])
 
 
 def read_profile(path: Path) -> DeviceProfile:

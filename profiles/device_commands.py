@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_WIDE = 120  # columns
+
+
 @click.command("profiles")
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -33,7 +36,10 @@ def profiles_command(name: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([profile.to_json() for profile in profiles], indent=1))
     else:
-        _print(_list_table(profiles))
+        from rich.console import Console
+
+        console = Console()
+        console.print(_list_table(profiles, console.width))
 
 
 @click.command("estimate")
@@ -108,20 +114,24 @@ def _remarks(device: DeviceProfile) -> list[str]:
     return [f"{device.name}: {device.notes}"] if device.notes and not device.this_machine else []
 
 
-def _list_table(profiles: list[DeviceProfile]) -> Table:
+def _list_table(profiles: list[DeviceProfile], width: int) -> Table:
+    """One line a profile; what the devices call themselves only where there is room."""
+    from rich import box
     from rich.table import Table
 
-    table = Table()
+    wide = width >= _WIDE
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("profile", no_wrap=True)
-    table.add_column("device")
-    table.add_column("target")
+    if wide:
+        table.add_column("device", no_wrap=True)
+    table.add_column("target", no_wrap=True)
     for heading in ("SM", "memory", "bandwidth", "power"):
         table.add_column(heading, justify="right", no_wrap=True)
     for profile in profiles:
         capability = profile.compute_capability
         table.add_row(
             profile.name,
-            profile.title,
+            *([profile.title] if wide else []),
             profile.target,
             f"{capability[0]}.{capability[1]}" if capability else "-",
             size(profile.memory_bytes),

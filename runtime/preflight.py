@@ -5,6 +5,7 @@ Every mismatch is one line that ends with the command that mends it.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -75,9 +76,20 @@ def read_engine(bundle: Bundle, profile: str) -> EngineInfo:
     Raises:
         EngineError: there is no such engine, or its engine.json cannot be read.
     """
-    build = f"moedge build {bundle.path} --profile {profile}"
+    from ..profiles.device import find_name, list_profiles
+
     known = bundle.engines()
+    profile = find_name(profile, known) or find_name(profile, list_profiles()) or profile
+    build = f"moedge build {bundle.path} --profile {profile}"
     if profile not in known:
+        if find_name(profile, list_profiles()) is None:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            near = difflib.get_close_matches(profile, [*known, *list_profiles()], n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise EngineError(
+                f"{bundle.path} has no engine '{profile}'{meant}, {has}, and no device profile has that name: "
+                "moedge profiles lists them"
+            )
         if not known:
             raise EngineError(f"{bundle.path} has no engines; build one: {build}")
         raise EngineError(f"{bundle.path} has no engine '{profile}', it has {', '.join(known)}; build it: {build}")
@@ -202,6 +214,8 @@ def inspect_engine(
         if entry is None or entry["sha256"] != digest:
             findings.faults.append(f"{label} was made from another {name} than this bundle's; {rebuild}")
     for name, entry in bundle.manifest["files"].items() if not whole else ():
+        if name in (MODEL, WEIGHTS) and getattr(backend, "OWN_WEIGHTS", False) and not bundle.file(name).exists():
+            continue
         damage = _file_fault(bundle.file(name), entry, False, progress)
         if damage:
             findings.faults.append(f"{damage}; export the bundle again: moedge export ... --force")

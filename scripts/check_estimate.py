@@ -86,7 +86,7 @@ CHECKED = {
 
 # Published decode rates at batch 1 (tokens/s) of shapes whose config is known; other engines than ours.
 PUBLISHED: tuple[tuple[str, str, str, float, str], ...] = (
-    ("deepseek-v2-lite", "rtx-3090", "about 180", 180.0, "llama.cpp, Q4_0"),
+    ("deepseek-v2-lite", "rtx3090", "about 180", 180.0, "llama.cpp, Q4_0"),
     ("qwen3-30b-a3b", "rtx4090", "up to 196", 196.0, "blogs, 4 bit; weak"),
     ("qwen3-30b-a3b", "jetson-thor", "81", 81.0, "TensorRT Edge-LLM 0.7, int4"),
 )

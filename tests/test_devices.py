@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from moedge.errors import ProfileError
 from moedge.profiles import device as device_module
-from moedge.profiles.device import list_profiles, load_profile, read_profile
+from moedge.profiles.device import list_profiles, load_profile, plain_name, read_profile
 from moedge.profiles.device_commands import profiles_command
 from moedge.runtime import machine
 
@@ -56,8 +56,8 @@ def test_shipped_profile_is_complete_and_plausible(name: str) -> None:
     ("name", "bus_bits", "transfers_per_s"),
     [
         ("rtx4090", 384, 21e9),
-        ("rtx-3090", 384, 19.5e9),
-        ("rtx-5090", 512, 28e9),
+        ("rtx3090", 384, 19.5e9),
+        ("rtx5090", 512, 28e9),
         ("jetson-agx-orin-64gb", 256, 6.4e9),
         ("jetson-orin-nano-8gb", 128, 6.4e9),
         ("jetson-orin-nx-16gb", 128, 6.4e9),
@@ -76,8 +76,8 @@ def test_bandwidth_is_the_bus_times_its_rate(name: str, bus_bits: int, transfers
     ("name", "cores", "clock"),
     [
         ("rtx4090", 16384, 2.52e9),
-        ("rtx-3090", 10496, 1.695e9),
-        ("rtx-5090", 21760, 2.407e9),
+        ("rtx3090", 10496, 1.695e9),
+        ("rtx5090", 21760, 2.407e9),
         ("a100-80gb", 6912, 1.41e9),
         ("jetson-agx-orin-64gb", 2048, 1.3e9),
         ("jetson-orin-nano-8gb", 1024, 1.02e9),
@@ -103,10 +103,10 @@ def test_cpu_is_filled_from_this_machine() -> None:
 
 def test_unknown_name_lists_the_known(no_profiles_of_the_user: Path) -> None:
     with pytest.raises(ProfileError) as raised:
-        load_profile("rtx-4090")
+        load_profile("rtx490")
     assert str(raised.value) == (
-        f"unknown profile 'rtx-4090' (did you mean rtx4090?); known: {', '.join(SHIPPED)}; add your own as "
-        f"{no_profiles_of_the_user / 'rtx-4090.toml'} or name a path that ends in .toml"
+        f"unknown profile 'rtx490' (did you mean rtx4090?); known: {', '.join(SHIPPED)}; add your own as "
+        f"{no_profiles_of_the_user / 'rtx490.toml'} or name a path that ends in .toml"
     )
 
 
@@ -147,7 +147,7 @@ def test_own_profile_replaces_the_shipped_one(no_profiles_of_the_user: Path) -> 
         ("compute_capability = [8, 9]\n", "", "compute_capability is missing; a gpu needs it, for example [8, 9]"),
         ("compute_capability = [8, 9]", "compute_capability = 89", "compute_capability is 89; [major, minor] was"),
         ('kind = "gpu"', 'kind = "npu"', "kind is 'npu'; known: gpu, jetson, cpu"),
-        ('target = "tensorrt_rtx"', 'target = "trt"', "target is 'trt'; known: onnxruntime, tensorrt_rtx, tensorrt"),
+        ('target = "tensorrt_rtx"', 'target = "trt"', "target is 'trt'; known: onnxruntime, onnxruntime_cuda, tensor"),
         ('title = "NVIDIA GeForce RTX 4090"', "title = 4090", "title is 4090; a text was expected"),
         ("memory_shared = false", "memory_shared = 0", "memory_shared is 0; true or false was expected"),
         ("[sources]\n", '[sources]\nspeed = "a guess"\n', "sources.speed belongs to no figure of a profile"),
@@ -187,3 +187,19 @@ def test_command_json_is_one_document() -> None:
 
 def _toml() -> str:
     return (Path(device_module.__file__).parent / "devices/rtx4090.toml").read_text()
+
+
+@pytest.mark.parametrize("spelling", ["rtx4090", "rtx-4090", "RTX_4090", "a100-80GB", "jetson-orin-nx16gb"])
+def test_names_are_found_in_any_spelling_and_listed_in_one(spelling: str) -> None:
+    profile = load_profile(spelling)
+    assert profile.name in list_profiles() and plain_name(profile.name) == plain_name(spelling)
+    assert len({plain_name(name) for name in list_profiles()}) == len(list_profiles())
+
+
+def test_the_list_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    for width, shown in ((80, False), (160, True)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        lines = CliRunner().invoke(profiles_command).stdout.splitlines()
+        assert max(map(len, lines)) <= width and not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
+        assert ("NVIDIA GeForce RTX 4090" in "\n".join(lines)) == shown
+        assert sum(line.split()[:1] == ["rtx4090"] for line in lines) == 1

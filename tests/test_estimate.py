@@ -177,7 +177,7 @@ def test_result_is_a_bench_result_that_says_it_is_predicted(profile: str) -> Non
 
 def test_a_published_rate_lies_in_the_band() -> None:
     """RTX 3090, DeepSeek-V2-Lite Q4_0 under llama.cpp: about 180 tokens/s (another engine: the band)."""
-    times = estimate(deepseek_v2_lite(), load_profile("rtx-3090"), prompt_tokens=128, new_tokens=64)["itl_ms"]
+    times = estimate(deepseek_v2_lite(), load_profile("rtx3090"), prompt_tokens=128, new_tokens=64)["itl_ms"]
     assert times["low"] < 1e3 / 180 < times["high"]
 
 

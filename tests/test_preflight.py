@@ -70,6 +70,14 @@ def test_no_engine(bundle):
     assert refusal(bundle, "cpu") == "BUNDLE has no engines; build one: moedge build BUNDLE --profile cpu"
 
 
+def test_a_profile_that_nobody_knows_is_not_to_be_built(bundle):
+    assert refusal(bundle, "rtx490") == (
+        "BUNDLE has no engine 'rtx490' (did you mean rtx4090?), it has cpu, and no device profile has that name: "
+        "moedge profiles lists them"
+    )
+    load(bundle, "CPU").close()  # any spelling of one that is there
+
+
 def test_engine_json_of_another_kind(bundle):
     engine_json(bundle, format=2)
     assert refusal(bundle, "cpu") == (
@@ -221,6 +229,15 @@ def test_large_plans_are_hashed_at_every_load(bundle, monkeypatch):
         "engine 'rtx4090': BUNDLE/engines/rtx4090/engine.plan is damaged (its checksum is not the one it was made "
         "with); build it again: moedge build BUNDLE --profile rtx4090"
     )
+
+
+def test_a_plan_needs_no_weights_beside_it(bundle, monkeypatch):
+    on_its_gpu(monkeypatch)
+    add_plan(bundle, session={"parts": [PART]})
+    (bundle / "weights.bin").unlink()
+    opened = Bundle.open(bundle)
+    preflight.check_engine(opened, preflight.read_engine(opened, "rtx4090"))
+    assert "weights.bin is missing" in refusal(bundle, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from moedge.profiles.targets import BuildRequest, _trt_build, _trt_check, tensor
 from moedge.profiles.targets._canonical import load_canonical
 from moedge.profiles.targets._trt_check import NetworkRunner, canonical_logits, check_numerics
 from moedge.profiles.targets._trt_log import read_build_log
+from moedge.profiles.targets._trt_network_files import shape_profiles
 from moedge.profiles.targets.tensorrt_network import WEIGHTS_FILE, lower_network
 
 SLOTS = 48
@@ -277,6 +278,34 @@ def test_ctrl_c_cancels_the_builder(tmp_path: Path, fake_builder: Any) -> None:
     assert (tmp_path / "engine.plan").read_text() == "cancelled"  # it heard of it and ended by itself
 
 
+@needs_rtx
+def test_ctrl_c_cancels_tensorrts_own_build(tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through IProgressMonitor: TensorRT itself says that it was cancelled, long before it would be killed."""
+    model, config = load_canonical(tiny)
+    network = lower_network(model, config, 64, real=ir.DataType.FLOAT16)
+    network.weights.write(tmp_path / WEIGHTS_FILE)
+    network.save(tmp_path, MODEL)
+    monkeypatch.setattr(_trt_build, "_CANCEL_SECONDS", 120.0)
+    job = _trt_build.BuildJob(
+        package="tensorrt_rtx",
+        model=tmp_path / MODEL,
+        folder=tmp_path,
+        compute_capabilities=((8, 9),),
+        profiles=shape_profiles(network, 64),
+        settings={"tf32": False},
+        failed_log=tmp_path / "failed.log",
+    )
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _trt_build.run_builder(job, "building", interrupt)
+    assert "BuildCanceled" in job.log.read_text() or "cancel" in job.log.read_text().lower()
+    assert not (tmp_path / "engine.plan").exists()
+
+
 def test_real_builder_says_what_the_parser_says(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     (tmp_path / MODEL).write_bytes(b"no onnx")
@@ -333,14 +362,18 @@ def test_folder_is_refused_without_tensorrt_elsewhere_and_when_damaged(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if importlib.util.find_spec("tensorrt") is None:
-        with pytest.raises(BuildError, match=r"the Python package 'tensorrt' \(TensorRT 10.15 or later\) is not i"):
+        everything = (
+            r"cannot be finished here: the Python package 'tensorrt' \(TensorRT 10.15 or later\) is not installed; on "
+            r"a Jetson .*; and it is for NVIDIA Jetson AGX Orin 64GB .* has no GPU with a driver: .*; then: moed"
+        )
+        with pytest.raises(BuildError, match=everything):
             finish_build(prepared)
     pretend_package(prepared, package="numpy", package_minimum="1.0")
     monkeypatch.setattr(tensorrt.machine, "gpus", lambda: [])
-    with pytest.raises(BuildError, match=r"is for NVIDIA Jetson AGX Orin 64GB \(compute capability 8.7\).* no GPU w"):
+    with pytest.raises(BuildError, match=r"here: it is for NVIDIA Jetson AGX Orin 64GB \(compute capability 8.7\)"):
         finish_build(prepared)
     pretend_package(prepared, package="numpy", package_minimum="99.1")
-    with pytest.raises(BuildError, match=r"^TensorRT [\d.]+ is installed, and this network needs 99.1 or later"):
+    with pytest.raises(BuildError, match=r"TensorRT [\d.]+ is installed, and this network needs 99.1 or later"):
         finish_build(prepared)
     weights = prepared / WEIGHTS_FILE
     data = bytearray(weights.read_bytes())

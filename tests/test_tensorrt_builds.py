@@ -147,17 +147,17 @@ def test_dry_run_plans_the_engines_by_hand(tiny: Bundle) -> None:
 @needs_rtx
 def test_what_the_log_says_is_shown_beside_the_estimate(tiny: Bundle) -> None:
     runner = CliRunner()
-    options = [str(tiny.path), "--profile", "rtx-3090", "--max-seq-len", "64"]
+    options = [str(tiny.path), "--profile", "rtx3090", "--max-seq-len", "64"]
     built = runner.invoke(build_command, options)
     assert built.exit_code == 0, built.output
     assert "has workspace" in built.stdout and "by its build log" in built.stdout
-    engine = engine_of(tiny.engine_dir("rtx-3090"))
+    engine = engine_of(tiny.engine_dir("rtx3090"))
     scratch = max(engine["session"]["memory"]["activation_bytes"])
     assert engine["fit_built"]["workspace_bytes"] == scratch
     assert engine["fit_built"]["weight_bytes"] == engine["session"]["memory"]["weights_bytes"]
-    (fit,) = dry_run(tiny, "--profile", "rtx-3090", "--max-seq-len", "64")
+    (fit,) = dry_run(tiny, "--profile", "rtx3090", "--max-seq-len", "64")
     assert fit["built"]["workspace_bytes"] == scratch != fit["workspace_bytes"]
-    (other,) = dry_run(tiny, "--profile", "rtx-3090", "--max-seq-len", "65")
+    (other,) = dry_run(tiny, "--profile", "rtx3090", "--max-seq-len", "65")
     assert other["built"] is None  # that engine was built for another length
     assert "the engine that is there has workspace" in runner.invoke(build_command, [*options, "--dry-run"]).stdout
 
@@ -246,14 +246,14 @@ _BUILT = (
 @pytest.mark.usefixtures("small_process")
 def test_a_part_that_took_more_than_the_bound_is_cut_again(tiny: Bundle, fake_builder: Any) -> None:
     fake_builder(_BUILT.format(peak="(1 << 40) if job['model'].endswith(('model.onnx', '0-1.onnx')) else 1000"))
-    folder = build(tiny.path, "rtx-5090", max_seq_len=64, max_memory=1 << 30)
+    folder = build(tiny.path, "rtx5090", max_seq_len=64, max_memory=1 << 30)
     engine = engine_of(folder)
     assert [part["layers"] for part in engine["session"]["parts"]] == [[0, 1], [1, 2], [2, 4]]
     assert engine["session"]["numerics"]["chained"] == 3  # checked again, as it was built
     assert len(engine["files"]) == 9
     fake_builder(_BUILT.format(peak="1 << 30"))
     with pytest.raises(BuildError, match=r"^--max-memory 900 MiB: building one layer.* 1.0 GiB, .*-memory 1024MiB"):
-        build(tiny.path, "rtx-5090", max_seq_len=64, max_memory=900 << 20)
+        build(tiny.path, "rtx5090", max_seq_len=64, max_memory=900 << 20)
 
 
 # on the device

@@ -37,9 +37,9 @@ MANIFEST = "build.json"
 trace_routes = trace_network
 
 _README = """\
-This folder holds a model lowered for TensorRT {minimum} or later, to be built on {title}.
+This folder holds a model lowered for TensorRT {minimum} or later, to be built on {title} (build.json says how).
 On the device, with JetPack's TensorRT and `pip install moedge`: moedge build {folder}
-build.json says with which settings; engine.plan and engine.json are what comes out.
+It runs as engines/{folder} of its bundle, whose weights.bin may stay behind: moedge generate BUNDLE --profile {folder}
 """
 
 
@@ -135,16 +135,7 @@ def finish(folder: Path, progress: Progress | None) -> dict[str, Any]:
             f"{faults[0]}: the folder was damaged on its way; copy it again, or prepare it again: moedge build BUNDLE "
             f"--profile {manifest['profile']}"
         )
-    capability = (int(manifest["compute_capability"][0]), int(manifest["compute_capability"][1]))
-    _check_package(folder, manifest)
-    if not _is_here(capability):
-        gpus = [f"{gpu.name} ({_dotted(gpu.compute_capability)})" for gpu in machine.gpus()]
-        here = ", ".join(gpus) or "no GPU with a driver"
-        raise BuildError(
-            f"{folder} is for {manifest['device']} (compute capability {_dotted(capability)}) and this machine has "
-            f"{here}: TensorRT builds only for the GPU at hand; copy the folder to the device and run there: "
-            f"moedge build {folder}"
-        )
+    _check_machine(folder, manifest)
     parts = [_finish_part(folder, manifest, part, progress) for part in manifest["parts"]]
     session = manifest["session"] | {"parts": parts, **add_memory(parts)}
     versions = {str(manifest["built"][part["engine"]]["version"]) for part in parts}
@@ -202,25 +193,44 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_package(folder: Path, manifest: dict[str, Any]) -> None:
-    """The device's TensorRT is installed and new enough."""
+def _check_machine(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises BuildError with all that keeps this machine from finishing the folder: TensorRT, its version, the GPU."""
+    capability = (int(manifest["compute_capability"][0]), int(manifest["compute_capability"][1]))
+    missing = [text for text in (_find_package_fault(manifest), _find_gpu_fault(manifest, capability)) if text]
+    if missing:
+        raise BuildError(f"{folder} cannot be finished here: {'; and '.join(missing)}; then: moedge build {folder}")
+
+
+def _find_package_fault(manifest: dict[str, Any]) -> str | None:
+    """What is wrong with the TensorRT that is installed, and what mends it."""
     package, minimum = str(manifest["package"]), str(manifest["package_minimum"])
     if importlib.util.find_spec(package) is None:
-        raise BuildError(
-            f"{folder} cannot be finished here: the Python package '{package}' (TensorRT {minimum} or later) is not "
-            "installed; on a Jetson it comes with JetPack (sudo apt install nvidia-jetpack python3-libnvinfer, in a "
-            "venv made with --system-site-packages), elsewhere: pip install 'moedge[tensorrt]'; then: "
-            f"moedge build {folder}"
+        return (
+            f"the Python package '{package}' (TensorRT {minimum} or later) is not installed; on a Jetson it comes with "
+            "JetPack (sudo apt install nvidia-jetpack python3-libnvinfer, in a venv made with --system-site-packages), "
+            "elsewhere: pip install 'moedge[tensorrt]'"
         )
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return  # installed by other means than a package; the builder will say what it cannot do
+        return None  # installed by other means than a package; the builder will say what it cannot do
     if _numbers(version) < _numbers(minimum):
-        raise BuildError(
+        return (
             f"TensorRT {version} is installed, and this network needs {minimum} or later (the in-place cache layer "
-            f"came with it); update JetPack or install that version, then: moedge build {folder}"
+            "came with it); update JetPack or install that version"
         )
+    return None
+
+
+def _find_gpu_fault(manifest: dict[str, Any], capability: tuple[int, int]) -> str | None:
+    if _is_here(capability):
+        return None
+    gpus = [f"{gpu.name} ({_dotted(gpu.compute_capability)})" for gpu in machine.gpus()]
+    return (
+        f"it is for {manifest['device']} (compute capability {_dotted(capability)}) and this machine has "
+        f"{', '.join(gpus) or 'no GPU with a driver'}: TensorRT builds only for the GPU at hand; copy the folder to "
+        "the device"
+    )
 
 
 def _is_here(capability: tuple[int, int]) -> bool:

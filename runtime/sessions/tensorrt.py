@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..preflight import EngineInfo
     from ._trt_session import TensorrtSession
 
+OWN_WEIGHTS = True  # plans hold them: the bundle's weights.bin may have stayed where they were built
+
 
 def version() -> str | None:
     """The installed tensorrt's version."""
