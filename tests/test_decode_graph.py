@@ -1,0 +1,98 @@
+"""What one decode step of each family reads and does, counted in the graph: no clock is asked."""
+
+from __future__ import annotations
+
+import math
+
+import onnx
+import pytest
+from family_cases import FAMILIES, make_model, save_model
+
+import moedge
+from moedge.bundle import Bundle
+from moedge.profiles.shape import ModelShape, bytes_per_token
+from moedge.runtime import kernels
+from moedge.runtime.preflight import read_engine
+
+STOCK = "model.onnx"
+GRAPHS = (STOCK, kernels.own_name(STOCK))
+# Nodes a layer of the stock graph, everything outside of the layers counted in; of our own ops' graph fewer.
+MOST_NODES = {
+    "deepseek": 33,
+    "deepseek_v2": 53,
+    "deepseek_v3": 67,
+    "gpt_oss": 39,
+    "granitemoe": 38,
+    "mixtral": 39,
+    "olmoe": 38,
+    "phimoe": 54,
+    "qwen2_moe": 37,
+    "qwen3_moe": 41,
+}
+# What may take a cache: products with it and the kernel that updates it in place. Shapes read nothing.
+READERS = {"FusedMatMul", "MatMul", "GroupQueryAttention", "Shape"}
+
+
+@pytest.fixture(scope="module", params=sorted(MOST_NODES))
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Bundle]:
+    family = request.param
+    folder = tmp_path_factory.mktemp(family)
+    model = make_model(family, next(iter(FAMILIES[family].configurations)))
+    save_model(model, family, folder / "checkpoint")
+    moedge.export(folder / "checkpoint", folder / "bundle", weights="int4", group_size=16, verify=False)
+    moedge.build(folder / "bundle", "cpu")
+    return family, Bundle.open(folder / "bundle")
+
+
+def load(bundle: Bundle, name: str) -> onnx.ModelProto:
+    return onnx.load(bundle.engine_dir("cpu") / name, load_external_data=False)
+
+
+def nbytes(tensor: onnx.TensorProto) -> float:
+    size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    if tensor.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4):
+        size = 0.5
+    return math.prod(tensor.dims) * size
+
+
+def read_by_a_step(graph: onnx.GraphProto, shape: ModelShape) -> float:
+    """Bytes of the weights that one token reads: of a stack of experts its own, of a table its row, once a reader."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    total = 0.0
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name not in tensors:
+                continue
+            share = 1.0
+            if node.op_type in ("QMoE", "Experts", "BiasedExperts"):
+                assert tensors[name].dims[0] == shape.experts, f"{name} is no stack of experts"
+                share = shape.experts_per_token / shape.experts
+            elif node.op_type == "Gather" and place == 0:
+                share = 1 / tensors[name].dims[0]
+            total += share * nbytes(tensors[name])
+    return total
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_step_reads_what_it_must_and_no_more(name: str, engine: tuple[str, Bundle]) -> None:
+    _, bundle = engine
+    ideal = bytes_per_token(bundle.manifest, context=0)
+    found = read_by_a_step(load(bundle, name).graph, ModelShape.from_manifest(bundle.manifest))
+    assert 0.98 * ideal <= found <= 1.02 * ideal
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_cache_is_read_where_it_lies(name: str, engine: tuple[str, Bundle]) -> None:
+    _, bundle = engine
+    graph = load(bundle, name).graph
+    caches = {value.name for value in graph.input if value.name.startswith(("cache.", "past."))}
+    assert len(caches) == len(read_engine(bundle, "cpu").cache) > 0
+    readers = {node.op_type for node in graph.node if caches & set(node.input)}
+    assert readers <= READERS
+
+
+def test_nodes_of_a_layer(engine: tuple[str, Bundle]) -> None:
+    family, bundle = engine
+    layers = bundle.config["num_hidden_layers"]
+    stock, own = (len(load(bundle, name).graph.node) / layers for name in GRAPHS)
+    assert own < stock <= MOST_NODES[family]
