@@ -11,7 +11,7 @@ import click
 
 from ..bundle import MANIFEST, Bundle
 from ..progress import console_progress
-from .options import ALGORITHMS, BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES, names_builder
+from .options import ALGORITHMS, BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES, LoadAware, names_builder
 
 
 @click.command("export")
@@ -41,6 +41,12 @@ from .options import ALGORITHMS, BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES, names
     metavar="SIZE",
     help="Bound on peak resident memory, the check included: 2GiB, 500MB, bytes. Default: a quarter of what is free.",
 )
+@click.option("--load-aware", is_flag=True, help="Choose experts under a penalty for busy ones and a capacity of each.")
+@click.option("--load-penalty", type=float, help=f"What a mean load costs a score. [default: {LoadAware.penalty}]")
+@click.option(
+    "--load-capacity", type=float, help=f"Room, in even shares of a call. [default: {LoadAware.capacity_factor}]"
+)
+@click.option("--load-decay", type=float, help=f"Worth of a choice a token later. [default: {LoadAware.decay}]")
 @click.option(
     "--tokenizer", metavar="FOLDER", type=click.Path(path_type=Path), help="tokenizer.json to go with a torch model."
 )
@@ -60,6 +66,10 @@ def export_command(
     adapter: Path | None,
     calibration: Path | None,
     max_memory: str | None,
+    load_aware: bool,
+    load_penalty: float | None,
+    load_capacity: float | None,
+    load_decay: float | None,
     tokenizer: Path | None,
     max_positions: int | None,
     no_verify: bool,
@@ -81,6 +91,7 @@ def export_command(
         "force": force,
     }
     of_checkpoints: dict[str, Any] = {"adapter": adapter, "calibration": calibration, "max_memory": max_memory}
+    of_checkpoints["load_aware"] = _read_load_aware(load_aware, load_penalty, load_capacity, load_decay)
     of_models: dict[str, Any] = {"tokenizer": tokenizer, "max_positions": max_positions}
     with console_progress() as progress:
         if names_builder(source) and not Path(source).exists():
@@ -107,6 +118,15 @@ def _refuse(options: dict[str, Any], why: str) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise click.UsageError(f"--{given[0].replace('_', '-')} {why}")
+
+
+def _read_load_aware(
+    asked: bool, penalty: float | None, capacity: float | None, decay: float | None
+) -> LoadAware | None:
+    """The settings, each of which asks for the gate by itself."""
+    given = {"penalty": penalty, "capacity_factor": capacity, "decay": decay}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return LoadAware(**changes) if asked or changes else None
 
 
 def _summary(bundle: Bundle, output: Path) -> str:

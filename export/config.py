@@ -93,11 +93,15 @@ AttentionConfig = LatentAttentionConfig | GroupedAttentionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """A gating op of the moedge domain with its attributes; `bias`: it takes a correction bias [num_experts]."""
+    """A gating op of the moedge domain with its attributes; `bias`: it takes a correction bias [num_experts].
+
+    `base`: the gate whose scores a LoadAwareGate takes.
+    """
 
     op: str
     attributes: dict[str, int | float]
     bias: bool = False
+    base: GateConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +187,14 @@ def moe_config_from_json(document: dict[str, Any]) -> MoEConfig:
     frequencies = {key: tuple(given.get(key, ())) for key in ("inv_freq", "long_inv_freq")}
     rope = RopeConfig(**{**given, **frequencies})
     moe = dict(fields["moe"])
-    gate = GateConfig(**moe.pop("gate"))
+    gate = _gate_from_json(moe.pop("gate"))
     layers = MoELayersConfig(**{**moe, "layers": tuple(moe["layers"])}, gate=gate)
     return MoEConfig(**{**fields, "attention": attention, "rope": rope, "moe": layers, "notes": tuple(fields["notes"])})
+
+
+def _gate_from_json(document: dict[str, Any]) -> GateConfig:
+    base = document.get("base")
+    return GateConfig(**{**document, "base": None if base is None else _gate_from_json(base)})
 
 
 def _plain(value: Any) -> Any:

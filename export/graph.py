@@ -6,6 +6,7 @@ batch. Weights are external initializers in weights.bin.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ from .config import (
     MoEConfig,
 )
 from .functions import DOMAIN, FUNCTIONS, OPSET, VERSION
-from .gating import list_gates
+from .gating import LoopBody, list_gates
 from .layout import Layout, Slot
+from .load_balance import find_scores, start_load
 
 IR_VERSION = 11
 DTYPES = {
@@ -47,6 +49,8 @@ class _GraphBuilder:
         self.base_dir = base_dir
         self.tape = ir.tape.Tape()
         self.initializers: dict[str, ir.Value] = {}
+        self.loads: list[ir.Value] = []
+        self.new_loads: list[ir.Value] = []
 
     def build(self) -> ir.Model:
         config = self.config
@@ -63,7 +67,9 @@ class _GraphBuilder:
         logits = self.op("Reshape", [logits, shape], name="logits")
         logits.dtype = ir.DataType.FLOAT
         logits.shape = ir.Shape(["batch", "sequence", config.vocab_size])
-        return self.finish([input_ids], [logits])
+        for load in self.new_loads:
+            load.dtype, load.shape = ir.DataType.FLOAT, ir.Shape([config.moe.num_experts])
+        return self.finish([input_ids, *self.loads], [logits, *self.new_loads])
 
     def finish(self, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
         graph = ir.Graph(
@@ -199,7 +205,12 @@ class _GraphBuilder:
         logits = self.linear(h, f"{prefix}.router.weight", f"{prefix}.router.logits_bias")
         inputs = [logits, self.weight(f"{prefix}.router.bias")] if gate.bias else [logits]
         names = [f"{prefix}.gate.experts", f"{prefix}.gate.weights"]
-        experts, weights = self.call_many(gate.op, inputs, 2, gate.attributes, names=names)
+        if gate.base is not None:
+            layer = prefix.removeprefix("layers.")
+            inputs = [*find_scores(gate.base).score(_GateNodes(self), inputs, gate.base.attributes), self.load(layer)]
+            names.append(f"new_load.{layer}")
+        experts, weights, *loads = self.call_many(gate.op, inputs, len(names), gate.attributes, names=names)
+        self.new_loads += loads
         order = self.layout[f"{prefix}.experts.gate_up.weight"].order
         if order is None:
             y = self.experts(f"{prefix}.experts", [h, experts, weights])
@@ -235,6 +246,13 @@ class _GraphBuilder:
         shape = self.ints("shape.choices", [-1, top_k, self.config.hidden_size])
         by_token = self.op("Reshape", [outputs, shape])
         return self.op("ReduceSum", [by_token, self.ints("axis.choices", [1])], keepdims=0)
+
+    def load(self, layer: str) -> ir.Value:
+        """A gate's running load, float32 [E]: an input that may be left out where a sequence begins."""
+        even = np.full(self.config.moe.num_experts, start_load(self.config), np.float32)
+        load = self.constant(f"load.{layer}", even)
+        self.loads.append(load)
+        return load
 
     def experts(self, prefix: str, inputs: list[ir.Value]) -> ir.Value:
         """`inputs`: tokens [T, H], their experts and weights [T, k]."""
@@ -355,6 +373,31 @@ class _GraphBuilder:
         for value, name in zip(values, names, strict=True):
             value.name = name
         return list(values)
+
+
+class _GateNodes:
+    """What a gate's `score` needs to write its nodes into the canonical graph."""
+
+    def __init__(self, graph: _GraphBuilder) -> None:
+        self.graph = graph
+
+    def op(self, kind: str, inputs: Sequence[Any], **attributes: Any) -> ir.Value:
+        return self.graph.op(kind, list(inputs), **attributes)
+
+    def ops(self, kind: str, inputs: Sequence[Any], outputs: int, **attributes: Any) -> list[ir.Value]:
+        return self.graph.op_many(kind, list(inputs), outputs, **attributes)
+
+    def constant(self, name: str, array: Any) -> ir.Value:
+        return self.graph.constant(name, array)
+
+    def ints(self, *values: int) -> ir.Value:
+        return self.graph.ints("ints." + "_".join(str(value) for value in values), list(values))
+
+    def part_rows(self, values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        return [], list(values)
+
+    def loop(self, most: Any, go: Any, carried: Sequence[Any], body: LoopBody) -> list[Any]:
+        raise NotImplementedError("scores take no rounds")
 
 
 def load_functions(names: set[str]) -> list[ir.Function]:

@@ -23,14 +23,15 @@ from ..bundle import (
 from ..errors import BundleError, CheckpointError
 from .adapter import bind_adapter
 from .checkpoint import Checkpoint
-from .config import MoEConfig
+from .config import GateConfig, MoEConfig
 from .digests import Digest, Key
 from .families import Family, find_family
 from .functions import DOMAIN
 from .graph import build_canonical_graph, save_graph
 from .layout import Layout, plan_layout
+from .load_balance import make_load_aware
 from .memory import calibration_bytes, plan_memory
-from .options import BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES
+from .options import BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES, LoadAware
 from .ordering import order_columns
 from .parity import MAX_ROUNDING, check_parity, find_needs
 from .quantization import Algorithm, Calibrated, find_algorithm
@@ -61,6 +62,7 @@ def export_checkpoint(
     adapter: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
+    load_aware: LoadAware | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a Hugging Face checkpoint folder to a bundle.
@@ -80,6 +82,7 @@ def export_checkpoint(
         calibration: a file of text, for algorithms that calibrate.
         max_memory: bytes, or "2GiB", "500MB": bound on the process's peak resident memory; a quarter of what is free
             (or the least that works, where that is more).
+        load_aware: choose experts under a penalty for busy ones and within a capacity of each; None: as trained.
         progress: called with (what, done, total).
 
     Raises:
@@ -94,6 +97,8 @@ def export_checkpoint(
     config = family.read_config(checkpoint)
     plan, notes = _make_plan(checkpoint, family, config, adapter)
     quantizer, extra = _calibrate(quantizer, checkpoint, config, plan, calibration)
+    if load_aware is not None:
+        config = make_load_aware(config, load_aware)
     own = quantizer.ZERO_POINTS if zero_points is None else zero_points
     layout = plan_layout(plan, weights, group_size, zero_points=own)
     target = Path(output)
@@ -219,7 +224,7 @@ def _describe(
             "active_parameters": parameters - idle,
         },
         "config": config.to_json(),
-        "gating": [{"op": f"{DOMAIN}.{gate.op}", "layers": list(config.moe.layers), "attributes": gate.attributes}],
+        "gating": [_describe_gate(gate) | {"layers": list(config.moe.layers)}],
         "quantization": {"classes": describe_classes(layout, errors)},
         "sizes": _sizes(config, layout),
         "cache": [{"name": name, "width": width} for name, width in config.cache_entries()],
@@ -258,6 +263,11 @@ def _describe_class(held: dict[tuple[bool, str, int, bool], int], error: ClassEr
             for _, dtype, group, own in others
         ]
     return entry
+
+
+def _describe_gate(gate: GateConfig) -> dict[str, Any]:
+    over = {} if gate.base is None else {"over": _describe_gate(gate.base)}
+    return {"op": f"{DOMAIN}.{gate.op}", "attributes": gate.attributes, **over}
 
 
 def _sizes(config: MoEConfig, layout: Layout) -> dict[str, int]:

@@ -19,7 +19,7 @@ from .config import (
     MoEConfig,
     RopeConfig,
 )
-from .gating import list_gates
+from .load_balance import choose
 
 Array = np.ndarray[Any, Any]
 Weights = Callable[[str], Array]
@@ -97,7 +97,7 @@ def mixture(config: MoEConfig, weights: Weights, prefix: str, h: Array) -> Array
     logits = h @ weights(f"{prefix}.router.weight").T
     if config.moe.router_bias:
         logits = logits + weights(f"{prefix}.router.logits_bias")
-    experts, shares = list_gates()[gate.op].reference(logits, *inputs, **gate.attributes)
+    experts, shares = choose(gate, logits, inputs)
     return run_experts(config, weights, prefix, h, experts, shares)
 
 

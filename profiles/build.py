@@ -45,6 +45,8 @@ def build(
     max_batch: int = 1,
     max_seq_len: int | None = None,
     max_memory: int | None = None,
+    prefill_chunk: int | None = None,
+    expert_buckets: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Build an engine for a device; returns its folder. An engine that was there is replaced when the new one is whole.
@@ -56,6 +58,8 @@ def build(
         max_batch: sequences that run at once.
         max_seq_len: tokens of prompt and answer together; the model's own limit up to 4096 unless given.
         max_memory: bytes that building may take: TensorRT's network is then cut into ranges of layers.
+        prefill_chunk: the most tokens that a run of a TensorRT engine takes (256).
+        expert_buckets: of a load-aware bundle: a chunk's experts work on buckets of what the gate lets them have.
         progress: called with (what, done, total).
 
     Raises:
@@ -65,7 +69,15 @@ def build(
     """
     device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
     (folder,) = _build_for(
-        Bundle.open(bundle), [device], backend, max_batch, max_seq_len, max_memory=max_memory, progress=progress
+        Bundle.open(bundle),
+        [device],
+        backend,
+        max_batch,
+        max_seq_len,
+        max_memory=max_memory,
+        prefill_chunk=prefill_chunk,
+        expert_buckets=expert_buckets,
+        progress=progress,
     )
     return folder
 
@@ -78,6 +90,8 @@ def build_portable(
     max_batch: int = 1,
     max_seq_len: int | None = None,
     max_memory: int | None = None,
+    prefill_chunk: int | None = None,
+    expert_buckets: bool = False,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Build one engine that runs on all these devices; returns a folder for each, whose files are links to one copy.
@@ -93,7 +107,15 @@ def build_portable(
                 f"{target}; build for it by itself: --profile {device.name}"
             )
     return _build_for(
-        Bundle.open(bundle), devices, backend, max_batch, max_seq_len, max_memory=max_memory, progress=progress
+        Bundle.open(bundle),
+        devices,
+        backend,
+        max_batch,
+        max_seq_len,
+        max_memory=max_memory,
+        prefill_chunk=prefill_chunk,
+        expert_buckets=expert_buckets,
+        progress=progress,
     )
 
 
@@ -105,6 +127,8 @@ def _build_for(
     max_seq_len: int | None,
     *,
     max_memory: int | None,
+    prefill_chunk: int | None,
+    expert_buckets: bool,
     progress: Progress | None,
 ) -> list[Path]:
     """One engine for all `devices`, in the first one's folder and linked into the others'."""
@@ -113,7 +137,8 @@ def _build_for(
     target = find_target(name)
     length = pick_max_seq_len(bundle, max_seq_len)
     fits = [check_build_fit(bundle, device, max_batch, length) for device in devices]
-    request = BuildRequest(bundle, devices[0], max_batch, length, tuple(devices[1:]), max_memory)
+    also = tuple(devices[1:])
+    request = BuildRequest(bundle, devices[0], max_batch, length, also, max_memory, prefill_chunk, expert_buckets)
     if max_memory is not None:  # several engines need more than one
         fits[0] = plan_engines(request, name, bundle.manifest).fit
     for fit in fits:
@@ -218,13 +243,15 @@ def plan(
     max_batch: int = 1,
     max_seq_len: int | None = None,
     max_memory: int | None = None,
+    prefill_chunk: int | None = None,
+    expert_buckets: bool = False,
 ) -> BuildPlan:
     """What `build` would make, and whether it fits; arguments and exceptions as of `build`, and nothing is written."""
     device = retarget(device, backend)
     if max_batch < 1:
         raise BuildError(f"max_batch {max_batch}: at least 1 was expected; use --max-batch 1")
     length = pick_max_seq_len(bundle, max_seq_len)
-    request = BuildRequest(bundle, device, max_batch, length, max_memory=max_memory)
+    request = BuildRequest(bundle, device, max_batch, length, (), max_memory, prefill_chunk, expert_buckets)
     planned = plan_engines(request, device.target, bundle.manifest)
     return dataclasses.replace(planned, built=_built_fit(bundle, planned.fit))
 

@@ -32,6 +32,8 @@ from .plan import explain_parts, parts_table
 @click.option("--max-seq-len", type=int, help="Tokens of prompt and answer. [default: the model's, up to 4096]")
 @click.option("--portable", is_flag=True, help="One engine for all the devices (target tensorrt_rtx).")
 @click.option("--max-memory", metavar="SIZE", help="Memory that building may take (16GiB): then several engines.")
+@click.option("--prefill-chunk", type=int, metavar="N", help="Tokens of a prompt in one run (TensorRT). [default: 256]")
+@click.option("--expert-buckets", is_flag=True, help="Chunks in buckets of bounded size (TensorRT).")
 @click.option("--dry-run", is_flag=True, help="The fit check and the plan alone.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def build_command(
@@ -42,6 +44,8 @@ def build_command(
     max_seq_len: int | None,
     portable: bool,
     max_memory: str | None,
+    prefill_chunk: int | None,
+    expert_buckets: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -58,6 +62,7 @@ def build_command(
         raise BuildError("no device named; add --profile NAME (moedge profiles lists them)")
     names = list(dict.fromkeys(profiles))
     options: dict[str, Any] = {"backend": backend, "max_batch": max_batch, "max_seq_len": max_seq_len}
+    options |= {"prefill_chunk": prefill_chunk, "expert_buckets": expert_buckets}
     from ..export.memory import parse_size  # not at the top: `--help` must not cost what reading checkpoints does
 
     options["max_memory"] = None if max_memory is None else parse_size(max_memory)

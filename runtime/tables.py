@@ -50,8 +50,7 @@ def model_table(document: dict[str, Any]) -> Table:
         experts = f"{moe['num_experts']}, {moe['num_experts_per_tok']} for each token, in {len(moe['layers'])} layers"
         table.add_row("experts", experts)
     for gate in document["gating"] or []:
-        attributes = ", ".join(f"{name} {value}" for name, value in gate["attributes"].items())
-        table.add_row("gate", f"{gate['op']} ({attributes})")
+        table.add_row("gate", _describe_gate(gate))
     algorithm = quantization.get("algorithm")
     how = f", group {quantization.get('group_size')}, {algorithm}" if algorithm else ""
     table.add_row("weights", f"{quantization.get('weights')}{how}")
@@ -110,6 +109,12 @@ def size(count: float) -> str:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
         count /= 1024
     return f"{count:,.2f} GiB"
+
+
+def _describe_gate(gate: dict[str, Any]) -> str:
+    attributes = ", ".join(f"{name} {value:g}" for name, value in gate["attributes"].items())
+    over = f" over {_describe_gate(gate['over'])}" if "over" in gate else ""
+    return f"{gate['op']} ({attributes}){over}"
 
 
 def _plain(title: str) -> Table:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ...errors import CheckpointError
+
+# A round: from a builder for its own nodes and the values carried to whether another follows, and the new values.
+LoopBody = Callable[["GraphBuilder", Sequence[Any]], tuple[Any, list[Any]]]
 
 
 class GraphBuilder(Protocol):
@@ -25,6 +28,14 @@ class GraphBuilder(Protocol):
     def ints(self, *values: int) -> Any:
         """A constant int64 [n]."""
 
+    def part_rows(self, values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """What a call of one token has of these, and what a call of more has: the other then has no rows. The first is
+        an empty list where one form serves both."""
+
+    def loop(self, most: Any, go: Any, carried: Sequence[Any], body: LoopBody) -> list[Any]:
+        """What `carried` has become after rounds of `body`, as long as the last one said so (`go`, bool [], before the
+        first), `most` (int64 []) of them."""
+
 
 class Gate(Protocol):
     """What a gate's module offers."""
@@ -39,8 +50,21 @@ class Gate(Protocol):
     def reference(self, logits: Any, *inputs: Any, **attributes: Any) -> tuple[Any, Any]:
         """numpy: (experts int64 [tokens, top_k], weights float32 [tokens, top_k])."""
 
-    def lower(self, build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, Any]:
-        """The values of experts and weights, in as few standard ops as the attributes need."""
+    def lower(self, build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, ...]:
+        """The values of experts and weights, in as few standard ops as the attributes need; behind them its state."""
+
+
+class ScoringGate(Gate, Protocol):
+    """A gate that chooses by a score of each expert, so that `LoadAwareGate` may choose in its place."""
+
+    def score_reference(self, logits: Any, *inputs: Any, **attributes: Any) -> tuple[Any, Any]:
+        """numpy: what weights come from and what is chosen by, each float32 [tokens, experts]."""
+
+    def score(self, build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, Any]:
+        """`score_reference` in standard ops."""
+
+    def largest_score(self, attributes: dict[str, int | float]) -> float:
+        """What the scores of all chosen experts can reach: the measure of a penalty."""
 
 
 def list_gates() -> dict[str, Gate]:

@@ -8,6 +8,10 @@ import numpy as np
 
 from . import GraphBuilder
 
+# What an expert outside the best groups loses where it may still be chosen: more than scores and penalties come to, and
+# little enough for float32 to keep its order among its like, to 8e-6.
+OUTSIDE = np.float32(64)
+
 
 def scale_weights(build: GraphBuilder, weights: Any, attributes: dict[str, Any]) -> Any:
     """weights times `routed_scaling_factor`; 1 costs no node."""
@@ -38,17 +42,24 @@ def find_group_fault(attributes: dict[str, int | float], num_experts: int) -> st
     return None
 
 
-def keep_best_groups(scores: Any, group_scores: Any, topk_group: int) -> Any:
-    """numpy: scores [T, E] with 0 outside the `topk_group` best groups by group_scores [T, n_group]."""
+def keep_best_groups(scores: Any, group_scores: Any, topk_group: int, *, lowered: bool = False) -> Any:
+    """numpy: scores [T, E] with 0 outside the `topk_group` best groups by group_scores [T, n_group]; `lowered`: with
+    `OUTSIDE` taken from them there."""
     tokens, groups = group_scores.shape
     kept = np.argsort(-group_scores, axis=-1, kind="stable")[:, :topk_group]
     mask = np.zeros((tokens, groups), bool)
     np.put_along_axis(mask, kept, True, axis=1)
-    return np.where(mask[..., None], scores.reshape(tokens, groups, -1), np.float32(0)).reshape(scores.shape)
+    grouped = scores.reshape(tokens, groups, -1)
+    return np.where(mask[..., None], grouped, grouped - OUTSIDE if lowered else np.float32(0)).reshape(scores.shape)
 
 
-def mask_groups(build: GraphBuilder, choice: Any, logits: Any, attributes: dict[str, Any], *, best: int) -> Any:
-    """choice [T, E] with 0 outside the `topk_group` best groups, a group counting as the sum of its `best` largest."""
+def mask_groups(
+    build: GraphBuilder, choice: Any, logits: Any, attributes: dict[str, Any], *, best: int, lowered: bool = False
+) -> Any:
+    """choice [T, E] with 0 outside the `topk_group` best groups, a group counting as the sum of its `best` largest.
+
+    `lowered`: with `OUTSIDE` taken from it there, for a gate that may have to go on to them.
+    """
     op, groups, kept = build.op, attributes["n_group"], attributes["topk_group"]
     grouped = op("Reshape", [choice, build.ints(0, groups, -1)])
     size = op("Min", [op("Shape", [grouped], start=2, end=3), build.ints(best)])
@@ -59,4 +70,7 @@ def mask_groups(build: GraphBuilder, choice: Any, logits: Any, attributes: dict[
     none, all_kept = op("Expand", [zero, op("Shape", [group_scores])]), op("Expand", [one, op("Shape", [kept_index])])
     mask = op("ScatterElements", [none, kept_index, all_kept], axis=1)
     inside = op("Greater", [op("Unsqueeze", [mask, build.ints(2)]), zero])
-    return op("Reshape", [op("Where", [inside, grouped, zero]), op("Shape", [logits])])
+    outside = zero
+    if lowered:
+        outside = op("Sub", [grouped, build.constant("gate.outside", np.array(OUTSIDE))])
+    return op("Reshape", [op("Where", [inside, grouped, outside]), op("Shape", [logits])])

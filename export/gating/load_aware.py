@@ -13,22 +13,32 @@ for good, since a token takes an expert once. There are spare = sum(min(room, R)
 these experts a token takes at least (their number - spare), the ones it prefers; this is never more than k, and as
 long as the spare is not negative, which a capacity_factor of 1 or more ensures at the start and the rule from then on,
 every token finds k. Where plain top-k stays within the capacity it is what the rule gives, and is taken as it is: one
-token costs no loop. The new load does not depend on how a text is cut into calls, if the choices do not.
+token costs no loop. The new load does not depend on how a text is cut into calls, if the choices do not; the choices
+do: a call's capacity is that of its tokens, and the penalty within a call is that of its beginning.
+
+The function is the rule as it reads, a token after the other. Lowered, all tokens choose at once, again and again, each
+as if those before it stayed with what they have, until nobody changes: when t tokens have their final choice, token
+t + 1 finds its own, so that at most T rounds lead to the same choices, and a few do where few experts overflow.
 
 A token with a NaN gets weights of NaN.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from . import GraphBuilder
+from ._groups import scale_weights
 
 OP = "LoadAwareGate"
 ATTRIBUTES = ("top_k", "norm_topk_prob", "routed_scaling_factor", "penalty", "capacity_factor", "decay")
+_MOST = 3e38  # the largest magnitude of a preference, and beyond it what is not to be chosen or is in any case
+_NEVER, _SURELY = -3.3e38, 3.3e38
 
 # scores and choice float32 [T, E], load float32 [E] -> experts int64 [T, k], weights float32 [T, k],
 # new_load float32 [E]
@@ -174,8 +184,12 @@ def find_fault(attributes: dict[str, int | float], num_experts: int) -> str | No
     if not factor >= 1:
         room = f"{num_experts} experts would have room for {factor * top_k:g} of the {top_k} choices of each token"
         return f"capacity_factor {factor:g} is below 1: {room}"
+    if math.isinf(factor):
+        return f"capacity_factor {factor:g} is no number; {num_experts / top_k:g} has room for every choice"
     if not attributes["penalty"] >= 0:
         return f"penalty {attributes['penalty']:g} is below 0 and would draw tokens to busy experts"
+    if math.isinf(attributes["penalty"]):
+        return f"penalty {attributes['penalty']:g} is no number; choose a finite one"
     if not 0 <= attributes["decay"] <= 1:
         return f"decay {attributes['decay']:g} is not between 0 and 1"
     return None
@@ -233,8 +247,124 @@ def _choose(liking: Any, room: Any, to_go: int, top_k: int) -> Any:
 
 
 def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, ...]:
-    """The function as it is: its loop runs only where an expert would overflow, and a target inlines the rest.
+    """The rule in rounds over all tokens; no round for a token alone or where plain top-k stays within the capacity.
 
     `inputs`: values of scores, choice [T, E] and load [E]. Returns those of experts, weights and new load.
     """
-    return tuple(build.ops(OP, inputs, 3, domain="moedge", **attributes))
+    scores, choice, load = inputs
+    op, ints, top_k, count = build.op, build.ints, attributes["top_k"], int(load.shape[0])
+    unknown, preference = _prefer(build, choice, load, attributes["penalty"], count)
+    _, plain = build.ops("TopK", [preference, ints(top_k)], 2, axis=-1)
+    alone, (plain, preference) = build.part_rows([plain, preference])
+    factor = Fraction(float(np.float32(attributes["capacity_factor"]))) * top_k / count
+    experts = _choose_in_rounds(build, plain, preference, factor, top_k, count)
+    if alone:  # an expert has room for the one choice of it that a token makes
+        experts = op("Concat", [alone[0], experts], axis=0)
+    weights = op("GatherElements", [scores, experts], axis=1)
+    if attributes["norm_topk_prob"]:
+        total = op("ReduceSum", [weights, ints(1)], keepdims=1)
+        weights = op("Div", [weights, op("Add", [total, build.constant("gate.tiny", np.array(1e-20, np.float32))])])
+    weights = scale_weights(build, weights, attributes)
+    faults = op("Cast", [op("Or", [unknown, op("IsNaN", [scores])])], to=1)
+    is_fault = op("Greater", [op("ReduceMax", [faults, ints(1)], keepdims=1), _float(build, 0)])
+    weights = op("Where", [is_fault, _float(build, math.nan), weights])
+    return experts, weights, _add_load(build, load, experts, attributes["decay"], count)
+
+
+def _prefer(build: GraphBuilder, choice: Any, load: Any, penalty: float, count: int) -> tuple[Any, Any]:
+    """choice [T, E] -> where it is NaN bool [T, E], and choice less the penalty [T, E], a number everywhere."""
+    op = build.op
+    raw = choice
+    if penalty:
+        # A load without choices is all zeros, whatever they are divided by; another one sums to k or more.
+        total = op("Max", [op("ReduceSum", [load], keepdims=1), _float(build, 1e-30)])
+        share = op("Div", [load, total])
+        burden = op("Mul", [op("Mul", [share, _float(build, count)]), _float(build, penalty)])
+        raw = op("Sub", [choice, burden])
+    unknown = op("IsNaN", [raw])
+    known = op("Where", [unknown, _float(build, -_MOST), raw])
+    return unknown, op("Clip", [known, _float(build, -_MOST), _float(build, _MOST)])
+
+
+def _choose_in_rounds(
+    build: GraphBuilder, plain: Any, preference: Any, factor: Fraction, top_k: int, count: int
+) -> Any:
+    """Experts int64 [T, k] within the capacity, from those of plain top-k; `factor`: room for a token of the call."""
+    op, ints = build.op, build.ints
+    tokens, to_go = _count_down(build, plain)
+    above = op("Add", [op("Mul", [tokens, ints(factor.numerator)]), ints(factor.denominator - 1)])
+    capacity = op("Div", [above, ints(factor.denominator)])
+    taken = op("ReduceSum", [_mark(build, plain, count), ints(0)], keepdims=0)
+    missing = op("ReduceSum", [op("Max", [op("Sub", [taken, capacity]), _number(build, 0)])], keepdims=0)
+
+    def choose_again(build: GraphBuilder, carried: Sequence[Any]) -> tuple[Any, list[Any]]:
+        (before,) = carried
+        again = _choose_behind(build, preference, before, capacity, to_go, top_k, count)
+        moved = build.op("ReduceSum", [build.op("Abs", [build.op("Sub", [again, before])])], keepdims=0)
+        return build.op("Cast", [moved], to=9), [again]
+
+    most = op("Squeeze", [op("Shape", [plain], start=0, end=1), ints(0)])
+    (experts,) = build.loop(most, op("Cast", [missing], to=9), [plain], choose_again)
+    return experts
+
+
+def _count_down(build: GraphBuilder, rows: Any) -> tuple[Any, Any]:
+    """How many rows [T, ...] there are, int64 [1], and for each how many are to go, itself included, int64 [T, 1].
+
+    Counted, not taken from the shape: that, TensorRT would copy from the host to the device in each step.
+    """
+    op, ints = build.op, build.ints
+    count = op("Squeeze", [op("Shape", [rows], start=0, end=1), ints(0)])
+    steps = op("Range", [_number(build, 0), count, _number(build, 1)])
+    ones = op("Cast", [op("GreaterOrEqual", [steps, _number(build, 0)])], to=7)
+    tokens = op("ReduceSum", [ones, ints(0)], keepdims=1)
+    return tokens, op("Unsqueeze", [op("Sub", [tokens, steps]), ints(1)])
+
+
+def _choose_behind(
+    build: GraphBuilder, preference: Any, before: Any, capacity: Any, to_go: Any, top_k: int, count: int
+) -> Any:
+    """Each token's experts int64 [T, k], those of the tokens before it being as in `before` [T, k]."""
+    op, ints, none = build.op, build.ints, _number(build, 0)
+    taken = op("CumSum", [_mark(build, before, count), none], exclusive=1)
+    room = op("Sub", [capacity, taken])  # [T, E]
+    open_preference = op("Where", [op("Greater", [room, none]), preference, _float(build, _NEVER)])
+    usable = op("Max", [op("Min", [room, to_go]), none])
+    places = op("ReduceSum", [usable, ints(1)], keepdims=1)
+    spare = op("Sub", [places, op("Mul", [to_go, ints(top_k)])])
+    is_wide = op("GreaterOrEqual", [room, to_go])
+    due = op("Sub", [op("ReduceSum", [op("Cast", [is_wide], to=7), ints(1)], keepdims=1), spare])  # [T, 1]
+    wide_preference = op("Where", [is_wide, preference, _float(build, _NEVER)])
+    _, wide_first = build.ops("TopK", [wide_preference, ints(top_k)], 2, axis=-1)
+    ranks = build.constant(f"gate.ranks.{top_k}", np.arange(top_k))
+    due_first = op("Where", [op("Less", [ranks, due]), wide_first, ints(-1)])  # -1 is nobody
+    is_due = op("Greater", [_mark(build, due_first, count), none])
+    order = op("Where", [is_due, _float(build, _SURELY), open_preference])
+    _, found = build.ops("TopK", [order, ints(top_k)], 2, axis=-1)
+    is_found = op("Greater", [_mark(build, found, count), none])
+    _, chosen = build.ops("TopK", [op("Where", [is_found, preference, _float(build, _NEVER)]), ints(top_k)], 2, axis=-1)
+    return chosen
+
+
+def _mark(build: GraphBuilder, chosen: Any, count: int) -> Any:
+    """int64 [T, E]: 1 where an expert is among the chosen [T, k]."""
+    ids = build.constant(f"experts.{count}", np.arange(count, dtype=np.int64))
+    hits = build.op("Cast", [build.op("Equal", [build.op("Unsqueeze", [chosen, build.ints(2)]), ids])], to=7)
+    return build.op("ReduceSum", [hits, build.ints(1)], keepdims=0)
+
+
+def _add_load(build: GraphBuilder, load: Any, experts: Any, decay: float, count: int) -> Any:
+    """The load [E] behind these tokens."""
+    op, ints = build.op, build.ints
+    rate, (tokens, to_go) = _float(build, decay), _count_down(build, experts)
+    worth = op("Pow", [rate, op("Cast", [op("Sub", [to_go, ints(1)])], to=1)])
+    added = op("ReduceSum", [op("Mul", [op("Cast", [_mark(build, experts, count)], to=1), worth]), ints(0)], keepdims=0)
+    return op("Add", [op("Mul", [load, op("Pow", [rate, op("Cast", [tokens], to=1)])]), added])
+
+
+def _float(build: GraphBuilder, value: float) -> Any:
+    return build.constant(f"float.{value!r}", np.array(value, np.float32))
+
+
+def _number(build: GraphBuilder, value: int) -> Any:
+    return build.constant(f"int.{value}", np.array(value, np.int64))

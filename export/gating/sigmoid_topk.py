@@ -90,9 +90,8 @@ def reference(
     routed_scaling_factor: float,
 ) -> tuple[Any, Any]:
     """numpy: logits float32 [T, E], bias float32 [E] -> (experts int64 [T, k], weights float32 [T, k])."""
-    scores = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
-    best = np.sort((scores + bias).reshape(len(scores), n_group, -1), axis=-1)[..., -2:].sum(axis=-1)
-    candidates = keep_best_groups(scores + bias, best, topk_group)
+    scores = _sigmoid(logits)
+    candidates = keep_best_groups(scores + bias, _rate_groups(scores + bias, n_group), topk_group)
     experts = np.argsort(-candidates, axis=-1, kind="stable")[:, :top_k]
     weights = np.take_along_axis(scores, experts, axis=1)
     if norm_topk_prob:
@@ -100,6 +99,36 @@ def reference(
     weights = (weights * np.float32(routed_scaling_factor)).astype(np.float32)
     weights[np.isnan(scores + bias).any(axis=-1)] = np.nan
     return experts.astype(np.int64), weights
+
+
+def score_reference(logits: Any, bias: Any, *, n_group: int, topk_group: int, **_: Any) -> tuple[Any, Any]:
+    """numpy: what weights come from and what is chosen by, each float32 [T, E], for `LoadAwareGate`."""
+    scores = _sigmoid(logits)
+    return scores, keep_best_groups(scores + bias, _rate_groups(scores + bias, n_group), topk_group, lowered=True)
+
+
+def _sigmoid(logits: Any) -> Any:
+    return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+
+
+def _rate_groups(choice: Any, n_group: int) -> Any:
+    """float32 [T, n_group]: the sum of each group's two best."""
+    return np.sort(choice.reshape(len(choice), n_group, -1), axis=-1)[..., -2:].sum(axis=-1)
+
+
+def score(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, Any]:
+    """`score_reference` in standard ops."""
+    logits, bias = inputs
+    scores = build.op("Sigmoid", [logits])
+    choice = build.op("Add", [scores, bias])
+    if attributes["topk_group"] < attributes["n_group"]:
+        choice = mask_groups(build, choice, logits, attributes, best=2, lowered=True)
+    return scores, choice
+
+
+def largest_score(attributes: dict[str, int | float]) -> float:
+    """A sigmoid's."""
+    return 1.0
 
 
 def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, Any]:

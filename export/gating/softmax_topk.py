@@ -74,9 +74,7 @@ def reference(
     logits: Any, *, top_k: int, n_group: int, topk_group: int, norm_topk_prob: int, routed_scaling_factor: float
 ) -> tuple[Any, Any]:
     """numpy: logits float32 [T, E] -> (experts int64 [T, k], weights float32 [T, k])."""
-    with np.errstate(invalid="ignore"):  # infinity less infinity
-        shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    scores = (shifted / shifted.sum(axis=-1, keepdims=True)).astype(np.float32)
+    scores = _softmax(logits)
     candidates = keep_best_groups(scores, scores.reshape(len(scores), n_group, -1).max(axis=-1), topk_group)
     experts = np.argsort(-candidates, axis=-1, kind="stable")[:, :top_k]
     weights = np.take_along_axis(candidates, experts, axis=1)
@@ -85,6 +83,33 @@ def reference(
     weights = (weights * np.float32(routed_scaling_factor)).astype(np.float32)
     weights[np.isnan(scores).any(axis=-1)] = np.nan
     return experts.astype(np.int64), weights
+
+
+def score_reference(logits: Any, *, n_group: int, topk_group: int, **_: Any) -> tuple[Any, Any]:
+    """numpy: what weights come from and what is chosen by, each float32 [T, E], for `LoadAwareGate`."""
+    scores = _softmax(logits)
+    best = scores.reshape(len(scores), n_group, -1).max(axis=-1)
+    return scores, keep_best_groups(scores, best, topk_group, lowered=True)
+
+
+def _softmax(logits: Any) -> Any:
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return (shifted / shifted.sum(axis=-1, keepdims=True)).astype(np.float32)
+
+
+def score(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, Any]:
+    """`score_reference` in standard ops."""
+    (logits,) = inputs
+    scores = build.op("Softmax", [logits], axis=-1)
+    if attributes["topk_group"] == attributes["n_group"]:
+        return scores, scores
+    return scores, mask_groups(build, scores, logits, attributes, best=1, lowered=True)
+
+
+def largest_score(attributes: dict[str, int | float]) -> float:
+    """An even share of 1 for each choice."""
+    return 1 / attributes["top_k"]
 
 
 def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, Any]:

@@ -22,6 +22,8 @@ class BuildRequest:
     """What to build: a bundle's model for a device, with room for `max_batch` sequences of `max_seq_len` tokens.
 
     `also`: devices that the same engine is to serve. `max_memory`: bytes that building may take; None for no bound.
+    Of TensorRT's network: `prefill_chunk`, the most tokens of a run, None for the target's own choice;
+    `expert_buckets`, a chunk's experts work on buckets of bounded size.
     """
 
     bundle: Bundle
@@ -30,6 +32,8 @@ class BuildRequest:
     max_seq_len: int
     also: tuple[DeviceProfile, ...] = ()
     max_memory: int | None = None
+    prefill_chunk: int | None = None
+    expert_buckets: bool = False
 
     @property
     def devices(self) -> tuple[DeviceProfile, ...]:

@@ -14,6 +14,7 @@ from ...bundle import MODEL, Bundle
 from ...errors import BuildError, BundleError
 from ...export.config import MoEConfig, moe_config_from_json
 from ...export.functions import DOMAIN
+from ...export.load_balance import start_load
 
 Array = np.ndarray[Any, Any]
 
@@ -86,6 +87,44 @@ def _loading(bundle: Bundle) -> Iterator[None]:
         ) from cause
 
 
+def take_loads(model: ir.Model) -> list[ir.Value]:
+    """Take the load-aware gates' loads, which have a default, out of the inputs: a lowered graph must be given them.
+
+    It gives no new ones: a session makes them from the routes, which are right also when a sequence was cut or
+    continues another's.
+    """
+    graph = model.graph
+    graph.outputs[:] = [value for value in graph.outputs if not str(value.name).startswith("new_load.")]
+    loads = [value for value in graph.inputs if str(value.name).startswith("load.")]
+    for load in loads:
+        graph.initializers.pop(str(load.name))
+        graph.inputs.remove(load)
+    return loads
+
+
+def describe_load(config: MoEConfig) -> dict[str, Any]:
+    """What engine.json's `session` says where gates are load-aware."""
+    gate = config.moe.gate
+    return {} if gate.base is None else {"load_decay": gate.attributes["decay"], "load_start": start_load(config)}
+
+
+def is_load_aware(bundle: Bundle) -> bool:
+    return bool(((bundle.config.get("moe") or {}).get("gate") or {}).get("base"))
+
+
+def check_one_sequence(max_batch: int) -> None:
+    """A load-aware engine steps one sequence a run.
+
+    Raises:
+        BuildError: several are asked for.
+    """
+    if max_batch > 1:
+        raise BuildError(
+            f"max_batch {max_batch}: a load-aware gate's load is one sequence's; use --max-batch 1, or export without "
+            "--load-aware"
+        )
+
+
 def find_matrix(value: ir.Value | None) -> Matrix:
     """The stored matrix behind a value: through DequantizeLinear or Cast to the initializer."""
     assert value is not None
@@ -144,6 +183,7 @@ class Rewriter:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.tape = ir.tape.Tape()
+        self.loops = 0
 
     def op(
         self,
@@ -193,6 +233,23 @@ class Rewriter:
         new = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=view)
         self.model.graph.register_initializer(new)
         return new
+
+    def part_rows(self, values: Sequence[ir.Value]) -> tuple[list[ir.Value], list[ir.Value]]:
+        """One form for any number of tokens."""
+        return [], list(values)
+
+    def loop(self, most: ir.Value, go: ir.Value, carried: Sequence[ir.Value], body: Any) -> list[ir.Value]:
+        """ONNX's Loop; see `moedge.export.gating.GraphBuilder`."""
+        inner = Rewriter(self.model)
+        self.loops += 1
+        name = f"loop.{self.loops}"
+        rounds, was = ir.val(f"{name}.round", ir.DataType.INT64, []), ir.val(f"{name}.go", ir.DataType.BOOL, [])
+        taken = [ir.Value(name=f"{name}.in.{place}") for place in range(len(carried))]
+        again, given = body(inner, taken)
+        for place, value in enumerate(value for node in inner.tape.nodes for value in node.outputs):
+            value.name = f"{name}.{place}"  # a name of the graph outside would be taken for that
+        graph = ir.Graph([rounds, was, *taken], [again, *given], nodes=inner.tape.nodes, name=name)
+        return self.ops("Loop", [most, go, *carried], len(carried), body=graph)
 
     def replace(self, node: ir.Node, new_outputs: Sequence[ir.Value]) -> None:
         """Put the nodes made since the last replacement in `node`'s place."""

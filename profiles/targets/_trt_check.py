@@ -7,6 +7,7 @@ does not fit the memory at once is checked in slices, of experts and of the voca
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Sequence
@@ -19,8 +20,9 @@ import onnx_ir as ir
 
 from ...bundle import Bundle, Progress
 from ...errors import BuildError, ParityError, require
+from ...export.config import MoEConfig, moe_config_from_json
 from ...runtime import machine
-from ._canonical import Array, load_canonical
+from ._canonical import Array, attributes_of, find_calls, load_canonical
 from ._trt_parts import Part, whole
 from ._trt_views import View, keep_view, measure_view_sizes, plan_views
 from .tensorrt_network import NetworkForm, lower_network
@@ -55,8 +57,9 @@ def check_numerics(
         whose = "this machine's memory" if memory is None else "the bound on memory"
         return {"checked": False, "reason": f"{whose} does not hold a dequantized matrix of the network"}
     parts, form = parts or whole(config.num_hidden_layers), form or NetworkForm()
-    steps = _Steps(progress, sum(_count_steps(view, form.lanes) for view in views))
-    worst = max(_check_view(bundle, view, parts, form, steps) for view in views)
+    checks = [check for view in views for check in list_checks(config, view)]
+    steps = _Steps(progress, sum(_count_steps(view, form.lanes) for view, _ in checks))
+    worst = max(_check_view(bundle, view, lift, parts, form, steps) for view, lift in checks)
     deepest = max(view.layers for view in views)
     return {
         "checked": True,
@@ -72,14 +75,35 @@ def check_numerics(
     }
 
 
-def _check_view(bundle: Bundle, view: View, parts: Sequence[Part], form: NetworkForm, steps: _Steps) -> float:
+def list_checks(config: MoEConfig, view: View) -> list[tuple[View, bool]]:
+    """How a view is compared, each time with or without what load-aware gates put on a call.
+
+    The canonical graph has one call for all tokens: what a gate allows a call is compared in one, all else in several.
+    """
+    if config.moe.gate.base is None:
+        return [(view, False)]
+    return [(dataclasses.replace(view, chunks=(sum(view.chunks),)), False), (view, True)]
+
+
+def lift_capacity(model: ir.Model) -> None:
+    """Give every expert of a load-aware gate room for every token."""
+    for call in find_calls(model, "LoadAwareGate"):
+        load = call.inputs[2]
+        assert load is not None and load.shape is not None
+        factor = 2 * int(load.shape[0]) / int(attributes_of(call)["top_k"])  # type: ignore[arg-type]
+        call.attributes["capacity_factor"] = ir.AttrFloat32("capacity_factor", factor)
+
+
+def _check_view(
+    bundle: Bundle, view: View, lift: bool, parts: Sequence[Part], form: NetworkForm, steps: _Steps
+) -> float:
     """`difference` of a view; raises ParityError beyond the tolerance."""
     worst = math.inf
     # Two routers' scores may lie closer than rounding, so that another order of sums picks another expert: other
     # tokens then decide. A wrong lowering is wrong for both.
     for seed in _SEEDS:
         with tempfile.TemporaryDirectory(prefix="moedge-check-") as scratch:
-            worst = min(worst, _compare(bundle, view, parts, form, Path(scratch), seed, steps))
+            worst = min(worst, _compare(bundle, view, lift, parts, form, Path(scratch), seed, steps))
         if worst <= TOLERANCE:
             return worst
     raise ParityError(
@@ -114,7 +138,8 @@ class _Steps:
 class NetworkRunner:
     """A lowered network on onnxruntime, or its parts chained, with its cache: what a session does on a GPU.
 
-    `lanes`, as it was lowered for: so many sequences, each with a `length` of its own.
+    `lanes`, as it was lowered for: so many sequences, each with a `length` of its own. `loads`: what load-aware gates
+    are given, drawn at random; it stays as it is.
     """
 
     def __init__(self, *paths: Path, lanes: int = 1) -> None:
@@ -128,6 +153,7 @@ class NetworkRunner:
                     name, shape = value.name.removeprefix("past."), (lanes, *value.shape[1:])
                     self.cache[name] = np.zeros(shape, dtype)
                     self.slots = int(shape[2])
+        self.loads = draw_loads(self.sessions)
         self.lengths = [0] * lanes
 
     @property
@@ -152,7 +178,7 @@ class NetworkRunner:
         return results
 
     def _run(self, tokens: Array, starts: list[int], source: list[int], lanes: slice) -> dict[str, Array]:
-        feeds: dict[str, Array] = {f"past.{name}": rows[lanes] for name, rows in self.cache.items()}
+        feeds: dict[str, Array] = {f"past.{name}": rows[lanes] for name, rows in self.cache.items()} | self.loads
         feeds["input_ids"] = tokens
         feeds["start"], feeds["source"] = np.array(starts, np.int64), np.array(source, np.int64)
         feeds["rows"] = np.arange(len(tokens), dtype=np.int64)
@@ -185,19 +211,28 @@ def open_plain_session(model: Path | bytes, external: Path | None = None) -> Any
 
 
 def _compare(
-    bundle: Bundle, view: View, parts: Sequence[Part], form: NetworkForm, scratch: Path, seed: int, steps: _Steps
+    bundle: Bundle,
+    view: View,
+    lift: bool,
+    parts: Sequence[Part],
+    form: NetworkForm,
+    scratch: Path,
+    seed: int,
+    steps: _Steps,
 ) -> float:
     """`difference` between the float32 form, run in chunks, and the canonical graph, both cut down to the view."""
     kept = [Part(part.start, min(part.stop, view.layers), view.layers) for part in parts if part.start < view.layers]
     for part in kept:
         model, config = load_canonical(bundle)
         config = keep_view(model, config, view)
+        if lift:
+            lift_capacity(model)
         slots = sum(view.chunks) + 3
         network = lower_network(model, config, slots, real=ir.DataType.FLOAT, part=part, form=form)
         network.weights.write(scratch / part.weights)
         network.save(scratch, part.model)
     runner = NetworkRunner(*[scratch / part.model for part in kept], lanes=form.lanes)
-    return _run_both(bundle, view, runner, draw_tokens(view, seed), steps)[0]
+    return _run_both(bundle, view, lift, runner, draw_tokens(view, seed), steps)[0]
 
 
 def measure_half(
@@ -216,11 +251,12 @@ def measure_half(
         return None
     config = bundle.config
     view = View(int(config["num_hidden_layers"]), 0, int(config["moe"]["num_experts"]), 0, int(config["vocab_size"]))
+    (view, lift), *_ = list_checks(moe_config_from_json(config), view)
     unable = ort.capi.onnxruntime_pybind11_state
     try:
         runner = NetworkRunner(*paths, lanes=form.lanes)
         steps = _Steps(progress, _count_steps(view, form.lanes), title="measuring half precision")
-        worst, same = _run_both(bundle, view, runner, draw_tokens(view, _SEEDS[0]), steps)
+        worst, same = _run_both(bundle, view, lift, runner, draw_tokens(view, _SEEDS[0]), steps)
     except (unable.NotImplemented, unable.Fail):
         return None
     if not math.isfinite(worst):
@@ -232,7 +268,7 @@ def measure_half(
 
 
 def _run_both(
-    bundle: Bundle, view: View, runner: NetworkRunner, tokens: Array, steps: _Steps
+    bundle: Bundle, view: View, lift: bool, runner: NetworkRunner, tokens: Array, steps: _Steps
 ) -> tuple[float, float]:
     """(`difference`, share of tokens whose largest logit is the same) of a lowered network and the canonical graph."""
     pieces = []
@@ -245,7 +281,9 @@ def _run_both(
         pieces += _step_lanes(runner, tokens, places)
         steps.advance()
     runner.sessions.clear()  # before the other graph's weights come
-    found, expected = np.concatenate(pieces), _view_logits(bundle, view, tokens)[places]
+    if len(view.chunks) == 1 and runner.lanes == 1:
+        tokens = tokens[: view.chunks[0]]
+    found, expected = np.concatenate(pieces), _view_logits(bundle, view, tokens, runner.loads, lift)[places]
     steps.advance()
     same = float((found.argmax(axis=-1) == expected.argmax(axis=-1)).mean())
     return difference(found, expected), same
@@ -276,18 +314,28 @@ def difference(found: Array, expected: Array) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
-def canonical_logits(bundle: Bundle, layers: int, tokens: Array) -> Array:
-    """float32 [tokens, vocab] of the canonical graph's first layers."""
+def draw_loads(sessions: Sequence[Any]) -> dict[str, Array]:
+    """Some load for each load-aware gate of lowered graphs: float32 [E] by its input's name."""
+    inputs = {value.name: value.shape for session in sessions for value in session.get_inputs()}
+    rng = np.random.default_rng(_SEEDS[0])
+    names = [name for name in inputs if name.startswith("load.")]
+    return {name: (9 * rng.random(inputs[name])).astype(np.float32) for name in sorted(names)}
+
+
+def canonical_logits(bundle: Bundle, layers: int, tokens: Array, loads: dict[str, Array] | None = None) -> Array:
+    """float32 [tokens, vocab] of the canonical graph's first layers, all tokens in one call on these loads."""
     config = bundle.config
     view = View(layers, 0, int(config["moe"]["num_experts"]), 0, int(config["vocab_size"]))
-    return _view_logits(bundle, view, tokens)
+    return _view_logits(bundle, view, tokens, loads or {}, lift=False)
 
 
-def _view_logits(bundle: Bundle, view: View, tokens: Array) -> Array:
+def _view_logits(bundle: Bundle, view: View, tokens: Array, loads: dict[str, Array], lift: bool) -> Array:
     """float32 [tokens, rows] of the canonical graph cut down to the view."""
     model, config = load_canonical(bundle)
     keep_view(model, config, view)
+    if lift:
+        lift_capacity(model)
     session = open_plain_session(ir.to_proto(model).SerializeToString(), bundle.path)
-    (logits,) = session.run(["logits"], {"input_ids": tokens[None]})
+    (logits,) = session.run(["logits"], {"input_ids": tokens[None]} | loads)
     result: Array = logits[0]
     return result

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from ._canonical import Matrix, attributes_of, find_matrix, gate_of, linear_matrix
+from ._trt_buckets import fill_buckets, find_room
 from ._trt_weights import Stored
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ _WRITTEN_OUT = 5
 
 
 @dataclass(frozen=True)
-class _Mixture:
+class Mixture:
     """gate_up [E*2I, W] and down [H, E*I]; `choices` experts a token. W is H, or what zeros widen it to.
 
     `ordered`: inputs are [M, k*W], a row for each choice, because experts take their channels in orders of their own.
@@ -69,8 +71,11 @@ def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
     biased = _biases_of(lowering, call)
     gate_up, down = find_matrix(call.inputs[3]), find_matrix(call.inputs[5 if biased else 4])
     count, hidden, inner = down.shape
-    choices = int(attributes_of(gate_of(experts))["top_k"])
-    shared = None if biased else _find_shared(call, gate_up, down)
+    gate = gate_of(experts)
+    choices = int(attributes_of(gate)["top_k"])
+    room = None if ordered else find_room(lowering.network, gate, count)
+    # In a bucket there is no room for experts that every token takes: a shared MLP stays where it is.
+    shared = None if biased or room is not None else _find_shared(call, gate_up, down)
     more = 0
     if shared is not None:
         more = shared.down.shape[1] // inner
@@ -78,7 +83,7 @@ def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
         shared.add.outputs[0].replace_all_uses_with(call.outputs[0])
     name = str(call.name)
     shared_gate_up, shared_down = (None, None) if shared is None else (shared.gate_up, shared.down)
-    mixture = _Mixture(
+    mixture = Mixture(
         lowering.put_stored(lowering.weights.expert_rows(f"{name}.gate_up.lowered", gate_up, shared_gate_up)),
         lowering.put_stored(lowering.weights.expert_columns(f"{name}.down.lowered", down, shared_down)),
         count + more,
@@ -94,11 +99,15 @@ def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
     if end is lowering.inputs.stepping and lowering.inputs.sources is not None:
         own = lowering.rewriter.op("Gather", [own, lowering.inputs.sources], axis=0)
     few = _sparse(lowering, mixture, row, own, weight)
-    many = _dense(lowering, mixture, *[lowering.other_rows(value, end) for value in inputs])
+    rest = [lowering.other_rows(value, end) for value in inputs]
+    if room is None:
+        many = _dense(lowering, mixture, *rest)
+    else:
+        many = fill_buckets(lowering, mixture, *rest, room=room, activate=partial(_activate, lowering, mixture))
     return [lowering.rewriter.op("Concat", [few, many], axis=0)]
 
 
-def _sparse_rows(lowering: Lowering, mixture: _Mixture) -> ir.Value:
+def _sparse_rows(lowering: Lowering, mixture: Mixture) -> ir.Value:
     """How many rows read their own experts alone: a token of each lane, unless all experts are less to read."""
     several = lowering.lanes * mixture.choices <= mixture.experts * (_WRITTEN_OUT if mixture.down.bits == 8 else 1)
     return lowering.inputs.stepping if several else lowering.inputs.single
@@ -131,7 +140,7 @@ def _biases_of(lowering: Lowering, call: ir.Node) -> _Biased | None:
     return _Biased(rows, down, attributes["alpha"], attributes["limit"])
 
 
-def _activate(lowering: Lowering, mixture: _Mixture, both: ir.Value) -> ir.Value:
+def _activate(lowering: Lowering, mixture: Mixture, both: ir.Value) -> ir.Value:
     """float32 [..., 2I] of gate and up -> [..., I]."""
     op, constant = lowering.rewriter.op, lowering.rewriter.constant
     gate, up = lowering.rewriter.ops("Split", [both, lowering.rewriter.ints(mixture.inner, mixture.inner)], 2, axis=2)
@@ -190,7 +199,7 @@ def _choose_always(
     return experts, op("Concat", [weights, op("Expand", [gate, shape])], axis=1)
 
 
-def _sparse(lowering: Lowering, mixture: _Mixture, x: ir.Value, experts: ir.Value, weights: ir.Value) -> ir.Value:
+def _sparse(lowering: Lowering, mixture: Mixture, x: ir.Value, experts: ir.Value, weights: ir.Value) -> ir.Value:
     """x [M, W], experts and weights [M, k] -> float32 [M, H]: products as sums, so that the look-up fuses into them."""
     op, ints = lowering.rewriter.op, lowering.rewriter.ints
     count, choices, hidden, inner = mixture.experts, mixture.choices, mixture.hidden, mixture.inner
@@ -238,7 +247,7 @@ def _chosen(
     return op("Reshape", [values, ints(*chosen)], allowzero=1)
 
 
-def _dense(lowering: Lowering, mixture: _Mixture, x: ir.Value, experts: ir.Value, weights: ir.Value) -> ir.Value:
+def _dense(lowering: Lowering, mixture: Mixture, x: ir.Value, experts: ir.Value, weights: ir.Value) -> ir.Value:
     """The same by every expert over all rows, weighted by 0 where it was not chosen: exact, one product each way."""
     op, ints = lowering.rewriter.op, lowering.rewriter.ints
     count, inner = mixture.experts, mixture.inner

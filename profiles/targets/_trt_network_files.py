@@ -13,9 +13,9 @@ import onnx_ir as ir
 from ...bundle import Progress
 from ...errors import BuildError
 from ...export import memory
-from ...export.config import moe_config_from_json
+from ...export.config import MoEConfig, moe_config_from_json
 from . import BuildRequest
-from ._canonical import load_canonical
+from ._canonical import check_one_sequence, describe_load, load_canonical
 from ._trt_check import check_numerics, measure_half
 from ._trt_log import read_build_log
 from ._trt_parts import NetworkSizes, Part, caller_bytes, estimate_build_bytes, measure_sizes, plan_parts
@@ -53,7 +53,7 @@ def prepare_network(request: BuildRequest, bound: int | None, progress: Progress
         BuildError: sizes beyond these targets, or a bound below what one layer needs.
         ParityError: the lowered network is not the canonical graph.
     """
-    form = NetworkForm(lanes=request.max_batch)
+    form = pick_form(request)
     network, _, parts = _plan_network(request, bound, form)
     config = moe_config_from_json(request.bundle.config)
     # Checked here, whatever machine the engines are then built on.
@@ -61,7 +61,7 @@ def prepare_network(request: BuildRequest, bound: int | None, progress: Progress
     numerics = check_numerics(request.bundle, progress, parts=parts, memory=check_bytes, form=form)
     smallest = config.moe.intermediate_size * config.hidden_size
     total = config.num_hidden_layers
-    fields = _describe_network(request, network, numerics)
+    fields = _describe_network(request, config, network, numerics)
     return Prepared(parts, total, form, smallest, check_bytes, numerics, fields)
 
 
@@ -71,7 +71,7 @@ def plan_build(request: BuildRequest, bound: int | None) -> list[dict[str, Any]]
     Raises:
         BuildError: sizes beyond these targets, or a bound below what one layer needs.
     """
-    _, sizes, parts = _plan_network(request, bound, NetworkForm(lanes=request.max_batch))
+    _, sizes, parts = _plan_network(request, bound, pick_form(request))
     return [
         {
             "layers": [part.start, part.stop],
@@ -91,6 +91,22 @@ def _plan_network(
     network = lower_network(model, config, request.max_seq_len, real=ir.DataType.FLOAT16, form=form)
     sizes = measure_sizes(network.weights, config.num_hidden_layers)
     return network, sizes, plan_parts(sizes, bound, caller_bytes())
+
+
+def pick_form(request: BuildRequest) -> NetworkForm:
+    """Raises BuildError for a form that this model or these sizes do not allow."""
+    gate = moe_config_from_json(request.bundle.config).moe.gate
+    if gate.base is not None:
+        check_one_sequence(request.max_batch)
+    if request.expert_buckets and gate.base is None:
+        raise BuildError(
+            f"--expert-buckets: {gate.op} does not bound the tokens of an expert, so that a bucket would drop some; "
+            "export with --load-aware, or leave --expert-buckets out"
+        )
+    chunk = CHUNK if request.prefill_chunk is None else request.prefill_chunk
+    if chunk < 2 or (request.prefill_chunk is not None and chunk > request.max_seq_len):
+        raise BuildError(f"prefill_chunk {chunk}: 2 to max_seq_len {request.max_seq_len} tokens can be one; mend it")
+    return NetworkForm(request.max_batch, chunk, request.expert_buckets)
 
 
 def write_part(
@@ -116,7 +132,7 @@ def read_cuda_major(package: str) -> int | None:
 
 def shape_profiles(network: LoweredNetwork, max_seq_len: int) -> list[dict[str, list[list[int]]]]:
     """P0: exactly one token. P1: a chunk. Each asks for the logits of one row. Of several lanes P2: a token of each."""
-    chunk, lanes = min(CHUNK, max_seq_len), network.form.lanes
+    chunk, lanes = network.chunk, network.form.lanes
     runs = [((1, 1), 1), ((2, chunk), 1)] + ([((lanes, lanes), lanes)] if lanes > 1 else [])
     profiles: list[dict[str, list[list[int]]]] = []
     for (least, most), sequences in runs:
@@ -132,7 +148,9 @@ def shape_profiles(network: LoweredNetwork, max_seq_len: int) -> list[dict[str, 
     return profiles
 
 
-def _describe_network(request: BuildRequest, network: LoweredNetwork, numerics: dict[str, Any]) -> dict[str, Any]:
+def _describe_network(
+    request: BuildRequest, config: MoEConfig, network: LoweredNetwork, numerics: dict[str, Any]
+) -> dict[str, Any]:
     """engine.json's fields that follow from the whole network."""
     weights = request.bundle.manifest["quantization"]["weights"]
     return {
@@ -141,7 +159,8 @@ def _describe_network(request: BuildRequest, network: LoweredNetwork, numerics: 
         "max_seq_len": request.max_seq_len,
         "cache": [tensor.to_json() for tensor in network.cache],
         "session": {
-            "chunk": min(CHUNK, request.max_seq_len),
+            "chunk": network.chunk,
+            "expert_buckets": network.form.buckets,
             "cache": {
                 "shape": [network.form.lanes, "heads", network.slots, "width / heads"],
                 "aliased": {f"past.{tensor.name}": f"present.{tensor.name}" for tensor in network.cache},
@@ -149,6 +168,7 @@ def _describe_network(request: BuildRequest, network: LoweredNetwork, numerics: 
             },
             "numerics": numerics,
             "network_weights_bytes": network.weights.nbytes,
+            **describe_load(config),
         },
     }
 

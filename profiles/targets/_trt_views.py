@@ -176,6 +176,7 @@ def keep_layers(model: ir.Model, layers: int, config: MoEConfig) -> None:
     if layers == config.num_hidden_layers:
         return
     ends = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs[:] = model.graph.outputs[:1]  # a load-aware gate's new load is of no use without its layer
     last = ends[f"layers.{config.num_hidden_layers - 1}.output"]
     last.replace_all_uses_with(ends[f"layers.{layers - 1}.output"])
     RemoveUnusedNodesPass()(model)

@@ -19,12 +19,16 @@ from . import BuildRequest
 from ._canonical import (
     Rewriter,
     attributes_of,
+    check_one_sequence,
+    describe_load,
     find_calls,
     find_linears,
     finish_model,
     holds_torch_graph,
+    is_load_aware,
     load_canonical,
     replace_each,
+    take_loads,
 )
 from ._ort_attention import MS, AttentionLowering, CacheEntry, layer_of
 from ._ort_products import OwnProducts, StockProducts
@@ -53,6 +57,11 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         if request.max_batch != 1:
             raise BuildError(f"max_batch {request.max_batch}: a torch graph runs one sequence; use --max-batch 1")
         return build_torch(request, folder)
+    if request.expert_buckets or request.prefill_chunk is not None:
+        raise BuildError(
+            "--expert-buckets and --prefill-chunk are TensorRT's: here each token runs its own experts, and "
+            "moedge.load(prefill_chunk=N) says how many tokens at once; leave them out"
+        )
     from ._genai import write_genai
 
     fused, lanes = has_router_weights(), count_lanes(request)
@@ -89,12 +98,16 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
             "lanes": lanes,
             "pairs": pairs,
             "own_kernels": own,
+            **describe_load(config),
         },
     }
 
 
 def count_lanes(request: BuildRequest) -> int:
     """Sequences that the second graph steps together; 1 where there is none."""
+    if is_load_aware(request.bundle):
+        check_one_sequence(request.max_batch)
+        return 1
     if request.bundle.config.get("rope", {}).get("kind", "fixed") != "fixed":
         # Its frequencies follow the longest position of a run, which must be one sequence's.
         if request.max_batch > 1:
@@ -133,7 +146,9 @@ def lower(
     int64 and weights.LAYER float32 [S, k]. A cache by heads has past.NAME and new.NAME float32
     [1, heads, capacity, width / heads], one buffer, and an input length int64 [1], the rows before the run.
     With more than one lane each has tensors of its own (cache.NAME.LANE ...), and `Lanes` says what else goes in.
+    A load-aware gate has an input load.LAYER float32 [E].
     """
+    loads = take_loads(model)
     lowering = _Lowering(model)
     attention = AttentionLowering(lowering.rewriter, max_seq_len, lanes)
     attention.lower()
@@ -145,6 +160,7 @@ def lower(
     if lanes > 1:
         split_rows(lowering.rewriter, attention.lanes.pieces)
     lowering.lower_head()
+    model.graph.inputs.extend(loads)
     finish_model(model, {MS: 1, **({kernels.DOMAIN: 1} if own_kernels else {})})
     return attention.cache
 
@@ -160,11 +176,11 @@ class _Lowering:
         for kind, gate in list_gates().items():
             for call in find_calls(self.model, kind):
                 layer = layer_of(call)
-                experts, weights = gate.lower(self.rewriter, call.inputs, attributes_of(call))
+                experts, weights, *state = gate.lower(self.rewriter, call.inputs, attributes_of(call))
                 choices = attributes_of(call)["top_k"]
                 experts.dtype, experts.shape = ir.DataType.INT64, ir.Shape(["S", choices])
                 weights.dtype, weights.shape = ir.DataType.FLOAT, ir.Shape(["S", choices])
-                self.rewriter.replace(call, [experts, weights])
+                self.rewriter.replace(call, [experts, weights, *state])
                 # After the replacement, which hands on the names of what it replaces.
                 experts.name, weights.name = f"experts.{layer}", f"weights.{layer}"
                 self.graph.outputs.extend([experts, weights])

@@ -30,16 +30,17 @@ from ._canonical import (
     finish_model,
     linear_matrix,
     replace_each,
+    take_loads,
 )
 from ._trt_attention import (
     ATTENTION_BY_LENGTH,
     ATTENTION_BY_MASK,
     TENSOR_SCATTER,
-    layer_of,
     lower_grouped_attention,
     lower_latent_attention,
     lower_sink_attention,
 )
+from ._trt_gates import lower_gates
 from ._trt_inputs import RunInputs, count_slots, lower_angles_by_lane, lower_inputs
 from ._trt_moe import lower_experts
 from ._trt_parts import Part, cut_part
@@ -60,9 +61,12 @@ _EXPERTS = ("Experts", "BiasedExperts")
 
 @dataclass(frozen=True)
 class NetworkForm:
-    """What is chosen of a network beside its sizes. `lanes`: sequences that one run can step."""
+    """What is chosen of a network beside its sizes. `lanes`: sequences that one run can step. `chunk`: the most tokens
+    of a run. `buckets`: a chunk's experts work on buckets of what their gate lets them have, which must bound it."""
 
     lanes: int = 1
+    chunk: int = CHUNK
+    buckets: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,14 @@ class CacheTensor:
 
 @dataclass
 class LoweredNetwork:
-    """The lowered graph, its weights' plan, and the tensors of its cache in order, with `slots` tokens' room."""
+    """The lowered graph, its weights' plan, and the tensors of its cache in order, with `slots` tokens' room; `chunk`
+    tokens at most in a run."""
 
     model: ir.Model
     weights: LoweredWeights
     form: NetworkForm
     slots: int
+    chunk: int
     cache: list[CacheTensor] = field(default_factory=list)
 
     def save(self, folder: Path, name: str) -> None:
@@ -108,8 +114,9 @@ def lower_network(
     (which of the new tokens get logits), where there are several lanes source int64 [S] (`RunInputs`), and past.NAME
     [S, heads, L, dim] (zeros at first: what lies behind the length is masked, but must be finite); outputs logits
     float32 [R, vocab], present.NAME (to be bound to the address of past.NAME), experts.LAYER int64 and weights.LAYER
-    float32 [T, k]. A part that is not the first takes hidden float32 [T, H] in place of input_ids; one that is not the
-    last gives hidden.next [T, H] in place of logits, and takes no rows.
+    float32 [T, k] (`_trt_gates` says what experts of -1 are). A load-aware gate takes load.LAYER float32 [E]. A part
+    that is not the first takes hidden float32 [T, H] in place of input_ids; one that is not the last gives hidden.next
+    [T, H] in place of logits, and takes no rows.
 
     Raises:
         BuildError: an op that is not lowered, or weights that TensorRT does not take.
@@ -117,10 +124,12 @@ def lower_network(
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     check_ops(model)
+    loads = take_loads(model)
     part = part or Part(0, config.num_hidden_layers, config.num_hidden_layers)
     cut_part(model, part, config.hidden_size)
     lowering = Lowering(model, config, max_seq_len, LoweredWeights(real, part.weights), form or NetworkForm())
     lowering.inputs = lower_inputs(lowering, part)
+    model.graph.inputs.extend(load for load in loads if load.uses())
     if lowering.lanes > 1:
         lower_angles_by_lane(lowering)
     if part.is_first:
@@ -140,7 +149,7 @@ def lower_network(
     RemoveUnusedNodesPass()(model)
     del model.graph.outputs[-len(shared) :]
     lowering.lower_linears()
-    lowering.lower_gates()
+    lower_gates(lowering)
     lowering.finish()
     return lowering.network
 
@@ -149,9 +158,7 @@ def check_ops(model: ir.Model) -> None:
     """Raises BuildError naming the first op of the moedge domain that this target does not lower."""
     known = {*_INLINED, *_LOWERED, *_EXPERTS, *list_gates()}
     for node in model.graph:
-        # A gate with a state of its own has more outputs than experts and weights.
-        stateful = node.op_type in list_gates() and len(node.outputs) != 2
-        if node.domain == DOMAIN and (node.op_type not in known or stateful):
+        if node.domain == DOMAIN and node.op_type not in known:
             raise BuildError(
                 f"{node.name}: TensorRT engines of this version do not have moedge.{node.op_type}; build for the "
                 "onnxruntime target: moedge build ... --profile cpu"
@@ -173,7 +180,7 @@ class Lowering:
         self.real = weights.real
         self.rewriter = Rewriter(model)
         self.linears = find_linears(model)
-        self.network = LoweredNetwork(model, weights, form, self.slot_count)
+        self.network = LoweredNetwork(model, weights, form, self.slot_count, min(form.chunk, max_seq_len))
         self.more_outputs: list[ir.Value] = []
         self.head_weight = "embed.weight" if config.tie_word_embeddings else "head.weight"
         self.table: Stored | None = None
@@ -240,18 +247,6 @@ class Lowering:
     def type_output(self, index: int, name: str, dtype: ir.DataType, shape: list[int | str]) -> None:
         value = self.graph.outputs[index]
         value.name, value.dtype, value.shape = name, dtype, ir.Shape(shape)
-
-    def lower_gates(self) -> None:
-        """Each gate in as few nodes as its attributes need; its choices become outputs of the graph."""
-        for kind, gate in list_gates().items():
-            for call in find_calls(self.model, kind):
-                layer, attributes = layer_of(call), attributes_of(call)
-                experts, weights = gate.lower(self.rewriter, call.inputs, attributes)
-                self.rewriter.replace(call, [experts, weights])
-                experts.name, weights.name = f"experts.{layer}", f"weights.{layer}"
-                experts.dtype, weights.dtype = ir.DataType.INT64, ir.DataType.FLOAT
-                experts.shape = weights.shape = ir.Shape(["T", attributes["top_k"]])
-                self.more_outputs += [experts, weights]
 
     def finish(self) -> None:
         """Functions are inlined but for the cache's, which every importer must meet by its name."""

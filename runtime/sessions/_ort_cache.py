@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import EngineError
+from ._load_state import load_state_of
 
 if TYPE_CHECKING:
     from ..preflight import CacheEntry, EngineInfo
@@ -62,6 +63,9 @@ class SequenceCache:
                 self.buffers.append(Buffer(entry.name, array.shape, kind, address))
             else:
                 self.views.append(View(entry.name, entry.width, kind, address, entry.width * array.itemsize))
+        self.load = load_state_of(info, capacity)
+        if self.load is not None:
+            self._cache["routes"] = self.load.routes
 
     @property
     def length(self) -> int:
@@ -75,6 +79,8 @@ class SequenceCache:
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot truncate {self._length} tokens to {length}")
         self._length = length
+        if self.load is not None:
+            self.load.move_to(length)
 
     def read_rows(self, start: int, stop: int) -> list[NDArray[Any]]:
         if not 0 <= start <= stop <= self._length:
@@ -91,6 +97,8 @@ class SequenceCache:
         for place, part in zip(places, rows, strict=True):
             place[:] = part
         self._length += count
+        if self.load is not None:
+            self.load.move_to(self._length)
 
     def free(self) -> None:
         """Let go of the buffers; they are freed with the last view of them."""

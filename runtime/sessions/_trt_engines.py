@@ -208,6 +208,8 @@ class Engines:
         sizes["logits"] = 4 * info.vocab_size * lanes
         for layer in info.moe_layers:
             sizes |= {f"experts.{layer}": 8 * rows * k, f"weights.{layer}": 4 * rows * k}
+            if "load_decay" in info.session:
+                sizes[f"load.{layer}"] = 4 * info.num_experts
         hidden = [4 * rows * part.profiles[0]["hidden"][0][1] for part in self.parts if "hidden" in part.inputs]
         for index, nbytes in enumerate(hidden[:2]):  # one is read while the other is written
             sizes[f"hidden.{index}"] = nbytes

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...errors import EngineError
 from . import Routing, check_room, check_routing
+from ._load_state import load_state_of
 from ._trt_engines import CHUNK, LANES, ONE_TOKEN, CacheBlock, Device, Engines, lane_shape, rows_shape
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class TensorrtSession:
         self._info = info
         self._device = device
         self._capacity = capacity
+        self.load = load_state_of(info, capacity)
         self._length = 0
         self._chunk = int(info.session["chunk"])
         self._place: tuple[CacheBlock, int] | None = None
@@ -87,18 +89,28 @@ class TensorrtSession:
         tokens = np.ascontiguousarray(input_ids, np.int64)
         routing = _empty_routing(self._info, count)
         first = self._length
-        for start, stop in split_runs(count, rows, self._chunk):
+        runs = split_runs(count, rows, self._chunk)
+        while runs:
+            start, stop = runs.pop(0)
             wanted = [index for index, row in enumerate(rows) if row == stop - 1]
             with self._engines.lock:
                 self._run(tokens[start:stop], logits[wanted[0]] if wanted else None)
                 found = self._read_routing(stop - start)
+            if (found.experts < 0).any():  # a load-aware gate that needs more rounds than it has
+                runs[:0] = [(start, (start + stop) // 2), ((start + stop) // 2, stop)]
+                continue
             routing.experts[:, start:stop], routing.weights[:, start:stop] = found
             for index in wanted[1:]:
                 logits[index] = logits[wanted[0]]
             self._length = first + stop
-        self._length = first
-        check_routing(routing, self._info.moe_layers, first)
-        self._length, self._routing = first + count, routing
+            if self.load is not None:
+                self.load.append(found.experts)
+        try:
+            check_routing(routing, self._info.moe_layers, first)
+        except EngineError:
+            self.truncate(first)
+            raise
+        self._routing = routing
         return logits
 
     def step_together(self, others: Sequence[TensorrtSession], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -137,6 +149,8 @@ class TensorrtSession:
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot truncate {self._length} tokens to {length}")
         self._length = length
+        if self.load is not None:
+            self.load.move_to(length)
 
     def another(self) -> TensorrtSession:
         return TensorrtSession(self._device, Path(), self._info, self._capacity, shared=self._engines)
@@ -144,21 +158,28 @@ class TensorrtSession:
     def read_rows(self, start: int, stop: int) -> list[NDArray[Any]]:
         if not 0 <= start <= stop <= self._length:
             raise ValueError(f"cannot read tokens {start} to {stop} of {self._length}")
-        return [self._read_cache(entry)[..., start:stop, :].copy() for entry in self._info.cache]
+        rows = [self._read_cache(entry)[..., start:stop, :].copy() for entry in self._info.cache]
+        return rows if self.load is None else [*rows, self.load.routes[:, start:stop].copy()]
 
     def append_rows(self, rows: Sequence[NDArray[Any]]) -> None:
         count = rows[0].shape[-2] if rows and rows[0].ndim >= 2 else 0
         if self._length + count > self._capacity:
             raise ValueError(f"no room for {count} tokens: {self._length} of {self._capacity} are taken")
         wanted = [(rows_shape(entry, count), np.dtype(entry.dtype)) for entry in self._info.cache]
+        if self.load is not None:
+            routes = self.load.routes[:, self._length : self._length + count]
+            wanted.append((routes.shape, routes.dtype))
         if [(part.shape, part.dtype) for part in rows] != wanted:
             raise ValueError("these rows are of another cache")
         block, lane = self._lane()
-        for entry, part in zip(self._info.cache, rows, strict=True):
+        for entry, part in zip(self._info.cache, rows, strict=False):
             values = self._read_cache(entry)
             values[..., self._length : self._length + count, :] = part
             self._device.write(block.address(entry.name, lane), values)
         self._length += count
+        if self.load is not None:
+            routes[:] = rows[-1]
+            self.load.move_to(self._length)
 
     def close(self) -> None:
         if self._place is not None:
@@ -179,6 +200,9 @@ class TensorrtSession:
         engines, count = self._engines, len(tokens)
         engines.prepare(*self._lane(), ONE_TOKEN if count == 1 else CHUNK, count)
         engines.write(input_ids=tokens, start=[self._length], source=[0], rows=[count - 1])
+        if self.load is not None:
+            for layer, load in zip(self._info.moe_layers, self.load.load, strict=True):
+                self._device.write(engines.buffers[f"load.{layer}"], load)
         self._device.run(engines.plans, repeats=count == 1)
         if logits is not None:
             self._device.read(engines.buffers["logits"], logits)

@@ -119,6 +119,9 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
             bind_buffer(self._binding, buffer, buffer.name)
         if self.buffers:
             self._binding.bind_input("length", *CPU, np.int64, (1,), self._past.ctypes.data)
+        if self.load is not None:
+            for layer, load in zip(info.moe_layers, self.load.load, strict=True):
+                self._binding.bind_input(f"load.{layer}", *CPU, np.float32, load.shape, load.ctypes.data)
         self._token = np.zeros(1, dtype=np.int64)
         self._zero_row = np.zeros(1, dtype=np.int64)
         self._logits = aligned_empty((1, self._vocab), np.dtype(np.float32))
@@ -155,6 +158,8 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
         run_bound(self._session, self._binding)
         check_routing(self._routing, self._info.moe_layers, past)
         self._length = past + count
+        if self.load is not None:
+            self.load.append(self._routing.experts)
         return logits
 
     def another(self) -> OnnxruntimeCpuSession:
