@@ -246,7 +246,7 @@ def _find_positions(name: str, model: Any, asked: int | None) -> int:
     if asked is not None:
         if asked < 1:
             raise UsageError(f"max_positions {asked}: at least 1 was expected")
-        _run(name, model, 1, asked)
+        _run(name, model, 1, min(asked, MOST_POSITIONS))  # more would say little, and may take any amount of memory
         return asked
     for holder in (getattr(model.model, "config", None), model.model):
         declared = getattr(holder, "max_position_embeddings", None)

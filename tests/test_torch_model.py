@@ -405,6 +405,8 @@ def test_models_that_the_checks_refuse(package: Path, capsys: pytest.CaptureFixt
         export_torch_model("faulty.models:build_counting", "bundle", algorithm="gptq")
     with pytest.raises(UsageError, match="max_positions 0: at least 1 was expected"):
         export_torch_model("faulty.models:build_counting", "bundle", max_positions=0)
+    with pytest.raises(UsageError, match=r"the model, given input_ids int64 \[1, 2048\], failed: .*RuntimeError"):
+        export_torch_model(make_tied, "bundle", max_positions=10**9)
     with pytest.raises(BundleError, match="faulty: no tokenizer.json there; name that file or a folder that holds it"):
         export_torch_model("faulty.models:build_counting", "bundle", tokenizer="faulty")
 

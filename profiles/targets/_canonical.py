@@ -59,8 +59,8 @@ def load_canonical(bundle: Bundle) -> tuple[ir.Model, MoEConfig]:
     """
     if holds_torch_graph(bundle):
         raise BuildError(
-            f"{bundle.path} holds a PyTorch model's own graph, and TensorRT networks are built from known families "
-            f"only; build it for onnxruntime: moedge build {bundle.path} --profile cpu"
+            f"{bundle.path} holds a PyTorch model's own graph, of which only onnxruntime on the CPU makes an engine; "
+            f"build that: moedge build {bundle.path} --profile cpu"
         )
     with _loading(bundle):
         return ir.load(bundle.file(MODEL)), moe_config_from_json(bundle.config)
