@@ -188,7 +188,7 @@ def prefill_work(
     """
     linear, attention = _precisions(device, quantized)
     element = CACHE_ELEMENT_BYTES[device.target]
-    dense_experts = device.target != "onnxruntime"
+    dense_experts = not device.target.startswith("onnxruntime")
     length = CPU_PREFILL_CHUNK if device.target == "onnxruntime" else PREFILL_CHUNK
     chunks = []
     for start in range(0, prompt_tokens, length):

@@ -3,8 +3,8 @@
 For each shape a synthetic checkpoint is written and exported (once: FOLDER/SHAPE-WEIGHTS is used again where it is
 there), the dry run is asked for its plan, and the build runs in a process of its own. Peak memory is measured twice:
 what the builders and the process that starts them say of themselves (engine.json), and the resident memory of all
-processes of the build together, read from /proc ten times a second. The results go to a JSON file (--results);
-docs/device-builds.md is made from all that it holds.
+processes of the build together, read from /proc ten times a second. The results go to a JSON file (--results), and
+all that it holds into a page beside it (docs/device-builds.md).
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ from moedge.profiles.fit import size
 from moedge.progress import console_progress
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "device-builds.md"
+RESULTS = ROOT / "docs" / "device-builds.json"
 PARTS = ("layers", "weights, planned", "weights, log", "peak, planned", "peak, OS", "time")
 PARTS += ("workspace, estimated", "workspace, log", "experts written out")
 
 
 def make_bundle(shape: str, layers: int | None, weights: str, work: Path) -> Path:
     """The bundle of a random checkpoint of that shape, kept in `work` for the next run."""
-    bundle = work / f"{shape}{'' if layers is None else f'-{layers}'}-{weights}"
+    name = Path(shape).stem
+    bundle = work / f"{name}{'' if layers is None else f'-{layers}'}-{weights}"
     if bundle.is_dir():
         return bundle
     with tempfile.TemporaryDirectory(prefix="bench-build-", dir=work) as folder, console_progress() as progress:
-        source = Path(folder) / shape
+        source = Path(folder) / name
         write_checkpoint(read_shape(shape, layers), source, progress=progress)
         moedge.export(source, bundle, weights=weights, verify=False, max_memory="2GiB", progress=progress)
         shutil.rmtree(source)
@@ -123,7 +124,7 @@ def _resident(root: int) -> int:
 
 
 def make_page(results: list[dict[str, Any]]) -> str:
-    """docs/device-builds.md."""
+    """The page, as Markdown."""
     lines = [
         "# Time and memory of a build",
         "",
@@ -207,7 +208,7 @@ def main() -> int:
     parser.add_argument("--max-memory", help="bound of the build (default: none, one engine)")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where bundles are kept")
     parser.add_argument("--bundle", type=Path, help="a bundle of that shape, instead of one in the work folder")
-    parser.add_argument("--results", type=Path, default=PAGE.with_suffix(".json"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.max_memory:
         parse_size(arguments.max_memory)  # a slip is found before the checkpoint is written
@@ -216,7 +217,7 @@ def main() -> int:
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
     results = keep(results, result)
     arguments.results.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(make_page(results))
+    arguments.results.with_suffix(".md").write_text(make_page(results))
     print(f"{arguments.shape}: {result['seconds']:.0f} s, peak {size(result['together_peak_bytes'])}")
     return 0
 

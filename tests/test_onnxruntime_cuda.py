@@ -203,6 +203,8 @@ def test_builds_that_the_kernels_would_not_take(tmp_path: Path) -> None:
         build(bundle.path, "rtx4090", backend="onnxruntime", max_seq_len=SLOTS)
     with pytest.raises(BuildError, match=r"^max_batch 2: the onnxruntime engine for a GPU runs one sequence"):
         build(bundle.path, "rtx4090", backend="onnxruntime", max_seq_len=SLOTS, max_batch=2)
+    with pytest.raises(BuildError, match=r"^cpu has no compute capability, so no CUDA: use --backend onnxruntime$"):
+        build(bundle.path, "cpu", backend="onnxruntime_cuda", max_seq_len=SLOTS)
     assert not bundle.engines()
     assert pick_target("onnxruntime", load_profile("cpu")) == "onnxruntime"
     assert pick_target("onnxruntime", load_profile("l4")) == "onnxruntime_cuda"

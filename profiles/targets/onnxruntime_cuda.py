@@ -56,6 +56,9 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         DependencyError: onnxruntime is not installed.
     """
     ort = require("onnxruntime", purpose="build an engine for it")
+    capability = request.device.compute_capability
+    if capability is None:
+        raise BuildError(f"{request.device.name} has no compute capability, so no CUDA: use --backend onnxruntime")
     if request.max_batch != 1:
         raise BuildError(
             f"max_batch {request.max_batch}: the onnxruntime engine for a GPU runs one sequence; use --max-batch 1"
@@ -73,8 +76,6 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     (folder / MODEL).write_bytes(ir.to_proto(model).SerializeToString())
     if progress is not None:
         progress("lowering to onnxruntime on CUDA", 1, 1)
-    capability = request.device.compute_capability
-    assert capability is not None
     return {
         "backend": BACKEND,
         "backend_version": ort.__version__,
