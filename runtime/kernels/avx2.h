@@ -11,6 +11,7 @@ namespace {
 struct Vectors256 {
   static constexpr int64_t lanes = 8;
   static constexpr int tokens = 4;
+  static constexpr int few = 2;
   using Int = __m256i;
   using Float = __m256;
 

@@ -2,6 +2,7 @@
 //
 // S gives  lanes             rows that one vector holds
 //          tokens            rows of activations that share one pass over the unpacked weights
+//          few               rows of activations for which the weights are not unpacked to memory
 //          middle            what is subtracted from 8-bit codes before they are multiplied (0 or 128)
 //          Int, Float        vectors of int32 and float
 //          load_transposed   a square of lanes x lanes 4-byte words, transposed
@@ -283,19 +284,21 @@ void multiply_rows(const Panel<S>& panel, int64_t from, int64_t width, const Act
   multiply_some<S, bits, M>(panel, from, width, x, index, at, acc);
 }
 
-// One row of activations: the weights stay in registers from their load to their product. Groups of whole chunks.
-template <class S, int bits>
-void multiply_one(const Matrix& matrix, const int64_t* rows, const Activations& x, int64_t row, float* acc) {
-  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
+// Few rows of activations: the weights stay in registers from their load to their products. Groups of whole chunks.
+template <class S, int bits, int M>
+void stream(const Matrix& matrix, const int64_t* rows, const Activations& x, const int32_t* index, float* acc) {
+  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes, tile = Panel<S>::tile;
   constexpr int64_t columns = chunk * 8 / bits;
   const int64_t groups = x.groups, group = x.width / groups, bytes = matrix.row_bytes();
   const int32_t middle = bits == 8 ? S::middle : 0;
-  const int8_t* codes = x.codes + row * x.width;
+  int64_t ids[M];
+  for (int m = 0; m < M; ++m) ids[m] = index ? index[m] : m;
   for (int half = 0; half < 2; ++half) {
     const int64_t* own = rows + half * lanes;
     const uint8_t* sources[lanes];
     for (int64_t r = 0; r < lanes; ++r) sources[r] = matrix.codes + own[r] * bytes;
-    typename S::Float total = S::floats(0.0f);
+    typename S::Float total[M];
+    for (int m = 0; m < M; ++m) total[m] = S::floats(0.0f);
     for (int64_t b = 0; b < groups; ++b) {
       alignas(64) float scales[lanes];
       alignas(64) int32_t zeros[lanes];
@@ -303,30 +306,42 @@ void multiply_one(const Matrix& matrix, const int64_t* rows, const Activations& 
         scales[r] = matrix.scales[own[r] * groups + b];
         zeros[r] = zero_point(matrix, own[r], b) - middle;
       }
-      typename S::Int sum = S::multiply(S::load_ints(zeros), S::ints(-x.sums[row * groups + b]));
-      typename S::Int other = S::ints(0);
+      typename S::Int sum[M][2];  // two, so that one dot product need not wait for the last
+      for (int m = 0; m < M; ++m) {
+        sum[m][0] = S::multiply(S::load_ints(zeros), S::ints(-x.sums[ids[m] * groups + b]));
+        sum[m][1] = S::ints(0);
+      }
       for (int64_t at = b * group; at < (b + 1) * group; at += columns) {
         typename S::Int words[lanes];
         S::load_transposed(sources, at * bits / 8, words);
         for (int64_t r = 0; r < lanes; ++r)  // the next rows of the matrix, while these are multiplied
           __builtin_prefetch(sources[r] + lanes * bytes + at * bits / 8);
-        const int8_t* part = codes + at;
         for (int64_t w = 0; w < lanes; ++w) {
-          if (bits == 4) {
-            sum = S::template dot<bits>(sum, S::low_nibbles(words[w]), part + 8 * w);
-            other = S::template dot<bits>(other, S::high_nibbles(words[w]), part + 8 * w + 4);
-          } else if (w % 2) {
-            sum = S::template dot<bits>(sum, S::prepare(words[w]), part + 4 * w);
-          } else {
-            other = S::template dot<bits>(other, S::prepare(words[w]), part + 4 * w);
+          const typename S::Int low = bits == 4 ? S::low_nibbles(words[w]) : S::prepare(words[w]);
+          for (int m = 0; m < M; ++m) {
+            const int8_t* part = x.codes + ids[m] * x.width + at + 32 / bits * w;
+            const int place = bits == 4 ? 0 : w % 2;
+            sum[m][place] = S::template dot<bits>(sum[m][place], low, part);
+            if (bits == 4) sum[m][1] = S::template dot<bits>(sum[m][1], S::high_nibbles(words[w]), part + 4);
           }
         }
       }
-      const typename S::Float scale = S::multiply(S::load_floats(scales), S::floats(x.scales[row * groups + b]));
-      total = S::fused(S::to_floats(S::add(sum, other)), scale, total);
+      for (int m = 0; m < M; ++m) {
+        const typename S::Float scale = S::multiply(S::load_floats(scales), S::floats(x.scales[ids[m] * groups + b]));
+        total[m] = S::fused(S::to_floats(S::add(sum[m][0], sum[m][1])), scale, total[m]);
+      }
     }
-    S::store_floats(acc + half * lanes, total);
+    for (int m = 0; m < M; ++m) S::store_floats(acc + m * tile + half * lanes, total[m]);
   }
+}
+
+// `count` rows of activations, 1 to M.
+template <class S, int bits, int M>
+void stream_rows(const Matrix& matrix, const int64_t* rows, const Activations& x, const int32_t* index, int64_t count,
+                 float* acc) {
+  if constexpr (M > 1)
+    if (count < M) return stream_rows<S, bits, M - 1>(matrix, rows, x, index, count, acc);
+  stream<S, bits, M>(matrix, rows, x, index, acc);
 }
 
 template <class S, int bits>
@@ -337,8 +352,8 @@ void multiply_tile(const Matrix& matrix, int64_t first, int64_t rows, const Acti
   int64_t ids[tile];  // beyond the last row: that row again, whose results nobody takes
   for (int64_t r = 0; r < tile; ++r) ids[r] = least(first + r, matrix.rows - 1);
   alignas(64) float acc[kMaxTokens * tile];
-  if (count == 1 && matrix.group * bits % (32 * S::lanes) == 0) {
-    multiply_one<S, bits>(matrix, ids, x, index ? index[0] : 0, acc);
+  if (count <= S::few && matrix.group * bits % (32 * S::lanes) == 0) {
+    stream_rows<S, bits, S::few>(matrix, ids, x, index, count, acc);
   } else {
     memset(acc, 0, static_cast<size_t>(count * tile) * sizeof(float));
     Panel<S> panel;

@@ -9,6 +9,7 @@ namespace {
 struct Avx512 {
   static constexpr int64_t lanes = 16;
   static constexpr int tokens = 8;
+  static constexpr int few = 4;
   static constexpr int32_t middle = 0;
   using Int = __m512i;
   using Float = __m512;

@@ -9,6 +9,7 @@ namespace {
 struct Neon {
   static constexpr int64_t lanes = 4;
   static constexpr int tokens = 8;
+  static constexpr int few = 4;
   static constexpr int32_t middle = 128;
   using Int = int32x4_t;
   using Float = float32x4_t;

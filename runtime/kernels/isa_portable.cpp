@@ -7,6 +7,7 @@ namespace {
 struct Portable {
   static constexpr int64_t lanes = 4;
   static constexpr int tokens = 4;
+  static constexpr int few = 1;
   static constexpr int32_t middle = 0;
   struct Int {
     int32_t lane[4];
