@@ -9,6 +9,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "kernels.h"
 #include "ort_abi.h"
@@ -18,6 +19,7 @@ namespace moedge {
 namespace {
 
 constexpr int kMaxRank = 8;
+constexpr size_t kMaxInputs = 11;
 
 struct Tensor {
   void* data = nullptr;  // null: an optional input that is not there
@@ -34,11 +36,7 @@ struct Tensor {
   }
 };
 
-OrtStatus* read_input(const Ort& ort, const OrtKernelContext* context, size_t index, size_t count, Tensor* out) {
-  if (index >= count) return nullptr;
-  const OrtValue* value = nullptr;
-  if (OrtStatus* status = ort.input(context, index, &value)) return status;
-  if (!value) return nullptr;
+OrtStatus* read_value(const Ort& ort, const OrtValue* value, Tensor* out) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   if (OrtStatus* status = ort.type_and_shape(value, &info)) return status;
   OrtStatus* status = ort.rank(info, &out->rank);
@@ -48,12 +46,32 @@ OrtStatus* read_input(const Ort& ort, const OrtKernelContext* context, size_t in
   return status ? status : ort.data(const_cast<OrtValue*>(value), &out->data);
 }
 
+// What never changes is read once, when the kernel is made: that costs more than a small model's product.
+OrtStatus* read_constants(const Ort& ort, const OrtKernelInfo* info, size_t limit, Tensor* out) {
+  size_t count = 0;
+  if (OrtStatus* status = ort.input_count(info, &count)) return status;
+  for (size_t i = 0; i < count && i < limit; ++i) {
+    int constant = 0;
+    const OrtValue* value = nullptr;
+    if (OrtStatus* status = ort.constant_input(info, i, &constant, &value)) return status;
+    if (!constant || !value) continue;
+    if (OrtStatus* status = read_value(ort, value, out + i)) return status;
+  }
+  return nullptr;
+}
+
+// `out` comes with the constants in it.
 template <size_t N>
 OrtStatus* read_inputs(const Ort& ort, const OrtKernelContext* context, Tensor (&out)[N]) {
   size_t count = 0;
   if (OrtStatus* status = ort.input_count(context, &count)) return status;
-  for (size_t i = 0; i < N; ++i)
-    if (OrtStatus* status = read_input(ort, context, i, count, &out[i])) return status;
+  for (size_t i = 0; i < N && i < count; ++i) {
+    if (out[i].data) continue;
+    const OrtValue* value = nullptr;
+    if (OrtStatus* status = ort.input(context, i, &value)) return status;
+    if (!value) continue;
+    if (OrtStatus* status = read_value(ort, value, out + i)) return status;
+  }
   return nullptr;
 }
 
@@ -68,6 +86,7 @@ struct Kernel {
   OrtAllocator* allocator;
   int64_t bits;
   float alpha, limit, offset;
+  Tensor constants[kMaxInputs];
 
   OrtStatus* invalid(const char* text) const { return ort.fail(kInvalidArgument, text); }
 
@@ -93,7 +112,8 @@ struct Kernel {
 };
 
 OrtStatus* run_experts(const Kernel& kernel, OrtKernelContext* context) {
-  Tensor in[11];
+  Tensor in[kMaxInputs];
+  memcpy(in, kernel.constants, sizeof in);
   if (OrtStatus* status = read_inputs(kernel.ort, context, in)) return status;
   const Tensor &x = in[0], &chosen = in[1], &weights = in[2], &up = in[3], &down = in[5];
   if (x.rank != 2 || chosen.rank != 2 || up.rank != 3 || in[4].rank != 3 || down.rank != 3 || in[6].rank != 3)
@@ -139,7 +159,8 @@ OrtStatus* run_experts(const Kernel& kernel, OrtKernelContext* context) {
 }
 
 OrtStatus* run_linear(const Kernel& kernel, OrtKernelContext* context) {
-  Tensor in[5];
+  Tensor in[kMaxInputs];
+  memcpy(in, kernel.constants, sizeof in);
   if (OrtStatus* status = read_inputs(kernel.ort, context, in)) return status;
   const Tensor &x = in[0], &codes = in[1], &scales = in[2];
   if (x.rank < 1 || codes.rank != 2 || scales.rank != 2)
@@ -191,6 +212,12 @@ float attribute_or(const Ort& ort, const OrtKernelInfo* info, const char* name, 
   return value;
 }
 
+void destroy(void* kernel) {
+  OpKernel* own = static_cast<OpKernel*>(kernel);
+  own->ort.release(own->allocator);
+  free(own);
+}
+
 OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** out) {
   const Ort ort{api};
   const Kernels* kernels = default_kernels();
@@ -201,12 +228,14 @@ OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo*
   OrtAllocator* allocator = nullptr;
   if (OrtStatus* status = ort.allocator(info, &allocator)) return status;
   const Kernel kernel{ort, kernels, allocator, bits, attribute_or(ort, info, "alpha", 1.0f),
-                      attribute_or(ort, info, "limit", INFINITY), attribute_or(ort, info, "offset", 0.0f)};
+                      attribute_or(ort, info, "limit", INFINITY), attribute_or(ort, info, "offset", 0.0f), {}};
   OpKernel* made = static_cast<OpKernel*>(malloc(sizeof(OpKernel)));
   if (!made) return ort.fail(kFail, "moedge.cpu: cannot allocate memory for a kernel");
   *made = OpKernel{kernel, static_cast<const Op*>(op)->run};
-  *out = made;
-  return nullptr;
+  OrtStatus* status = read_constants(ort, info, static_cast<const Op*>(op)->inputs, made->constants);
+  if (status) destroy(made);
+  *out = status ? nullptr : made;
+  return status;
 }
 
 constexpr Op make_op(const char* name, Run run, const int* types, size_t inputs, size_t required) {
@@ -232,11 +261,7 @@ constexpr Op make_op(const char* name, Run run, const int* types, size_t inputs,
     const OpKernel* own = static_cast<const OpKernel*>(kernel);
     return own->run(*own, context);
   };
-  op.KernelDestroy = [](void* kernel) {
-    OpKernel* own = static_cast<OpKernel*>(kernel);
-    own->ort.release(own->allocator);
-    free(own);
-  };
+  op.KernelDestroy = destroy;
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   op.op_name = name;

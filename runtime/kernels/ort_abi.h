@@ -119,6 +119,12 @@ struct Ort {
   OrtStatus* input_count(const OrtKernelContext* context, size_t* out) const {
     return at<OrtStatus*(const OrtKernelContext*, size_t*)>(88)(context, out);
   }
+  OrtStatus* input_count(const OrtKernelInfo* info, size_t* out) const {
+    return at<OrtStatus*(const OrtKernelInfo*, size_t*)>(230)(info, out);
+  }
+  OrtStatus* constant_input(const OrtKernelInfo* info, size_t index, int* constant, const OrtValue** out) const {
+    return at<OrtStatus*(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(249)(info, index, constant, out);
+  }
   OrtStatus* input(const OrtKernelContext* context, size_t index, const OrtValue** out) const {
     return at<OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)>(90)(context, index, out);
   }
