@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
     raise missing_dependency("torch", purpose="use moedge.export.torch_ops") from error
 from torch import Tensor, nn
 
-from . import _torch_experts, _torch_gates  # noqa: F401  (these register torch.ops.moedge.*)
+from . import _torch_experts, _torch_gates, _torch_load_aware  # noqa: F401  (these register torch.ops.moedge.*)
 from .functions import DOMAIN, FUNCTIONS, VERSION
 from .gating import binary_code, list_gates
 
@@ -38,6 +38,7 @@ _OPS = {
     "SoftmaxTopKGate": torch.ops.moedge.softmax_topk_gate,
     "SigmoidTopKGate": torch.ops.moedge.sigmoid_topk_gate,
     "BinaryCodeGate": torch.ops.moedge.binary_code_gate,
+    "LoadAwareGate": torch.ops.moedge.load_aware_gate,
     "Experts": torch.ops.moedge.experts,
 }
 # The bodies of the ops that have a torch form use nothing newer than this; torch.onnx.export gives 20 by default.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,17 @@ def test_the_trace_has_the_figures(bundle: Bundle, checkpoint: Path, tmp_path: P
         assert [row["mean_over_max"] for row in text["load"]] == [each.mean() / each.max() for each in counts]
         utilization.append(min(each.mean() / each.max() for each in counts))
     assert utilization[0] < 0.7 < utilization[1], utilization
+
+
+def test_the_documents_commands(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "load-balance.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"^```sh\n(.*?)^```", page, flags=re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint").symlink_to(checkpoint)
+    for command in commands.splitlines():
+        result = CliRunner().invoke(cli, shlex.split(command)[1:], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert "moedge.LoadAwareGate" in result.output
 
 
 # TensorRT's network
