@@ -30,7 +30,7 @@ from ..runtime.preflight import seal_of
 from .device import DeviceProfile, load_profile
 from .fit import Fit, check_fit, size
 from .plan import BuildPlan, plan_engines
-from .targets import BuildRequest, find_target, pick_target
+from .targets import BuildRequest, check_takes, find_target, pick_target
 
 BUILD_FOLDER_MANIFEST = "build.json"
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -135,6 +135,7 @@ def _build_for(
     devices = [retarget(device, backend) for device in devices]
     name = devices[0].target
     target = find_target(name)
+    check_takes(bundle, name)
     length = pick_max_seq_len(bundle, max_seq_len)
     fits = [check_build_fit(bundle, device, max_batch, length) for device in devices]
     also = tuple(devices[1:])

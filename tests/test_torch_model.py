@@ -232,8 +232,11 @@ def test_verify_inspect_and_what_is_refused(bundle: tuple[str, Path], capsys: py
     assert verdict["ok"] and verdict["experts"] == 2 * EXPERTS and verdict["engines"]["cpu"]["runs_here"]
     assert verdict["unchecked"] == ["routes: a PyTorch model's own graph has no layers that --deep could cut"]
     assert inspection["gating"][0]["attributes"]["top_k"] == 2
-    with pytest.raises(BuildError, match="holds a PyTorch model's own graph.*--profile cpu"):
-        moedge.build(folder, "rtx4090")
+    for profile in ("rtx4090", "jetson-orin-nano-8gb", "h100"):
+        with pytest.raises(BuildError, match="holds a PyTorch model's own graph.*--profile cpu"):
+            moedge.build(folder, profile)
+    with pytest.raises(BuildError, match="holds a PyTorch model's own graph"):
+        cli.main.main(["build", str(folder), "--profile", "rtx4090", "--dry-run"], standalone_mode=False)
     with pytest.raises(BundleError, match="nothing can be predicted of it"):
         cli.main.main(["estimate", str(folder), "--profile", "rtx4090"], standalone_mode=False)
 

@@ -78,8 +78,22 @@ def plan_build(name: str, request: BuildRequest) -> list[dict[str, Any]]:
         BuildError: the target is unknown, or it refuses.
     """
     target = find_target(name)
+    check_takes(request.bundle, name)
     planned: list[dict[str, Any]] = cast(PlanningTarget, target).plan(request) if hasattr(target, "plan") else []
     return planned
+
+
+def check_takes(bundle: Bundle, name: str) -> None:
+    """Refuse a torch model's own graph where the target builds from a family's config.
+
+    Raises:
+        BuildError: the target has no `TAKES_TORCH_GRAPHS`.
+    """
+    if bundle.config.get("family") == "torch" and not getattr(find_target(name), "TAKES_TORCH_GRAPHS", False):
+        raise BuildError(
+            f"{bundle.path} holds a PyTorch model's own graph, of which only onnxruntime on the CPU makes an engine; "
+            f"build that: moedge build {bundle.path} --profile cpu"
+        )
 
 
 def list_targets() -> list[str]:

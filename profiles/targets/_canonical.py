@@ -52,16 +52,7 @@ class Matrix:
 
 
 def load_canonical(bundle: Bundle) -> tuple[ir.Model, MoEConfig]:
-    """The canonical model, its tensors still external and unread, and the config it was made from.
-
-    Raises:
-        BuildError: it is the graph of a user's own torch model, of which only target onnxruntime makes an engine.
-    """
-    if holds_torch_graph(bundle):
-        raise BuildError(
-            f"{bundle.path} holds a PyTorch model's own graph, of which only onnxruntime on the CPU makes an engine; "
-            f"build that: moedge build {bundle.path} --profile cpu"
-        )
+    """The canonical model, its tensors still external and unread, and the config it was made from."""
     with _loading(bundle):
         return ir.load(bundle.file(MODEL)), moe_config_from_json(bundle.config)
 

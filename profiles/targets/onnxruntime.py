@@ -42,6 +42,8 @@ LANES_MODEL = "model.lanes.onnx"
 # Sequences stepped together unless more are asked for: the graph is small, and whoever serves has it at once.
 LANES = 8
 
+TAKES_TORCH_GRAPHS = True  # of a user's own model, whose config says nothing of its layers
+
 trace_routes = trace_session
 
 
