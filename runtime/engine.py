@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Bundle, read_json
+from ..bundle import WEIGHTS, Bundle, read_json
 from ..errors import BundleError, EngineError, UsageError
 from .context import REUSE, Context, PrefixStore
 from .generation import Generation
 from .preflight import EngineInfo, check_engine, choose_profile, read_engine
 from .requests import ContextFull, TextRequest, check_whole, make_request
+from .residence import LockedFile
 from .sessions import Routing, Session, SessionOptions, backend_module
 from .tokens import Tokenizer
 
@@ -46,6 +48,7 @@ def load(
     prefill_chunk: int = PREFILL_CHUNK,
     reuse: str = "exact",
     prefix_bytes: int = PREFIX_BYTES,
+    lock_weights: bool = False,
 ) -> Engine:
     """Load an engine of `bundle`: that of `profile`, or the best one that runs on this machine.
 
@@ -58,6 +61,8 @@ def load(
         the same, bit for bit, as without), "all" (every token, also generated ones; the last bits may differ), "off".
     prefix_bytes: the most memory for beginnings of earlier prompts; least recently used goes first. 0: only what the
         context itself still holds.
+    lock_weights: keep them in memory (mlock), where they are mapped from the bundle; else the system may drop what was
+        not used for a while, and read it again when it is.
 
     Raises:
         BundleError: no bundle there. EngineError: no such engine, or it does not fit this bundle or this machine.
@@ -80,8 +85,13 @@ def load(
         )
     check_engine(opened, info)
     options = SessionOptions(threads, max_seq_len, lanes=lanes)
-    session = backend_module(info.backend).open_session(opened, info, options)
-    return Engine(opened, info, session, prefill_chunk, reuse=reuse, prefix_bytes=prefix_bytes)
+    with contextlib.ExitStack() as held:
+        if lock_weights:
+            held.callback(LockedFile(opened.path / WEIGHTS).close)
+        session = backend_module(info.backend).open_session(opened, info, options)
+        return Engine(
+            opened, info, session, prefill_chunk, reuse=reuse, prefix_bytes=prefix_bytes, held=held.pop_all()
+        )
 
 
 class Engine:
@@ -101,7 +111,9 @@ class Engine:
         *,
         reuse: str = "exact",
         prefix_bytes: int = PREFIX_BYTES,
+        held: contextlib.ExitStack | None = None,
     ) -> None:
+        """`held`: what is let go when the engine is closed."""
         if bundle.config.get("rope", {}).get("kind", "fixed") != "fixed":
             # Frequencies that follow the tokens so far: only a prompt computed whole is what the model was trained on.
             prefill_chunk = max(prefill_chunk, info.max_seq_len)
@@ -110,6 +122,7 @@ class Engine:
         self.lock = threading.RLock()  # held for each step
         self.prefixes = PrefixStore(prefix_bytes)
         self._open: Session | None = session
+        self._held = held or contextlib.ExitStack()
         self._chunk = prefill_chunk
         self._reuse = reuse
         self._context = Context(session, prefill_chunk, self.prefixes, reuse)
@@ -130,6 +143,7 @@ class Engine:
             if self._open is not None:
                 self._open.close()
                 self._open = None
+                self._held.close()
                 self.prefixes.clear()
 
     @property

@@ -47,6 +47,7 @@ _POSITIVE = click.IntRange(1)
 @click.option("--threads", type=_POSITIVE, help="Threads that compute. [default: physical cores]")
 @click.option("--max-seq-len", type=_POSITIVE, metavar="N", help="Room in each context, below the engine's own.")
 @click.option("--prefix-bytes", type=click.IntRange(0), metavar="BYTES", help="Memory for prompts' beginnings.")
+@click.option("--lock-weights", is_flag=True, help="Keep the weights in memory, mapped as they are (mlock).")
 def serve_command(
     bundle: Path,
     profile: str | None,
@@ -57,6 +58,7 @@ def serve_command(
     threads: int | None,
     max_seq_len: int | None,
     prefix_bytes: int | None,
+    lock_weights: bool,
     **options: Any,
 ) -> None:
     """OpenAI-compatible HTTP server.
@@ -81,6 +83,7 @@ def serve_command(
                 max_seq_len=max_seq_len,
                 lanes=options["slots"],
                 prefix_bytes=PREFIX_BYTES if prefix_bytes is None else prefix_bytes,
+                lock_weights=lock_weights,
             )
         )
         model = name or str((engine.bundle.manifest.get("model") or {}).get("name") or engine.bundle.path.name)

@@ -93,11 +93,12 @@ def _memory(results: Sequence[dict[str, Any]]) -> list[str]:
 def _machine(result: dict[str, Any]) -> str:
     bandwidth = statistics.median(result["bandwidth_bytes_per_s"]) / 1e9
     other = result["peers"][THEIRS]["about"]
+    own = result["peers"][OURS]["about"]["kernels"]
     flags = ", ".join(part.split("=")[0].strip() for part in other.get("system", "").split("|") if "= 1" in part)
     return (
         f"{result['shape']}, {result['date']}: {result['machine']['cpu']}, {result['threads']} threads, "
         f"{bandwidth:.1f} GB/s read in the same rounds, load before {result['load_before']:.1f}; onnxruntime "
-        f"{result['backend_version']}; {other['version']} ({flags})"
+        f"{result['backend_version']}, kernels {own}; {other['version']} ({flags})"
     )
 
 

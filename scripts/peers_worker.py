@@ -46,7 +46,8 @@ class Moedge:
         import moedge
         from moedge.runtime.engine import PREFILL_CHUNK
 
-        self._engine = moedge.load(path, "cpu", threads=threads, max_seq_len=context)
+        # As llama.cpp without mmap: no page is to be read again while the other engine has its turn.
+        self._engine = moedge.load(path, "cpu", threads=threads, max_seq_len=context, lock_weights=True)
         self.vocab = self._engine.info.vocab_size
         self._chunk = PREFILL_CHUNK
         self._sessions = [self._engine.session, self._engine.session.another()]
@@ -64,8 +65,10 @@ class Moedge:
 
     def about(self) -> dict[str, Any]:
         import moedge
+        from moedge.runtime import kernels
 
-        return {"name": "moedge", "version": moedge.__version__, "experts": self._engine.info.session.get("experts")}
+        found = kernels.describe(self._engine.info.session)
+        return {"name": "moedge", "version": moedge.__version__, "kernels": found}
 
 
 class LlamaCpp:
