@@ -15,6 +15,7 @@ from ...errors import BuildError, BundleError
 from ...export.config import MoEConfig, moe_config_from_json
 from ...export.functions import DOMAIN
 from ...export.load_balance import start_load
+from . import BuildRequest
 
 Array = np.ndarray[Any, Any]
 
@@ -97,6 +98,19 @@ def describe_load(config: MoEConfig) -> dict[str, Any]:
     """What engine.json's `session` says where gates are load-aware."""
     gate = config.moe.gate
     return {} if gate.base is None else {"load_decay": gate.attributes["decay"], "load_start": start_load(config)}
+
+
+def refuse_chunks(request: BuildRequest) -> None:
+    """For targets whose runs take any number of tokens.
+
+    Raises:
+        BuildError: a chunk's size or form is asked for.
+    """
+    if request.expert_buckets or request.prefill_chunk is not None:
+        raise BuildError(
+            "--expert-buckets and --prefill-chunk are TensorRT's: here each token runs its own experts, and "
+            "moedge.load(prefill_chunk=N) says how many tokens at once; leave them out"
+        )
 
 
 def is_load_aware(bundle: Bundle) -> bool:

@@ -27,6 +27,7 @@ from ._canonical import (
     holds_torch_graph,
     is_load_aware,
     load_canonical,
+    refuse_chunks,
     replace_each,
     take_loads,
 )
@@ -59,11 +60,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         if request.max_batch != 1:
             raise BuildError(f"max_batch {request.max_batch}: a torch graph runs one sequence; use --max-batch 1")
         return build_torch(request, folder)
-    if request.expert_buckets or request.prefill_chunk is not None:
-        raise BuildError(
-            "--expert-buckets and --prefill-chunk are TensorRT's: here each token runs its own experts, and "
-            "moedge.load(prefill_chunk=N) says how many tokens at once; leave them out"
-        )
+    refuse_chunks(request)
     from ._genai import write_genai
 
     fused, lanes = has_router_weights(), count_lanes(request)

@@ -34,6 +34,7 @@ from ._canonical import (
     holds_torch_graph,
     linear_matrix,
     load_canonical,
+    refuse_chunks,
     replace_each,
 )
 from ._ort_attention import MS, layer_of
@@ -63,6 +64,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         raise BuildError(
             f"max_batch {request.max_batch}: the onnxruntime engine for a GPU runs one sequence; use --max-batch 1"
         )
+    refuse_chunks(request)
     _check_kernel(str(ort.__version__))
     if progress is not None:
         progress("lowering to onnxruntime on CUDA", 0, 1)
