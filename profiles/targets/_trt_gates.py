@@ -20,7 +20,7 @@ from ._trt_attention import layer_of
 if TYPE_CHECKING:
     from .tensorrt_network import Lowering
 
-# What random scores take at most, for 64 experts and a capacity factor of 1.25 or more (docs/load-balance.md).
+# Enough for most chunks (docs/decisions.md); each costs some kernels a layer, in the profile of chunks alone.
 ROUNDS = 8
 UNSETTLED = -1
 
