@@ -24,10 +24,11 @@ from ..bundle import (
     staged_directory,
     write_json,
 )
-from ..errors import BuildError
+from ..errors import BuildError, UsageError
 from ..runtime import machine
 from ..runtime.preflight import seal_of
 from .device import DeviceProfile, load_profile
+from .estimate import cache_element_bytes
 from .fit import Fit, check_fit, size
 from .plan import BuildPlan, plan_engines
 from .targets import BuildRequest, check_takes, find_target, pick_target
@@ -47,6 +48,7 @@ def build(
     max_memory: int | None = None,
     prefill_chunk: int | None = None,
     expert_buckets: bool = False,
+    kv_cache: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Build an engine for a device; returns its folder. An engine that was there is replaced when the new one is whole.
@@ -60,6 +62,7 @@ def build(
         max_memory: bytes that building may take: TensorRT's network is then cut into ranges of layers.
         prefill_chunk: the most tokens that a run of a TensorRT engine takes (256).
         expert_buckets: of a load-aware bundle: a chunk's experts work on buckets of what the gate lets them have.
+        kv_cache: the type of the KV cache, where the target has a choice: fp32, fp16 or int8.
         progress: called with (what, done, total).
 
     Raises:
@@ -77,6 +80,7 @@ def build(
         max_memory=max_memory,
         prefill_chunk=prefill_chunk,
         expert_buckets=expert_buckets,
+        kv_cache=kv_cache,
         progress=progress,
     )
     return folder
@@ -129,6 +133,7 @@ def _build_for(
     max_memory: int | None,
     prefill_chunk: int | None,
     expert_buckets: bool,
+    kv_cache: str | None = None,
     progress: Progress | None,
 ) -> list[Path]:
     """One engine for all `devices`, in the first one's folder and linked into the others'."""
@@ -137,9 +142,10 @@ def _build_for(
     target = find_target(name)
     check_takes(bundle, name)
     length = pick_max_seq_len(bundle, max_seq_len)
-    fits = [check_build_fit(bundle, device, max_batch, length) for device in devices]
+    fits = [check_build_fit(bundle, device, max_batch, length, kv_cache) for device in devices]
     also = tuple(devices[1:])
-    request = BuildRequest(bundle, devices[0], max_batch, length, also, max_memory, prefill_chunk, expert_buckets)
+    runs = (prefill_chunk, expert_buckets)
+    request = BuildRequest(bundle, devices[0], max_batch, length, also, max_memory, *runs, kv_cache)
     if max_memory is not None:  # several engines need more than one
         fits[0] = plan_engines(request, name, bundle.manifest).fit
     for fit in fits:
@@ -246,14 +252,18 @@ def plan(
     max_memory: int | None = None,
     prefill_chunk: int | None = None,
     expert_buckets: bool = False,
+    kv_cache: str | None = None,
 ) -> BuildPlan:
     """What `build` would make, and whether it fits; arguments and exceptions as of `build`, and nothing is written."""
     device = retarget(device, backend)
     if max_batch < 1:
         raise BuildError(f"max_batch {max_batch}: at least 1 was expected; use --max-batch 1")
     length = pick_max_seq_len(bundle, max_seq_len)
-    request = BuildRequest(bundle, device, max_batch, length, (), max_memory, prefill_chunk, expert_buckets)
+    runs = (prefill_chunk, expert_buckets)
+    request = BuildRequest(bundle, device, max_batch, length, (), max_memory, *runs, kv_cache)
     planned = plan_engines(request, device.target, bundle.manifest)
+    if kv_cache is not None:
+        planned = dataclasses.replace(planned, fit=check_build_fit(bundle, device, max_batch, length, kv_cache))
     return dataclasses.replace(planned, built=_built_fit(bundle, planned.fit))
 
 
@@ -268,11 +278,21 @@ def _built_fit(bundle: Bundle, fit: Fit) -> dict[str, Any] | None:
     return after if alike else None
 
 
-def check_build_fit(bundle: Bundle, device: DeviceProfile, max_batch: int, max_seq_len: int) -> Fit:
-    """The fit check that `build` makes first."""
+def check_build_fit(
+    bundle: Bundle, device: DeviceProfile, max_batch: int, max_seq_len: int, kv_cache: str | None = None
+) -> Fit:
+    """The fit check that `build` makes first and `--dry-run` prints."""
     if max_batch < 1:
         raise BuildError(f"max_batch {max_batch}: at least 1 was expected; use --max-batch 1")
-    return check_fit(bundle.manifest, device, max_batch, max_seq_len)
+    element = None
+    if kv_cache is not None:
+        if bundle.config["attention"]["kind"] == "torch":
+            raise BuildError("kv_cache: a PyTorch model's own graph keeps no KV cache; leave --kv-cache out")
+        try:
+            element = cache_element_bytes(bundle.config, device, kv_cache)
+        except UsageError as error:
+            raise BuildError(str(error)) from None
+    return check_fit(bundle.manifest, device, max_batch, max_seq_len, cache_bytes_per_element=element)
 
 
 def check_sources(bundle: Bundle) -> None:

@@ -34,6 +34,7 @@ from .plan import explain_parts, parts_table
 @click.option("--max-memory", metavar="SIZE", help="Memory that building may take (16GiB): then several engines.")
 @click.option("--prefill-chunk", type=int, metavar="N", help="Tokens of a prompt in one run (TensorRT). [default: 256]")
 @click.option("--expert-buckets", is_flag=True, help="Chunks in buckets of bounded size (TensorRT).")
+@click.option("--kv-cache", metavar="TYPE", help="fp32, fp16 or int8, where the target has a choice.")
 @click.option("--dry-run", is_flag=True, help="The fit check and the plan alone.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def build_command(
@@ -46,6 +47,7 @@ def build_command(
     max_memory: str | None,
     prefill_chunk: int | None,
     expert_buckets: bool,
+    kv_cache: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -66,6 +68,10 @@ def build_command(
     from ..export.memory import parse_size  # not at the top: `--help` must not cost what reading checkpoints does
 
     options["max_memory"] = None if max_memory is None else parse_size(max_memory)
+    if portable and kv_cache is not None:
+        raise BuildError("--portable engines keep their KV cache in their own type; leave --kv-cache out")
+    if not portable:
+        options["kv_cache"] = kv_cache
     if dry_run:
         _dry_run(bundle, names, options, as_json)
         return

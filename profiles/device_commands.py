@@ -10,7 +10,7 @@ import click
 
 from ..bundle import Bundle
 from .device import DeviceProfile, list_profiles, load_profile
-from .estimate import estimate
+from .estimate import cache_element_bytes, estimate
 from .fit import Fit, check_fit, size
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def profiles_command(name: str | None, as_json: bool) -> None:
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences decoded at once.")
 @click.option("--max-seq-len", type=click.IntRange(1), help="Room in the KV cache. [default: prompt and new tokens]")
+@click.option("--kv-cache", metavar="TYPE", help="fp32, fp16 or int8, where the device's target has a choice.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout (a list for several profiles).")
 def estimate_command(
     bundle: Path,
@@ -57,6 +58,7 @@ def estimate_command(
     new_tokens: int,
     batch: int,
     max_seq_len: int | None,
+    kv_cache: str | None,
     as_json: bool,
 ) -> None:
     """Fit and predicted latency of BUNDLE on devices that are not here."""
@@ -64,7 +66,13 @@ def estimate_command(
     devices = [_measured(load_profile(name)) for name in dict.fromkeys(names)]
     results = [
         estimate(
-            manifest, device, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, max_seq_len=max_seq_len
+            manifest,
+            device,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            batch=batch,
+            max_seq_len=max_seq_len,
+            kv_cache=kv_cache,
         )
         for device in devices
     ]
@@ -73,7 +81,12 @@ def estimate_command(
         return
     from ..runtime.report import render_table
 
-    fits = [check_fit(manifest, device, batch, max_seq_len or prompt_tokens + new_tokens) for device in devices]
+    length = max_seq_len or prompt_tokens + new_tokens
+    elements = [cache_element_bytes(manifest["config"], device, kv_cache) for device in devices]
+    fits = [
+        check_fit(manifest, device, batch, length, cache_bytes_per_element=element)
+        for device, element in zip(devices, elements, strict=True)
+    ]
     _print(render_table(results))
     _print(fit_table(fits))
     for device, fit in zip(devices, fits, strict=True):

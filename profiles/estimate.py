@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import BundleError, UsageError
 from .device import DeviceProfile
 from .fit import PREFILL_CHUNK, check_fit
-from .shape import CACHE_ELEMENT_BYTES, READ_IN_FULL, ModelShape
+from .shape import CACHE_ELEMENT_BYTES, KV_CACHES, READ_IN_FULL, ModelShape, kv_element_bytes
 from .shape import bytes_per_token as bytes_per_token
 
 SCHEMA = 1
@@ -104,12 +104,13 @@ def estimate(
     new_tokens: int = 64,
     batch: int = 1,
     max_seq_len: int | None = None,
+    kv_cache: str | None = None,
 ) -> dict[str, Any]:
     """A prediction with the keys of `moedge bench --json`, `measured` false, and null for what cannot be known.
 
     `ttft_ms` and `itl_ms` have `p50` (expected), `low` and `high` (the band); `decode_tokens_per_s` counts all
-    sequences of the batch. The inter-token latency is that in the middle of the new tokens. Added: `fit`, `fits`,
-    `per_op`, `assumptions`.
+    sequences of the batch. The inter-token latency is that in the middle of the new tokens. `kv_cache`: as of `build`.
+    Added: `fit`, `fits`, `per_op`, `assumptions`.
 
     Raises:
         UsageError: a count below 1, or more tokens than the model has positions.
@@ -124,15 +125,15 @@ def estimate(
     length = max_seq_len or prompt_tokens + new_tokens
     _check_counts(shape, prompt_tokens, new_tokens, batch, length)
     context = prompt_tokens + new_tokens // 2
-    element = CACHE_ELEMENT_BYTES[device.target]
+    element = cache_element_bytes(manifest["config"], device, kv_cache)
     quantized = _is_quantized(manifest)
-    step = decode_work(shape, device, batch, context, quantized)
-    prefill = prefill_work(shape, device, batch, prompt_tokens, quantized)
+    step = decode_work(shape, device, batch, context, quantized, element)
+    prefill = prefill_work(shape, device, batch, prompt_tokens, quantized, element)
     itl = {end: 1e3 * step_seconds(step, shape, device, end) for end in ENDS}
     ttft = {end: 1e3 * sum(step_seconds(chunk, shape, device, end) for chunk in prefill) for end in ENDS}
     count = bytes_per_token(manifest, context, batch, element)
     seconds = itl["expected"] / 1e3
-    fit = check_fit(manifest, device, batch, length)
+    fit = check_fit(manifest, device, batch, length, cache_bytes_per_element=element)
     return {
         **_described(manifest, device),
         "batch": batch,
@@ -161,10 +162,26 @@ def estimate(
     }
 
 
-def decode_work(shape: ModelShape, device: DeviceProfile, batch: int, context: int, quantized: bool) -> list[Work]:
+def cache_element_bytes(config: Mapping[str, Any], device: DeviceProfile, kv_cache: str | None) -> float:
+    """Bytes of an element of the KV cache: what the device's target does by itself, or of the type asked for.
+
+    Raises:
+        UsageError: the target has no such choice.
+    """
+    if kv_cache is None:
+        return CACHE_ELEMENT_BYTES[device.target]
+    known = KV_CACHES.get(device.target, ())
+    if kv_cache not in known:
+        has = f"has {', '.join(known)}" if known else "has no choice of it"
+        raise UsageError(f"kv_cache {kv_cache!r}: target {device.target} {has}; leave --kv-cache out, or change it")
+    return kv_element_bytes(kv_cache, config)
+
+
+def decode_work(
+    shape: ModelShape, device: DeviceProfile, batch: int, context: int, quantized: bool, element: float
+) -> list[Work]:
     """One decode step: a token for each of `batch` sequences with `context` tokens in the cache."""
     linear, attention = _precisions(device, quantized)
-    element = CACHE_ELEMENT_BYTES[device.target]
     return [
         Work("embedding", batch * shape.embedding_row_bytes, 0, linear),
         *_dense_work(shape, batch, linear),
@@ -180,14 +197,13 @@ def decode_work(shape: ModelShape, device: DeviceProfile, batch: int, context: i
 
 
 def prefill_work(
-    shape: ModelShape, device: DeviceProfile, batch: int, prompt_tokens: int, quantized: bool
+    shape: ModelShape, device: DeviceProfile, batch: int, prompt_tokens: int, quantized: bool, element: float
 ) -> list[list[Work]]:
     """The prompts of `batch` sequences, one after the other in chunks; only the last token of each takes the head.
 
     TensorRT's prompt form evaluates every expert for every token; onnxruntime's the chosen ones.
     """
     linear, attention = _precisions(device, quantized)
-    element = CACHE_ELEMENT_BYTES[device.target]
     dense_experts = not device.target.startswith("onnxruntime")
     length = CPU_PREFILL_CHUNK if device.target == "onnxruntime" else PREFILL_CHUNK
     chunks = []

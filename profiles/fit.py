@@ -124,7 +124,7 @@ def check_fit(
     max_batch: int = 1,
     max_seq_len: int = 2048,
     *,
-    cache_bytes_per_element: int | None = None,
+    cache_bytes_per_element: float | None = None,
     workspace_bytes: int | None = None,
     weight_bytes: int | None = None,
 ) -> Fit:
@@ -181,7 +181,7 @@ class _Question:
 
     manifest: Mapping[str, Any]
     shape: ModelShape
-    cache_element_bytes: int | None
+    cache_element_bytes: float | None
     workspace_bytes: int | None
     weight_bytes: int | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ READ_IN_FULL_OF_TORCH = ("linear", "other")
 
 # Bytes of one KV cache element by target: onnxruntime computes in fp32 on a CPU, what runs on a GPU in fp16.
 CACHE_ELEMENT_BYTES = {"onnxruntime": 4, "onnxruntime_cuda": 2, "tensorrt_rtx": 2, "tensorrt": 2}
+# What else a target can keep it in, the first by itself.
+KV_CACHES = {"onnxruntime": ("fp32", "fp16", "int8")}
+_MOST_BLOCK = 64  # channels of an int8 latent that share a scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +67,9 @@ class ModelShape:
         """One token's row; a tied embedding is counted with the head."""
         return (self.sizes.get("embedding") or self.sizes.get("head", 0)) / self.vocab_size
 
-    def cache_bytes(self, tokens: int, element_bytes: int) -> int:
+    def cache_bytes(self, tokens: int, element_bytes: float) -> int:
         """The KV cache of `tokens` tokens over all layers."""
-        return tokens * self.cache_width * element_bytes
+        return round(tokens * self.cache_width * element_bytes)
 
     def distinct_experts(self, tokens: int) -> float:
         """Expected number of distinct experts a layer that `tokens` tokens call on, each on k of E at random.
@@ -83,8 +87,23 @@ class ModelShape:
         return self.sizes.get("experts", 0) * self.distinct_experts(tokens) / self.experts if self.experts else 0.0
 
 
+def latent_block(rank: int, rope: int) -> int:
+    """Channels of an int8 latent that share a scale: none of them on both sides of the border of latent and key."""
+    return math.gcd(math.gcd(rank, rope), _MOST_BLOCK)
+
+
+def kv_element_bytes(kv_cache: str, config: Mapping[str, Any]) -> float:
+    """Bytes of a KV cache's element of one of KV_CACHES' types, scales that each token brings included."""
+    if kv_cache != "int8":
+        return {"fp32": 4.0, "fp16": 2.0}[kv_cache]
+    attention = config["attention"]
+    if attention["kind"] == "gqa":
+        return 1.0
+    return 1.0 + 4.0 / latent_block(attention["kv_lora_rank"], attention["qk_rope_head_dim"])
+
+
 def bytes_per_token(
-    manifest: Mapping[str, Any], context: int, batch: int = 1, cache_bytes_per_element: int = 4
+    manifest: Mapping[str, Any], context: int, batch: int = 1, cache_bytes_per_element: float = 4
 ) -> int:
     """The fewest bytes that one decode step reads: one token for each of `batch` sequences of `context` cached tokens.
 

@@ -173,7 +173,8 @@ def _result(
     """The document of one case, by the contract's keys in their order."""
     itl = [value for row in measured.itl_s for value in row]
     steps_per_s = 1 / statistics.fmean(itl)
-    element = np.dtype(info.cache[0].dtype).itemsize if info.cache else 4
+    shape = ModelShape.from_manifest(bundle.manifest)
+    element = info.cache_bytes_per_token / shape.cache_width if info.cache else 4
     context = case.context + case.prompt_tokens + case.new_tokens // 2
     read = bytes_per_token(bundle.manifest, context, case.batch, element)
     return {
@@ -202,7 +203,7 @@ def _result(
         "energy_j_per_token": None if joules is None else joules / len(itl) / case.batch,
         "measured": True,
         "context_tokens": case.context,
-        "expected_distinct_experts": ModelShape.from_manifest(bundle.manifest).distinct_experts(case.batch),
+        "expected_distinct_experts": shape.distinct_experts(case.batch),
         "kernels": kernels.describe(info.session),
         **_circumstances(bundle, info.backend_version),
         "warm_up": 1,

@@ -35,13 +35,15 @@ _OLDEST_DRIVERS = {12: "525", 13: "580"}
 class CacheEntry:
     """One tensor of the KV cache: `width` elements of `dtype` for each token.
 
-    `heads` 0: rows [capacity, width], the past bound as a view. Else one buffer [1, heads, capacity, width / heads].
+    `heads` 0: rows [capacity, width], bound as a view whose rows are cut into `parts`. Else one buffer
+    [1, heads, capacity, width / heads].
     """
 
     name: str
     width: int
     dtype: str
     heads: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class EngineInfo:
     cuda_minimum: int | None = None  # major version of CUDA that the driver must be for
     cache: tuple[CacheEntry, ...] = ()
     session: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What the KV cache takes for a token, all layers."""
+        return sum(entry.width * np.dtype(entry.dtype).itemsize for entry in self.cache)
 
 
 def read_engine(bundle: Bundle, profile: str) -> EngineInfo:
@@ -334,7 +341,10 @@ def _parse(document: dict[str, Any]) -> EngineInfo:
 
 
 def _cache_entry(entry: dict[str, Any]) -> CacheEntry:
-    parsed = CacheEntry(str(entry["name"]), int(entry["width"]), str(entry["dtype"]), int(entry.get("heads", 0)))
+    counts = int(entry.get("heads", 0)), int(entry.get("parts", 1))
+    parsed = CacheEntry(str(entry["name"]), int(entry["width"]), str(entry["dtype"]), *counts)
+    if parsed.parts < 1 or parsed.width % parsed.parts:
+        raise ValueError(f"cache entry {parsed.name} has width {parsed.width} in {parsed.parts} parts")
     if parsed.width <= 0 or parsed.heads < 0 or (parsed.heads and parsed.width % parsed.heads):
         raise ValueError(f"cache entry {parsed.name} has width {parsed.width} and {parsed.heads} heads")
     np.dtype(parsed.dtype)  # TypeError: no such type

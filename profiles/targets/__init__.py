@@ -24,6 +24,7 @@ class BuildRequest:
     `also`: devices that the same engine is to serve. `max_memory`: bytes that building may take; None for no bound.
     Of TensorRT's network: `prefill_chunk`, the most tokens of a run, None for the target's own choice;
     `expert_buckets`, a chunk's experts work on buckets of bounded size.
+    `kv_cache`: one of the target's KV_CACHES (../shape.py); None for what it does anyway.
     """
 
     bundle: Bundle
@@ -34,6 +35,7 @@ class BuildRequest:
     max_memory: int | None = None
     prefill_chunk: int | None = None
     expert_buckets: bool = False
+    kv_cache: str | None = None
 
     @property
     def devices(self) -> tuple[DeviceProfile, ...]:

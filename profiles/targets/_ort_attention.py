@@ -8,34 +8,17 @@ run included, n = heads, r = kv_lora_rank, w = r + rope.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from ._canonical import Rewriter, attributes_of, find_calls
+from ._canonical import Array, Rewriter, attributes_of, find_calls
+from ._ort_kv import CacheEntry, GroupedCache, LatentCache
 
 MS = "com.microsoft"
 _GROUPED = ("GroupedAttention", "SinkAttention")
-
-
-@dataclass(frozen=True)
-class CacheEntry:
-    """A tensor of the KV cache: a row of `width` elements a token.
-
-    Without `heads` the graph takes a view of the rows up to the run's last, and gives the run's own, which are bound to
-    the view's end. With `heads` it takes and gives the whole buffer [1, heads, capacity, width / heads].
-    """
-
-    name: str
-    width: int
-    heads: int = 0
-    dtype: str = "float32"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "width": self.width, "dtype": self.dtype, "heads": self.heads}
 
 
 class Lanes:
@@ -76,13 +59,14 @@ class Lanes:
         rows = self.rewriter.op("Gather", [value, self.take], axis=axis)
         return self.rewriter.ops("Split", [rows, self.sizes], self.count, axis=axis)
 
-    def deal_after(self, value: ir.Value, written: ir.Value) -> list[ir.Value]:
+    def deal_after(self, value: ir.Value, written: Sequence[ir.Value]) -> list[ir.Value]:
         """As `deal`, in a node that runs after `written`, the first lane's new rows, lie in the cache.
 
         The caches are read through views that already show those rows, so something must keep the order.
         """
         op, ops = self.rewriter.op, self.rewriter.ops
-        sizes = op("Shape", [written], start=0, end=1)
+        counts = [op("Shape", [rows], start=0, end=1) for rows in written]
+        sizes = op("Max", counts) if len(counts) > 1 else counts[0]
         if self.count == 1:
             return ops("Split", [value, sizes], 1, axis=0)
         rows = op("Gather", [value, self.take], axis=0)
@@ -118,10 +102,18 @@ class Lanes:
 class AttentionLowering:
     """Replaces positions and attention of one model; `cache` then says what is kept of each layer.
 
-    `max_seq_len`: wider windows are no windows.
+    `max_seq_len`: wider windows are no windows. `kv_cache`: fp32, fp16 or int8; `scales`: of int8 keys and values, by
+    entry, float32 [width].
     """
 
-    def __init__(self, rewriter: Rewriter, max_seq_len: int | None, lanes: int = 1) -> None:
+    def __init__(
+        self,
+        rewriter: Rewriter,
+        max_seq_len: int | None,
+        lanes: int = 1,
+        kv_cache: str = "fp32",
+        scales: Mapping[str, Array] | None = None,
+    ) -> None:
         self.rewriter = rewriter
         self.model = rewriter.model
         self.graph = rewriter.model.graph
@@ -134,6 +126,8 @@ class AttentionLowering:
         self.graph.inputs[0].replace_all_uses_with(tokens)
         self.graph.inputs[0] = self.tokens = tokens
         self.lanes = Lanes(rewriter, lanes)
+        self.kv_cache = kv_cache
+        self.grouped = GroupedCache(rewriter, kv_cache, scales or {})
 
     def lower(self) -> None:
         """All of it; the graph's first input becomes flat, and the cache's inputs and outputs are added."""
@@ -141,38 +135,38 @@ class AttentionLowering:
         grouped = [call for kind in _GROUPED for call in find_calls(self.model, kind)]
         (call,) = find_calls(self.model, "Positions")
         op, ints = self.rewriter.op, self.rewriter.ints
-        views = [self._latent_views(each) for each in latent]
+        caches = [self._latent_cache(each) for each in latent]
+        views = [self._latent_views(each, cache) for each, cache in zip(latent, caches, strict=True)]
         count = op("Shape", [self.tokens])
         if self.lanes.count > 1:
             positions, length, first = self.lanes.positions, self.lanes.lengths, self.lanes.sizes
         else:
             first = count
             if latent:
-                length = op("Sub", [op("Shape", [views[0][0]], start=0, end=1), count])
+                length = op("Sub", [caches[0].count(views[0][0]), count])
             else:
                 length = ir.val("length", ir.DataType.INT64, [1])
                 self.graph.inputs.append(length)
             steps = op("Range", [self._number(0), op("Squeeze", [count, ints(0)]), self._number(1)])
             positions = op("Unsqueeze", [op("Add", [steps, length]), ints(0)])
         if latent:
-            self._make_mask(positions, views[0][0])
+            self._make_mask(positions, caches[0].count(views[0][0]))
         if grouped:
             self._make_totals(grouped, positions, op("Add", [length, first]))
         # Replaced here and not by a name of its own: an input keeps its name.
         self.rewriter.replace(call, [op("Identity", [positions])] if self.lanes.count > 1 else [positions])
-        for each, caches in zip(latent, views, strict=True):
-            self._lower_latent(each, caches)
+        for each, cache, of_lanes in zip(latent, caches, views, strict=True):
+            self._lower_latent(each, cache, of_lanes)
         for each in grouped:
             self._lower_grouped(each)
 
-    def _make_mask(self, positions: ir.Value, rows: ir.Value) -> None:
+    def _make_mask(self, positions: ir.Value, count: ir.Value) -> None:
         """Causal mask [S, 1, T] of the first lane; the others have one token, which sees everything."""
         op, ints = self.rewriter.op, self.rewriter.ints
         own = op("Reshape", [positions, ints(-1)])
         if self.lanes.count > 1:
             own = op("Slice", [own, ints(0), op("Slice", [self.lanes.sizes, ints(0), ints(1), ints(0)]), ints(0)])
-        total = op("Squeeze", [op("Shape", [rows], start=0, end=1), ints(0)])
-        columns = op("Range", [self._number(0), total, self._number(1)])
+        columns = op("Range", [self._number(0), op("Squeeze", [count, ints(0)]), self._number(1)])
         ahead = op("Less", [op("Unsqueeze", [own, ints(1, 2)]), columns])
         self.mask = op("Where", [ahead, self._float(-np.inf), self._float(0)], name="causal_mask")
 
@@ -207,16 +201,25 @@ class AttentionLowering:
     def _float(self, value: float) -> ir.Value:
         return self.rewriter.constant(f"float.{value}", np.array(value, np.float32))
 
-    def _latent_views(self, call: ir.Node) -> list[ir.Value]:
-        """The cache inputs [T, w] of an attention call, one of each lane."""
-        attributes = attributes_of(call)
-        width = attributes["kv_lora_rank"] + attributes["qk_rope_head_dim"]
-        entry = CacheEntry(f"latent.{layer_of(call)}", width)
-        self.cache.append(entry)
-        names = [self.lanes.name("cache", entry.name, lane) for lane in range(self.lanes.count)]
-        values = [ir.val(name, ir.DataType.FLOAT, [name + ".rows", width]) for name in names]
-        self.graph.inputs.extend(values)
-        return values
+    def _latent_cache(self, call: ir.Node) -> LatentCache:
+        a = attributes_of(call)
+        return LatentCache(self.rewriter, self.kv_cache, a["kv_lora_rank"], a["qk_rope_head_dim"])
+
+    def _latent_views(self, call: ir.Node, cache: LatentCache) -> list[list[ir.Value]]:
+        """The cache inputs of an attention call, for each lane those of all entries."""
+        entries = cache.entries(layer_of(call))
+        self.cache += entries
+        found = []
+        for lane in range(self.lanes.count):
+            views = []
+            for entry in entries:
+                name = self.lanes.name("cache", entry.name, lane)
+                shape: list[int | str] = [name + ".rows"]
+                shape += [entry.width // entry.parts] if entry.width != entry.parts else []
+                views.append(ir.val(name, entry.onnx_type, shape))
+            self.graph.inputs.extend(views)
+            found.append(views)
+        return found
 
     def _lower_grouped(self, call: ir.Node) -> None:
         """`GroupQueryAttention`, its cache in place: the buffer goes in as the past and comes out as the present."""
@@ -231,7 +234,9 @@ class AttentionLowering:
                 row = op("RotaryEmbedding", [row, cos, sin], interleaved=a["interleaved"], num_heads=count)
             rows.append(self._widen_heads(row, count, dim))
         room = kernel_head_size(dim)
-        self.cache += [CacheEntry(f"{kind}.{layer_of(call)}", groups * room, groups) for kind in ("key", "value")]
+        for kind in ("key", "value"):
+            self.cache.append(CacheEntry(f"{kind}.{layer_of(call)}", groups * room, groups, self.grouped.dtype))
+        rows = [self.grouped.narrow(row) for row in rows]
         if self.lanes.count == 1:
             attended = self._attend_grouped(call, 0, rows)
         else:
@@ -249,25 +254,31 @@ class AttentionLowering:
         layer, groups, room = layer_of(call), a["num_key_value_heads"], kernel_head_size(a["head_dim"])
         shape = [1, groups, "capacity", room]
         entries = [f"{kind}.{layer}" for kind in ("key", "value")]
-        pasts = [ir.val(self.lanes.name("past", entry, lane), ir.DataType.FLOAT, shape) for entry in entries]
+        kind = self.cache[-1].onnx_type
+        pasts = [ir.val(self.lanes.name("past", entry, lane), kind, shape) for entry in entries]
         self.graph.inputs.extend(pasts)
         rotation = [None] * 3  # its own, which takes a table of every position
         mask = self.windows[lane].get(window)
+        sinks = [self.grouped.narrow(value) for value in call.inputs[5:]] or [None]
         attended, *presents = self.rewriter.ops(
             "GroupQueryAttention",
-            [*rows, *pasts, *self.ends[lane], *rotation, mask, *call.inputs[5:]],
+            [
+                *(*rows, *pasts, *self.ends[lane], *rotation, self.grouped.narrow(mask), *sinks),
+                *self.grouped.scale_inputs(entries, groups),
+            ],
             3,
             domain=MS,
             num_heads=a["num_heads"],
             kv_num_heads=groups,
             scale=float(a["scale"]),
             local_window_size=window if mask is not None else -1,
+            **self.grouped.attributes,
         )
         for present, entry in zip(presents, entries, strict=True):
-            present.name, present.dtype = self.lanes.name("new", entry, lane), ir.DataType.FLOAT
+            present.name, present.dtype = self.lanes.name("new", entry, lane), kind
             present.shape = ir.Shape(shape)
         self.graph.outputs.extend(presents)
-        return attended
+        return self.grouped.widen(attended)
 
     def _widen_heads(self, row: ir.Value, count: int, dim: int) -> ir.Value:
         """[1, S, count * dim] with zeros behind each head, up to the size the kernel takes; they change no product."""
@@ -278,7 +289,7 @@ class AttentionLowering:
         padded = op("Pad", [by_head, ints(0, room - dim), None, ints(3)])
         return op("Reshape", [padded, ints(1, -1, count * room)])
 
-    def _lower_latent(self, call: ir.Node, caches: list[ir.Value]) -> None:
+    def _lower_latent(self, call: ir.Node, cache: LatentCache, views: list[list[ir.Value]]) -> None:
         """Absorbed form (arXiv:2405.04434, section 2.1.2): queries go to the latent's space, the cache stays.
 
         Rows are token by token, [S, n, ...], so that those of a lane lie together.
@@ -297,21 +308,30 @@ class AttentionLowering:
         q_rope, k_rope = ops("Split", [op("Reshape", [ropes, ints(-1, heads + 1, rope)]), ints(heads, 1)], 2, axis=1)
         query = op("Concat", [absorbed, q_rope], axis=2)
         new = op("Concat", [latent, op("Squeeze", [k_rope, ints(1)])], axis=1)
-        written = self.lanes.deal(new)
-        for lane, rows in enumerate(written):
-            rows.name = self.lanes.name("new", f"latent.{layer_of(call)}", lane)
-            rows.dtype, rows.shape = ir.DataType.FLOAT, ir.Shape([rows.name + ".rows", rank + rope])
-        self.graph.outputs.extend(written)
+        first = self._write_latent(layer_of(call), cache, new)
         mixed = []
-        for lane, rows in enumerate(self.lanes.deal_after(query, written[0])):
-            scores = op("FusedMatMul", [rows, caches[lane]], domain=MS, transB=1, alpha=float(a["scale"]))
+        dealt = zip(self.lanes.deal_after(query, first), cache.read(views, first), strict=True)
+        for lane, (rows, known) in enumerate(dealt):
+            scores = op("FusedMatMul", [rows, known], domain=MS, transB=1, alpha=float(a["scale"]))
             if lane == 0:
                 scores = op("Add", [scores, self.mask])
             name = f"attention.{layer_of(call)}" if lane == 0 else None  # the name `moedge trace` knows
-            mixed.append(op("MatMul", [op("Softmax", [scores], axis=2, name=name), caches[lane]]))
+            mixed.append(op("MatMul", [op("Softmax", [scores], axis=2, name=name), known]))
         both = op("Slice", [self.lanes.join(mixed), ints(0), ints(rank), ints(2)])
         values = self.lanes.multiply_heads(both, v_up, transB=1)
         self.rewriter.replace(call, [op("Reshape", [values, ints(-1, heads * a["v_head_dim"])])])
+
+    def _write_latent(self, layer: int, cache: LatentCache, new: ir.Value) -> list[ir.Value]:
+        """Give new rows [S, w] out to each lane's cache; those of the first lane, all entries."""
+        first = []
+        for entry, rows in zip(cache.entries(layer), cache.write(new), strict=True):
+            dealt = self.lanes.deal(rows)
+            for lane, part in enumerate(dealt):
+                part.name, part.dtype = self.lanes.name("new", entry.name, lane), entry.onnx_type
+                part.shape = ir.Shape([part.name + ".rows", entry.width])
+            self.graph.outputs.extend(dealt)
+            first.append(dealt[0])
+        return first
 
 
 def kernel_head_size(dim: int) -> int:

@@ -6,6 +6,7 @@ w = r + rope. The weights stay in the bundle's weights.bin; the lowered graph po
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ...export.gating import list_gates
 from ...runtime import kernels
 from . import BuildRequest
 from ._canonical import (
+    Array,
     Rewriter,
     attributes_of,
     check_one_sequence,
@@ -31,7 +33,9 @@ from ._canonical import (
     replace_each,
     take_loads,
 )
-from ._ort_attention import MS, AttentionLowering, CacheEntry, layer_of
+from ._ort_attention import MS, AttentionLowering, layer_of
+from ._ort_calibration import find_scales
+from ._ort_kv import CacheEntry
 from ._ort_products import OwnProducts, StockProducts
 from ._ort_rows import split_rows
 from ._routes import trace_session
@@ -64,17 +68,17 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     from ._genai import write_genai
 
     fused, lanes = has_router_weights(), count_lanes(request)
+    kv_cache, scales = request.kv_cache or "fp32", _find_scales(request, progress)
     quantization = request.bundle.manifest["quantization"]
     graphs = {MODEL: 1, **({LANES_MODEL: lanes} if lanes > 1 else {})}
     wanted = [(name, count, ours) for name, count in graphs.items() for ours in (False, True)]
-    own = pairs = False
+    own = False
     for place, (name, count, ours) in enumerate(wanted):
         if progress is not None:
             progress("lowering to onnxruntime", place, len(wanted))
         model, config = load_canonical(request.bundle)
-        cache = lower(model, fused_experts=fused, own_kernels=ours, max_seq_len=request.max_seq_len, lanes=count)
-        # This kernel takes rows in pairs, and rounds the last of an odd number otherwise.
-        pairs = pairs or any(node.op_type == "MatMulNBits" for node in model.graph)
+        sizes: dict[str, Any] = {"max_seq_len": request.max_seq_len, "lanes": count}
+        cache = lower(model, fused_experts=fused, own_kernels=ours, kv_cache=kv_cache, scales=scales, **sizes)
         if ours and not any(node.domain == kernels.DOMAIN for node in model.graph):
             continue  # nothing is quantized
         (folder / (kernels.own_name(name) if ours else name)).write_bytes(ir.to_proto(model).SerializeToString())
@@ -86,20 +90,32 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         "backend": "onnxruntime",
         "backend_version": ort.__version__,
         "compute_capability": None,
-        "precision": f"{quantization['weights']} weights, fp32 activations",
+        "precision": f"{quantization['weights']} weights, fp32 activations, {kv_cache} KV cache",
         "status": "ready",
         "max_batch": request.max_batch,
         "max_seq_len": request.max_seq_len,
+        "kv_cache": kv_cache,
+        "cache_bytes_per_token": sum(entry.bytes for entry in cache),
         "cache": [entry.to_json() for entry in cache],
         "session": {
             "moe_layers": list(config.moe.layers),
             "fused_experts": fused,
             "lanes": lanes,
-            "pairs": pairs,
             "own_kernels": own,
             **describe_load(config),
         },
     }
+
+
+def _find_scales(request: BuildRequest, progress: Progress | None) -> dict[str, Array] | None:
+    """What an int8 cache of keys and values is scaled by; None where nothing is."""
+    if request.kv_cache != "int8" or request.bundle.config["attention"]["kind"] != "gqa":
+        return None
+    if progress is not None:
+        progress("scales of the KV cache", 0, 1)
+    model, config = load_canonical(request.bundle)
+    cache = lower(model, fused_experts=has_router_weights(), max_seq_len=request.max_seq_len)
+    return find_scales(request, model, config, cache)
 
 
 def count_lanes(request: BuildRequest) -> int:
@@ -137,6 +153,8 @@ def lower(
     own_kernels: bool = False,
     max_seq_len: int | None = None,
     lanes: int = 1,
+    kv_cache: str = "fp32",
+    scales: Mapping[str, Array] | None = None,
 ) -> list[CacheEntry]:
     """Rewrite a canonical model in place; returns its cache tensors. `max_seq_len`: wider windows are no windows.
 
@@ -144,12 +162,13 @@ def lower(
     its end); outputs logits float32 [R, vocab], new.NAME float32 [S, width] (to be bound to that end), experts.LAYER
     int64 and weights.LAYER float32 [S, k]. A cache by heads has past.NAME and new.NAME float32
     [1, heads, capacity, width / heads], one buffer, and an input length int64 [1], the rows before the run.
+    `kv_cache` gives the caches another type (_ort_kv.py), int8 keys and values with `scales` (_ort_calibration.py).
     With more than one lane each has tensors of its own (cache.NAME.LANE ...), and `Lanes` says what else goes in.
     A load-aware gate has an input load.LAYER float32 [E].
     """
     loads = take_loads(model)
     lowering = _Lowering(model)
-    attention = AttentionLowering(lowering.rewriter, max_seq_len, lanes)
+    attention = AttentionLowering(lowering.rewriter, max_seq_len, lanes, kv_cache, scales)
     attention.lower()
     lowering.lower_gates()
     products = (OwnProducts if own_kernels else StockProducts)(lowering.rewriter, accuracy_level, fused_experts)
@@ -160,6 +179,9 @@ def lower(
         split_rows(lowering.rewriter, attention.lanes.pieces)
     lowering.lower_head()
     model.graph.inputs.extend(loads)
+    # This kernel takes rows in pairs, and rounds the last of an odd number otherwise: sessions are told.
+    if any(node.op_type == "MatMulNBits" for node in model.graph):
+        model.metadata_props["moedge.pairs"] = "1"
     finish_model(model, {MS: 1, **({kernels.DOMAIN: 1} if own_kernels else {})})
     return attention.cache
 

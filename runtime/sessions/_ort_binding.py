@@ -64,7 +64,8 @@ def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str
     widths = dict.fromkeys(routes, info.num_experts_per_tok) | {"logits": info.vocab_size}
     for entry in info.cache:
         for kind in ("past" if entry.heads else "cache", "new"):
-            widths[of_lane(f"{kind}.{entry.name}")] = entry.width // (entry.heads or 1)
+            cut = entry.heads or (entry.parts if kind == "cache" else 1)
+            widths[of_lane(f"{kind}.{entry.name}")] = entry.width // cut
     for name in ["input_ids", "rows", *widths]:
         width = has[name].shape[-1] if name in has else None
         if name not in has or (isinstance(width, int) and width != widths.get(name, width)):

@@ -31,6 +31,13 @@ class View(NamedTuple):
     kind: type[Any]
     address: int
     row: int  # bytes
+    parts: int  # that the graph wants a row cut into
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """How the graph sees the first `rows` of them."""
+        if self.parts == 1:
+            return (rows, self.width)
+        return (rows * self.parts,) if self.width == self.parts else (rows * self.parts, self.width // self.parts)
 
 
 class Buffer(NamedTuple):
@@ -62,7 +69,8 @@ class SequenceCache:
             if entry.heads:
                 self.buffers.append(Buffer(entry.name, array.shape, kind, address))
             else:
-                self.views.append(View(entry.name, entry.width, kind, address, entry.width * array.itemsize))
+                row = entry.width * array.itemsize
+                self.views.append(View(entry.name, entry.width, kind, address, row, entry.parts))
         self.load = load_state_of(info, capacity)
         if self.load is not None:
             self._cache["routes"] = self.load.routes

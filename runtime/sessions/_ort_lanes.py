@@ -2,8 +2,8 @@
 
 A run takes a prompt's chunk of one sequence, or one token of each of up to `lanes`. The graph is made so that what a
 token gives does not depend, to the bit, on which others are stepped with it. One kernel of onnxruntime's takes rows in
-pairs and rounds the last of an odd number otherwise (tried with 1.31): where engine.json says that the graph has it
-(`pairs`), a run of single tokens has an even number of rows, the first one twice where need be.
+pairs and rounds the last of an odd number otherwise (tried with 1.31): where the graph says that it has it
+(`moedge.pairs`), a run of single tokens has an even number of rows, the first one twice where need be.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class _Frame:
     """The arrays of a run with one token in each of the first `active` lanes, made once and filled for each run."""
 
-    def __init__(self, info: EngineInfo, active: int, lanes: int, idle_rows: int) -> None:
-        count = active + (active % 2 if info.session.get("pairs", True) else 0)
+    def __init__(self, info: EngineInfo, active: int, lanes: int, idle_rows: int, pairs: bool) -> None:
+        count = active + (active % 2 if pairs else 0)
         self.active = active
         self.input_ids = np.zeros(count, np.int64)
         self.places = np.zeros((1, count), np.int64)
@@ -50,6 +50,7 @@ class LaneRunner:
         self.lanes = lanes
         self.threads = threads
         self.users = 0
+        self._pairs = session.get_modelmeta().custom_metadata_map.get("moedge.pairs") == "1"
         self.session: Any = session
         self._lock = threading.Lock()
         self._binding: Any = session.io_binding()
@@ -88,7 +89,9 @@ class LaneRunner:
         with self._lock:
             frame = self._frames.get(active)
             if frame is None:
-                frame = self._frames[active] = _Frame(self.info, active, self.lanes, self._idle_rows)
+                frame = self._frames[active] = _Frame(
+                    self.info, active, self.lanes, self._idle_rows, self._pairs
+                )
             if self._frame is not frame:
                 names = ("input_ids", "places", "rows", "sizes", "take", "give")
                 self._bind({name: getattr(frame, name) for name in names}, frame.logits, frame.routing)
@@ -126,9 +129,10 @@ class LaneRunner:
 
     def _bind_views(self, lane: int, cache: SequenceCache, past: int, count: int) -> None:
         bind_input, bind_output = self._binding.bind_input, self._binding.bind_output
-        for name, width, kind, address, row in cache.views:
-            bind_input(f"cache.{name}.{lane}", *CPU, kind, (past + count, width), address)
-            bind_output(f"new.{name}.{lane}", *CPU, kind, (count, width), address + past * row)
+        for view in cache.views:
+            bind_input(f"cache.{view.name}.{lane}", *CPU, view.kind, view.shape(past + count), view.address)
+            place = view.address + past * view.row
+            bind_output(f"new.{view.name}.{lane}", *CPU, view.kind, (count, view.width), place)
 
     def forget(self, cache: SequenceCache) -> None:
         """Bind nothing of a cache that goes."""

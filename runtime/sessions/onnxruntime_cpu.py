@@ -153,7 +153,7 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
         self._past[0] = past
         bind_input, bind_output = self._binding.bind_input, self._binding.bind_output
         for cache, new, view in self._bound_views:
-            bind_input(cache, *CPU, view.kind, (past + count, view.width), view.address)
+            bind_input(cache, *CPU, view.kind, view.shape(past + count), view.address)
             bind_output(new, *CPU, view.kind, (count, view.width), view.address + past * view.row)
         run_bound(self._session, self._binding)
         check_routing(self._routing, self._info.moe_layers, past)

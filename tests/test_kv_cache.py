@@ -1,0 +1,180 @@
+"""The KV cache in fp32, fp16 and int8 on the CPU engine: what is in it, what it costs, and that all else holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from family_cases import VOCAB, make_model, save_model
+
+import moedge
+from moedge import cli
+from moedge.bundle import Bundle, read_json
+from moedge.errors import BuildError, UsageError
+from moedge.profiles.device import load_profile
+from moedge.profiles.estimate import estimate
+from moedge.profiles.fit import check_fit
+from moedge.profiles.shape import bytes_per_token, kv_element_bytes
+from moedge.runtime.preflight import read_engine
+from moedge.runtime.sessions import Session, SessionOptions, backend_module
+
+TOKENS = np.random.default_rng(21).integers(0, VOCAB, 60)
+PROMPT = 40
+# Mean error of logits over their spread, on random weights, which are harsher than trained ones.
+MOST_ERROR = {"fp16": 6e-3, "int8": 0.15}
+CASES = {"latent": ("deepseek_v3", "many_groups"), "grouped": ("gpt_oss", "alternate_windows")}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model, unquantized, with an engine for each type of cache."""
+    from fake_engine import write_tokenizer
+
+    family, name = CASES[request.param]
+    folder = tmp_path_factory.mktemp(f"kv-{request.param}")
+    save_model(make_model(family, name), family, folder / "checkpoint")
+    write_tokenizer(folder / "checkpoint")
+    found = {}
+    for kind in ("fp32", "fp16", "int8"):
+        moedge.export(folder / "checkpoint", folder / kind, weights="fp32", verify=False)
+        moedge.build(folder / kind, "cpu", kv_cache=kind)
+        found[kind] = folder / kind
+    return found
+
+
+def open_session(path: Path, lanes: int = 1) -> Session:
+    bundle = Bundle.open(path)
+    options = SessionOptions(1, lanes=lanes)
+    return backend_module("onnxruntime").open_session(bundle, read_engine(bundle, "cpu"), options)
+
+
+def run(session: Session) -> np.ndarray:
+    """Logits after each token: a prompt at once, the rest a token at a time."""
+    session.truncate(0)
+    first = session.step(TOKENS[:PROMPT], np.arange(PROMPT)).copy()
+    rest = [session.step(TOKENS[place : place + 1], np.array([0])).copy() for place in range(PROMPT, len(TOKENS))]
+    return np.concatenate([first, *rest])
+
+
+def test_narrower_caches_stay_near(bundles: dict[str, Path]) -> None:
+    exact = run(open_session(bundles["fp32"]))
+    errors = {kind: np.abs(run(open_session(bundles[kind])) - exact).mean() / exact.std() for kind in MOST_ERROR}
+    assert 0 < errors["fp16"] < errors["int8"]
+    assert all(errors[kind] < most for kind, most in MOST_ERROR.items()), errors
+
+
+@pytest.mark.parametrize("kind", MOST_ERROR)
+def test_what_lies_in_the_cache(kind: str, bundles: dict[str, Path]) -> None:
+    """In the first layer, whose inputs are equal, the rows are those of fp32, rounded to the nearest."""
+    path = bundles[kind]
+    plain, narrow = open_session(bundles["fp32"]), open_session(path)
+    for session in (plain, narrow):
+        session.step(TOKENS[:PROMPT], np.empty(0, np.int64))
+    entries = [entry.name for entry in read_engine(Bundle.open(path), "cpu").cache]
+    found = dict(zip(entries, narrow.read_rows(0, PROMPT), strict=True))
+    names = [entry.name for entry in read_engine(Bundle.open(bundles["fp32"]), "cpu").cache]
+    for name, rows in zip(names, plain.read_rows(0, PROMPT), strict=True):
+        if not name.endswith(".0"):
+            continue
+        if kind == "fp16":
+            np.testing.assert_array_equal(found[name], rows.astype(np.float16))
+            continue
+        assert found[name].dtype == np.int8
+        if name.startswith("latent"):
+            steps = np.repeat(found["scale.0"], rows.shape[1] // found["scale.0"].shape[1], axis=1)
+            blocks = np.abs(rows).reshape(*found["scale.0"].shape, -1).max(axis=2)
+            np.testing.assert_allclose(found["scale.0"], blocks / 127, rtol=1e-6)
+        else:
+            graph = onnx.load(path / "engines" / "cpu" / "model.onnx", load_external_data=False).graph
+            steps = next(onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name == f"scale.{name}")
+        values = np.clip(rows, -128 * steps, 127 * steps)
+        assert (np.abs(found[name] * steps - values) <= 0.5001 * steps).all()
+
+
+@pytest.mark.parametrize("kind", ["fp32", *MOST_ERROR])
+def test_lanes_copies_and_rewinding_change_no_bit(kind: str, bundles: dict[str, Path]) -> None:
+    single, lanes = open_session(bundles[kind]), open_session(bundles[kind], 2)
+    want = run(single)
+    other = lanes.another()
+    lanes.step(TOKENS[:7], np.empty(0, np.int64))
+    other.step(TOKENS[:PROMPT], np.empty(0, np.int64))
+    for place in range(PROMPT, PROMPT + 6):
+        together = lanes.step_together([other], np.array([3, TOKENS[place]]))
+        np.testing.assert_array_equal(together[1], want[place])
+    copy = single.another()
+    copy.append_rows(single.read_rows(0, PROMPT))
+    single.truncate(PROMPT)
+    for session in (single, copy):
+        logits = session.step(TOKENS[PROMPT : PROMPT + 1], np.array([0]))
+        np.testing.assert_array_equal(logits[0], want[PROMPT])
+
+
+@pytest.mark.parametrize("kind", MOST_ERROR)
+def test_prefixes_and_snapshots(kind: str, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """What was computed before gives the same tokens with each type."""
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0, "logprobs": 2}
+    with moedge.load(bundles[kind], threads=1, prefill_chunk=16) as engine:
+        first = engine.generate(TOKENS[:PROMPT].tolist(), **options)
+        list(first)
+        engine.save_snapshot(tmp_path / "context")
+        list(engine.generate([1, 2], **options))
+        again = engine.generate(TOKENS[:PROMPT].tolist(), **options)
+        list(again)
+        assert again.reused_tokens == 32 and (again.tokens, again.logprobs) == (first.tokens, first.logprobs)
+    with moedge.load(bundles[kind], threads=1, prefill_chunk=16) as engine:
+        assert engine.load_snapshot(tmp_path / "context") == PROMPT
+        restored = engine.generate(TOKENS[:PROMPT].tolist(), **options)
+        list(restored)
+        assert (restored.tokens, restored.logprobs) == (first.tokens, first.logprobs)
+
+
+def test_bytes_are_counted_everywhere(bundles: dict[str, Path]) -> None:
+    from moedge.runtime.bench import bench
+
+    device = load_profile("raspberry-pi-5")
+    for kind, path in bundles.items():
+        bundle = Bundle.open(path)
+        document = read_json(path / "engines" / "cpu" / "engine.json", BuildError)
+        rows = sum(part.nbytes for part in _one_row(path))
+        width = sum(entry["width"] for entry in bundle.manifest["cache"])
+        assert document["kv_cache"] == kind and f"{kind} KV cache" in document["precision"]
+        assert document["cache_bytes_per_token"] == rows == width * kv_element_bytes(kind, bundle.config)
+        found = bench(path, prompt_tokens=8, new_tokens=2, repeat=1, threads=1)
+        assert found["bytes_per_token"] == bytes_per_token(bundle.manifest, 9, 1, rows / width)
+        predicted = estimate(bundle.manifest, device, prompt_tokens=8, new_tokens=2, kv_cache=kind)
+        assert predicted["bytes_per_token"] == found["bytes_per_token"]
+        fit = check_fit(bundle.manifest, device, 1, 10, cache_bytes_per_element=rows / width)
+        assert predicted["fit"]["cache_bytes"] == fit.cache_bytes == 10 * rows
+
+
+def _one_row(path: Path) -> list[np.ndarray]:
+    session = open_session(path)
+    session.step(TOKENS[:1], np.empty(0, np.int64))
+    return session.read_rows(0, 1)
+
+
+def test_wrong_types_are_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(BuildError, match="kv_cache 'int4': target onnxruntime has fp32, fp16, int8; leave --kv-cache"):
+        moedge.build(tiny_bundle, "cpu", kv_cache="int4")
+    with pytest.raises(BuildError, match="kv_cache 'int8': target tensorrt_rtx has no choice of it; leave --kv-cache"):
+        moedge.build(tiny_bundle, "rtx4090", kv_cache="int8")
+    with pytest.raises(UsageError, match="kv_cache 'int8': target tensorrt has no choice of it"):
+        manifest = Bundle.open(tiny_bundle).manifest
+        estimate(manifest, load_profile("h100"), prompt_tokens=8, new_tokens=2, kv_cache="int8")
+    options = ["build", str(tiny_bundle), "--profile", "rtx4090", "--portable", "--kv-cache", "fp16"]
+    result = CliRunner().invoke(cli.main, options)
+    assert "--portable engines keep their KV cache in their own type" in str(result.exception)
+
+
+def test_a_dry_run_counts_the_type(tiny_bundle: Path) -> None:
+    totals = []
+    for kind in ("fp32", "fp16"):
+        options = ["build", str(tiny_bundle), "--profile", "cpu", "--dry-run", "--json", "--kv-cache", kind]
+        result = CliRunner().invoke(cli.main, options, catch_exceptions=False)
+        totals.append(json.loads(result.stdout)[0]["cache_bytes"])
+    assert totals[0] == 2 * totals[1]
