@@ -12,9 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gating import list_gates
+from .gating._checked import refuse_faults
 from .gating._flips import list_flips
 
 Choice = tuple[Tensor, Tensor]
+
+
+def _refuse(op: str, logits: Tensor, **attributes: int) -> None:
+    """Raises UsageError: the attributes contradict each other, or the logits' width."""
+    refuse_faults(op, list_gates()[op].find_fault, attributes, logits.shape[1])
 
 
 def _first_k(scores: Tensor, top_k: int) -> Tensor:
@@ -47,6 +54,7 @@ def softmax_topk_gate(
     logits: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: int, routed_scaling_factor: float
 ) -> tuple[Tensor, Tensor]:
     """See export/gating/softmax_topk.py. logits float32 [T, E]."""
+    _refuse("SoftmaxTopKGate", logits, top_k=top_k, n_group=n_group, topk_group=topk_group)
     scores = torch.softmax(logits, dim=-1)
     candidates = _keep_best_groups(scores, n_group, topk_group, best=1)
     experts = _first_k(candidates, top_k)
@@ -67,6 +75,7 @@ def sigmoid_topk_gate(
     routed_scaling_factor: float,
 ) -> tuple[Tensor, Tensor]:
     """See export/gating/sigmoid_topk.py. logits float32 [T, E], bias float32 [E]."""
+    _refuse("SigmoidTopKGate", logits, top_k=top_k, n_group=n_group, topk_group=topk_group)
     scores = torch.sigmoid(logits)
     choice = scores + bias
     experts = _first_k(_keep_best_groups(choice, n_group, topk_group, best=2), top_k)
@@ -81,6 +90,7 @@ def binary_code_gate(
     logits: Tensor, top_k: int, bits: int, norm_topk_prob: int, routed_scaling_factor: float
 ) -> tuple[Tensor, Tensor]:
     """See export/gating/binary_code.py. logits float32 [T, bits]."""
+    _refuse("BinaryCodeGate", logits, top_k=top_k, bits=bits)
     finite = logits.double().nan_to_num(nan=0.0).clamp(-1e30, 1e30)
     powers = 1 << torch.arange(bits, device=logits.device)
     is_one = finite > 0
@@ -176,14 +186,21 @@ def _register(op: Any, context: Callable[..., None], backward: Callable[..., Any
     op.register_autograd(backward, setup_context=context)
 
 
-def _fake_without_bias(logits: Tensor, top_k: int, *_: Any) -> Choice:
+def _fake_softmax(logits: Tensor, top_k: int, n_group: int, topk_group: int, *_: Any) -> Choice:
+    _refuse("SoftmaxTopKGate", logits, top_k=top_k, n_group=n_group, topk_group=topk_group)
     return _fake_choice(logits, top_k)
 
 
-def _fake_with_bias(logits: Tensor, bias: Tensor, top_k: int, *_: Any) -> Choice:
+def _fake_sigmoid(logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, *_: Any) -> Choice:
+    _refuse("SigmoidTopKGate", logits, top_k=top_k, n_group=n_group, topk_group=topk_group)
     return _fake_choice(logits, top_k)
 
 
-_register(softmax_topk_gate, _softmax_context, _softmax_backward, _fake_without_bias)
-_register(sigmoid_topk_gate, _sigmoid_context, _sigmoid_backward, _fake_with_bias)
-_register(binary_code_gate, _binary_context, _binary_backward, _fake_without_bias)
+def _fake_binary(logits: Tensor, top_k: int, bits: int, *_: Any) -> Choice:
+    _refuse("BinaryCodeGate", logits, top_k=top_k, bits=bits)
+    return _fake_choice(logits, top_k)
+
+
+_register(softmax_topk_gate, _softmax_context, _softmax_backward, _fake_softmax)
+_register(sigmoid_topk_gate, _sigmoid_context, _sigmoid_backward, _fake_sigmoid)
+_register(binary_code_gate, _binary_context, _binary_backward, _fake_binary)

@@ -406,6 +406,18 @@ def load_functions(names: set[str]) -> list[ir.Function]:
     return [ir.serde.deserialize_function(onnx.parser.parse_function(texts[name])) for name in sorted(names)]
 
 
+def check_graph(path: Path) -> None:
+    """onnx's own checker over a saved model, moedge's ops included: attributes, types and shapes.
+
+    Raises:
+        onnx.checker.ValidationError, onnx.shape_inference.InferenceError: name the node.
+    """
+    from .gating._schemas import register_schemas
+
+    register_schemas()
+    onnx.checker.check_model(str(path), full_check=True)
+
+
 def save_graph(model: ir.Model, path: Path) -> None:
     """Write a model whose weights are external already; the tensors themselves are not read."""
     path.write_bytes(ir.to_proto(model).SerializeToString())

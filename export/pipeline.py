@@ -27,7 +27,7 @@ from .config import GateConfig, MoEConfig
 from .digests import Digest, Key
 from .families import Family, find_family
 from .functions import DOMAIN
-from .graph import build_canonical_graph, save_graph
+from .graph import build_canonical_graph, check_graph, save_graph
 from .layout import Layout, plan_layout
 from .load_balance import make_load_aware
 from .memory import calibration_bytes, plan_memory
@@ -111,6 +111,7 @@ def export_checkpoint(
         digests: dict[Key, Digest] | None = {} if verify else None
         errors = write_weights(checkpoint, layout, staged / WEIGHTS, quantizer, progress, memory.chunk, digests)
         save_graph(model, staged / MODEL)
+        check_graph(staged / MODEL)
         if verify:
             rounding = getattr(quantizer, "MAX_ROUNDING", MAX_ROUNDING)
             check_parity(checkpoint, config, layout, model, staged / WEIGHTS, memory, progress, rounding, digests)

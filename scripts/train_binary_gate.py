@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ GATES = ("softmax", "binary")
 VOCABULARY = 256  # bytes
 CORPUS_SEED = 20261122
 WARM_UP = 50
+NO_SETTINGS = ("results", "page", "seeds", "gates", "processes")  # arguments on which no figure depends
 
 
 class Attention(nn.Module):
@@ -119,8 +122,10 @@ def initialize(model: Model, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def train(args: argparse.Namespace, scoring: str, seed: int, data: Tensor, held: Tensor) -> dict[str, Any]:
+def train(args: argparse.Namespace, scoring: str, seed: int) -> dict[str, Any]:
     """One model from the first step to the last; what the page says of it."""
+    torch.set_num_threads(1)
+    data, held = read_data(args)
     model = Model(args, scoring)
     initialize(model, seed)
     routers = [block.gate.weight for block in model.blocks]
@@ -233,22 +238,23 @@ def make_page(document: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"hidden": 96, "heads": 4, "layers": 2, "experts": 64, "top-k": 4, "inner": 48}
-    for name, value in {**sizes, "steps": 1000, "batch": 16, "window": 128, "held-windows": 512}.items():
+    sizes = {"hidden": 64, "heads": 4, "layers": 2, "experts": 32, "top-k": 4, "inner": 32}
+    for name, value in {**sizes, "steps": 1000, "batch": 8, "window": 128, "held-windows": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
     parser.add_argument("--rate", type=float, default=3e-3, help="AdamW's learning rate at its highest")
     parser.add_argument("--balance", type=float, default=0.01, help="of the balance loss, linear router")
-    parser.add_argument("--binary-balance", type=float, default=0.01, help="of the balance loss, binary gate")
+    parser.add_argument("--binary-balance", type=float, default=0.003, help="of the balance loss, binary gate")
     parser.add_argument("--binary-rate", type=float, default=1.0, help="times the rate, for the binary gate's router")
+    parser.add_argument("--processes", type=int, default=1, help="models trained at once, each by one thread")
     parser.add_argument("--results", type=Path, default=PAGE.with_suffix(".json"))
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    data, held = read_data(args)
-    runs = [train(args, gate, seed, data, held) for seed in args.seeds for gate in args.gates]
-    settings = {name: value for name, value in vars(args).items() if name not in ("results", "page", "seeds", "gates")}
+    jobs = [(args, gate, seed) for seed in args.seeds for gate in args.gates]
+    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        runs = list(pool.map(train, *zip(*jobs, strict=True)))
+    settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     given = {action.dest: action.default for action in parser._actions}
     changed = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items() if value != given[name]]
     document = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
+from moedge.errors import UsageError
 from moedge.export.gating import list_gates
 from moedge.profiles.targets._canonical import Rewriter
 
@@ -160,12 +162,16 @@ def block_router(case: tuple[Any, ...], model_type: str) -> Callable[[Any], Any]
     import torch
     import transformers
 
-    names = {"mixtral": ("Mixtral", "num_local_experts"), "qwen3_moe": ("Qwen3Moe", "num_experts")}
+    names = {
+        "mixtral": ("Mixtral", "num_local_experts"),
+        "olmoe": ("Olmoe", "num_experts"),
+        "qwen3_moe": ("Qwen3Moe", "num_experts"),
+    }
     prefix, count = names[model_type]
     module = __import__(f"transformers.models.{model_type}.modeling_{model_type}", fromlist=[""])
     experts, top_k, _, _, norm, _ = case
     settings = {"hidden_size": experts, "num_experts_per_tok": top_k, count: experts}
-    if model_type == "qwen3_moe":
+    if model_type != "mixtral":
         settings["norm_topk_prob"] = bool(norm)
     block = getattr(module, f"{prefix}SparseMoeBlock")(getattr(transformers, f"{prefix}Config")(**settings))
     block.gate.weight.data = torch.eye(experts)
@@ -246,18 +252,69 @@ def test_full_checker_takes_the_function(op: str) -> None:
     onnx.checker.check_model(function_model(op, attributes_of(op, CASES[op][0])), full_check=True)
 
 
+FAULTS = [
+    ((8, 9, 1, 1, 1, 1.0), "num_experts_per_tok 9 exceeds the 8 experts"),
+    ((8, 0, 1, 1, 1, 1.0), "num_experts_per_tok 0 is not between 1 and the 8 experts"),
+    ((8, 2, 3, 1, 1, 1.0), "n_group 3 does not divide the 8 experts"),
+    ((8, 2, 0, 1, 1, 1.0), "n_group 0 is not between 1 and the 8 experts"),
+    ((8, 2, 2, 3, 1, 1.0), "topk_group 3 exceeds n_group 2"),
+    ((8, 2, 2, -1, 1, 1.0), "topk_group -1 is not between 1 and n_group 2"),
+    ((8, 3, 4, 1, 1, 1.0), "1 groups of 2 experts hold fewer than num_experts_per_tok 3"),
+]
+
+
 @pytest.mark.parametrize("op", ["SigmoidTopKGate", "SoftmaxTopKGate"])
-@pytest.mark.parametrize(
-    ("case", "fault"),
-    [
-        ((8, 9, 1, 1, 1, 1.0), "num_experts_per_tok 9 exceeds the 8 experts"),
-        ((8, 2, 3, 1, 1, 1.0), "n_group 3 does not divide the 8 experts"),
-        ((8, 2, 2, 3, 1, 1.0), "topk_group 3 exceeds n_group 2"),
-        ((8, 3, 4, 1, 1, 1.0), "1 groups of 2 experts hold fewer than num_experts_per_tok 3"),
-    ],
-)
+@pytest.mark.parametrize(("case", "fault"), FAULTS)
 def test_contradicting_attributes_are_named_with_both_figures(op: str, case: Any, fault: str) -> None:
-    assert list_gates()[op].find_fault(dict(zip(GROUPED, case[1:], strict=True)), case[0]) == fault
+    attributes = dict(zip(GROUPED, case[1:], strict=True))
+    assert list_gates()[op].find_fault(attributes, case[0]) == fault
+    inputs = draw_inputs(op, 8, 3)
+    with pytest.raises(UsageError) as caught:
+        list_gates()[op].reference(*inputs.values(), **attributes)
+    assert str(caught.value) == f"moedge.{op}: {fault}"
+
+
+@pytest.mark.parametrize("op", ["SigmoidTopKGate", "SoftmaxTopKGate"])
+@pytest.mark.parametrize(("case", "fault"), FAULTS)
+def test_torch_refuses_them_where_it_runs_and_where_it_traces(op: str, case: Any, fault: str) -> None:
+    torch = pytest.importorskip("torch")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from moedge.export import torch_ops
+
+    with FakeTensorMode() as fake:
+        traced = [fake.from_tensor(torch.tensor(each)) for each in draw_inputs(op, 8, 3).values()]
+        with pytest.raises(UsageError, match=re.escape(f"moedge.{op}: {fault}")):
+            torch_ops._OPS[op](*traced, *case[1:])
+    with pytest.raises(UsageError, match=re.escape(f"moedge.{op}: {fault}")):
+        torch_ops._OPS[op](*(torch.tensor(each) for each in draw_inputs(op, 8, 3).values()), *case[1:])
+
+
+def test_other_gates_refuse_them_too() -> None:
+    gates, logits = list_gates(), np.zeros((3, 8), np.float32)
+    load = np.zeros(8, np.float32)
+    aware = {"top_k": 2, "norm_topk_prob": 1, "routed_scaling_factor": 1.0, "penalty": 0.0, "decay": 1.0}
+    binary = {"norm_topk_prob": 1, "routed_scaling_factor": 1.0}
+    cases: list[tuple[str, list[Array], dict[str, Any], str]] = [
+        (
+            "LoadAwareGate",
+            [logits, logits, load],
+            {**aware, "capacity_factor": -1.5},
+            "capacity_factor -1.5 is below 1: 8 experts would have room for -3 of the 2 choices of each token",
+        ),
+        (
+            "LoadAwareGate",
+            [logits, logits, load],
+            {**aware, "top_k": 9, "capacity_factor": 1.0},
+            "num_experts_per_tok 9 exceeds the 8 experts",
+        ),
+        ("BinaryCodeGate", [logits], {**binary, "top_k": 257, "bits": 8}, "num_experts_per_tok 257 exceeds the 256"),
+        ("BinaryCodeGate", [logits], {**binary, "top_k": 2, "bits": 5}, "8 experts are not the 32 that codes of 5"),
+        ("SparseMixerGate", [logits], {"top_k": 3, "jitter_eps": 0.01}, "num_experts_per_tok is 3, this gate choos"),
+    ]
+    for op, inputs, attributes, fault in cases:
+        with pytest.raises(UsageError, match=re.escape(f"moedge.{op}: {fault}")):
+            gates[op].reference(*inputs, **attributes)
 
 
 def test_sparse_mixer_chooses_two() -> None:

@@ -33,6 +33,12 @@ def find_group_fault(attributes: dict[str, int | float], num_experts: int) -> st
     top_k, groups, kept = attributes["top_k"], attributes["n_group"], attributes["topk_group"]
     if top_k > num_experts:
         return f"num_experts_per_tok {top_k} exceeds the {num_experts} experts"
+    if top_k < 1:
+        return f"num_experts_per_tok {top_k} is not between 1 and the {num_experts} experts"
+    if groups < 1:
+        return f"n_group {groups} is not between 1 and the {num_experts} experts"
+    if kept < 1:
+        return f"topk_group {kept} is not between 1 and n_group {groups}"
     if num_experts % groups:
         return f"n_group {groups} does not divide the {num_experts} experts"
     if kept > groups:

@@ -1,11 +1,13 @@
 """ONNX schemas of the gates and of `moedge.Experts`, made from their function bodies and registered with onnx.
 
-A model that has a call but no body is then still checked (attributes, types) and its shapes are inferred.
+A model that has a call but no body is then still checked (attributes, types) and its shapes are inferred; attributes
+that contradict each other, or the width of the logits, are refused with both figures.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,8 @@ import onnx
 from onnx.defs import OpSchema
 
 from ..functions import DOMAIN, FUNCTIONS, VERSION
-from . import list_gates
+from . import Gate, list_gates
+from ._checked import count_experts
 
 _FLOAT, _INT = "tensor(float)", "tensor(int64)"
 _KINDS = {onnx.AttributeProto.INT: OpSchema.AttrType.INT, onnx.AttributeProto.FLOAT: OpSchema.AttrType.FLOAT}
@@ -25,7 +28,7 @@ def register_schemas() -> list[str]:
     texts = {op: gate.FUNCTION for op, gate in gates.items()} | {"Experts": FUNCTIONS["Experts"]}
     for op, text in texts.items():
         if not onnx.defs.has(op, DOMAIN):
-            infer = _infer_gate if op in gates else _infer_experts
+            infer = functools.partial(_infer_gate, gates[op]) if op in gates else _infer_experts
             onnx.defs.register_schema(_schema_from_function(onnx.parser.parse_function(text), infer))
             # Else onnx frees `infer` after the interpreter has ended, and 1.19 then waits forever for its lock.
             atexit.register(onnx.defs.deregister_schema, op, VERSION, DOMAIN)
@@ -63,11 +66,18 @@ def _schema_from_function(function: onnx.FunctionProto, infer: Callable[[Any], N
     return schema
 
 
-def _infer_gate(context: Any) -> None:
+def _infer_gate(gate: Gate, context: Any) -> None:
     """logits [T, n] -> experts int64 [T, k], weights float32 [T, k]; further outputs are as the last inputs, which they
-    continue."""
+    continue.
+
+    Raises:
+        InferenceError: what contradicts itself in the attributes.
+    """
     top_k = context.get_attribute("top_k").i
-    tokens = _dims_of(context.get_input_type(0))[:1]
+    dims = _dims_of(context.get_input_type(0))
+    tokens = dims[:1]
+    if len(dims) == 2 and dims[1].dim_value:
+        _refuse_faults(gate, context, dims[1].dim_value)
     for index, kind in enumerate((onnx.TensorProto.INT64, onnx.TensorProto.FLOAT)):
         output = onnx.TypeProto()
         output.tensor_type.elem_type = kind
@@ -78,6 +88,14 @@ def _infer_gate(context: Any) -> None:
     for index in range(2, context.get_num_outputs()):
         state = context.get_input_type(context.get_num_inputs() - context.get_num_outputs() + index)
         context.set_output_type(index, state)
+
+
+def _refuse_faults(gate: Gate, context: Any, width: int) -> None:
+    given = {name: context.get_attribute(name) for name in gate.ATTRIBUTES}
+    values = {name: each.f if each.type == onnx.AttributeProto.FLOAT else each.i for name, each in given.items()}
+    fault = gate.find_fault(values, count_experts(values, width))
+    if fault:
+        raise onnx.shape_inference.InferenceError(f"moedge.{gate.OP}: {fault}")
 
 
 def _infer_experts(context: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from . import GraphBuilder
+from ._checked import checked
 from ._flips import count_preceding, list_flips
 from ._groups import scale_weights
 
@@ -139,6 +140,7 @@ def count_bits(num_experts: int) -> int:
     return max(1, (num_experts - 1).bit_length())
 
 
+@checked(OP, find_fault)
 def reference(
     logits: Any, *, top_k: int, bits: int, norm_topk_prob: int, routed_scaling_factor: float
 ) -> tuple[Any, Any]:

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from . import GraphBuilder
+from ._checked import checked
 from ._groups import scale_weights
 
 OP = "LoadAwareGate"
@@ -181,6 +182,8 @@ def find_fault(attributes: dict[str, int | float], num_experts: int) -> str | No
     top_k, factor = attributes["top_k"], attributes["capacity_factor"]
     if top_k > num_experts:
         return f"num_experts_per_tok {top_k} exceeds the {num_experts} experts"
+    if top_k < 1:
+        return f"num_experts_per_tok {top_k} is not between 1 and the {num_experts} experts"
     if not factor >= 1:
         room = f"{num_experts} experts would have room for {factor * top_k:g} of the {top_k} choices of each token"
         return f"capacity_factor {factor:g} is below 1: {room}"
@@ -200,6 +203,7 @@ def find_capacity(tokens: int, top_k: int, num_experts: int, capacity_factor: fl
     return int(np.ceil(np.float64(np.float32(capacity_factor)) * (tokens * top_k) / num_experts))
 
 
+@checked(OP, find_fault)
 def reference(
     scores: Any,
     choice: Any,

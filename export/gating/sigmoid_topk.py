@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import GraphBuilder
+from ._checked import checked
 from ._groups import find_group_fault, keep_best_groups, mask_groups, pass_on_nan, scale_weights
 
 OP = "SigmoidTopKGate"
@@ -79,6 +80,7 @@ def find_fault(attributes: dict[str, int | float], num_experts: int) -> str | No
     return find_group_fault(attributes, num_experts)
 
 
+@checked(OP, find_fault)
 def reference(
     logits: Any,
     bias: Any,

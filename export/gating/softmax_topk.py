@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import GraphBuilder
+from ._checked import checked
 from ._groups import find_group_fault, keep_best_groups, mask_groups, pass_on_nan, scale_weights
 
 OP = "SoftmaxTopKGate"
@@ -70,6 +71,7 @@ def find_fault(attributes: dict[str, int | float], num_experts: int) -> str | No
     return find_group_fault(attributes, num_experts)
 
 
+@checked(OP, find_fault)
 def reference(
     logits: Any, *, top_k: int, n_group: int, topk_group: int, norm_topk_prob: int, routed_scaling_factor: float
 ) -> tuple[Any, Any]:

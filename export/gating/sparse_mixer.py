@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import GraphBuilder
+from ._checked import checked
 
 OP = "SparseMixerGate"
 ATTRIBUTES = ("top_k", "jitter_eps")
@@ -73,6 +74,7 @@ def find_fault(attributes: dict[str, int | float], num_experts: int) -> str | No
     return None
 
 
+@checked(OP, find_fault)
 def reference(logits: Any, *, top_k: int, jitter_eps: float) -> tuple[Any, Any]:
     """numpy: logits float32 [T, E] -> (experts int64 [T, 2], weights float32 [T, 2])."""
     scores = logits.astype(np.float32)

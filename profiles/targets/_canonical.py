@@ -14,6 +14,7 @@ from ...bundle import MODEL, Bundle
 from ...errors import BuildError, BundleError
 from ...export.config import MoEConfig, moe_config_from_json
 from ...export.functions import DOMAIN
+from ...export.graph import check_graph
 from ...export.load_balance import start_load
 from . import BuildRequest
 
@@ -53,13 +54,17 @@ class Matrix:
 
 
 def load_canonical(bundle: Bundle) -> tuple[ir.Model, MoEConfig]:
-    """The canonical model, its tensors still external and unread, and the config it was made from."""
+    """The canonical model, checked, its tensors still external and unread, and the config it was made from.
+
+    Raises:
+        BundleError: not readable, or not what onnx and the schemas of moedge's ops allow.
+    """
     with _loading(bundle):
         return ir.load(bundle.file(MODEL)), moe_config_from_json(bundle.config)
 
 
 def load_torch_graph(bundle: Bundle) -> ir.Model:
-    """The graph of a user's own torch model, its tensors still external and unread."""
+    """The graph of a user's own torch model, checked, its tensors still external and unread."""
     with _loading(bundle):
         return ir.load(bundle.file(MODEL))
 
@@ -72,6 +77,7 @@ def holds_torch_graph(bundle: Bundle) -> bool:
 @contextlib.contextmanager
 def _loading(bundle: Bundle) -> Iterator[None]:
     try:
+        check_graph(bundle.file(MODEL))
         yield
     except Exception as cause:
         raise BundleError(
