@@ -16,6 +16,7 @@ from test_gating import CASES, attributes_of, draw_inputs, every_way, function_m
 import moedge
 from moedge.bundle import ENGINE_MANIFEST, MANIFEST, WEIGHTS, read_json, write_json
 from moedge.errors import EngineError
+from moedge.profiles.build import write_engine_manifest
 from moedge.runtime.initializers import read_placed
 from moedge.runtime.sessions import Routing, check_routing
 
@@ -69,10 +70,9 @@ def poison(bundle: Path, name: str, rows: slice) -> None:
     manifest = read_json(bundle / MANIFEST)
     manifest["files"][WEIGHTS] = entry
     write_json(bundle / MANIFEST, manifest)
-    path = bundle / "engines/cpu" / ENGINE_MANIFEST
-    document = read_json(path)
+    document = read_json(bundle / "engines/cpu" / ENGINE_MANIFEST)
     document["made_from"][WEIGHTS] = entry["sha256"]
-    write_json(path, document)
+    write_engine_manifest(bundle / "engines/cpu", document)
 
 
 def test_an_engine_names_the_layer_and_the_token(tiny_bundle: Path, tmp_path: Path) -> None:
