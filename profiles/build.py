@@ -30,7 +30,7 @@ from ..runtime.preflight import seal_of
 from .device import DeviceProfile, load_profile
 from .estimate import cache_element_bytes
 from .fit import Fit, check_fit, size
-from .plan import BuildPlan, plan_engines
+from .plan import BuildPlan, for_engines, plan_engines
 from .targets import BuildRequest, check_takes, find_target, pick_target
 
 BUILD_FOLDER_MANIFEST = "build.json"
@@ -146,8 +146,6 @@ def _build_for(
     also = tuple(devices[1:])
     runs = (prefill_chunk, expert_buckets)
     request = BuildRequest(bundle, devices[0], max_batch, length, also, max_memory, *runs, kv_cache)
-    if max_memory is not None:  # several engines need more than one
-        fits[0] = plan_engines(request, name, bundle.manifest).fit
     for fit in fits:
         if not fit.fits:
             raise BuildError(fit.explain())
@@ -171,6 +169,7 @@ def _build_for(
         for device, fit, folder in zip(devices, fits, staged, strict=True):
             if folder is not staged[0]:
                 _link_files(staged[0], folder)
+            fit = for_engines(fit, bundle.manifest, device, len(document["session"].get("parts", ())))
             own: dict[str, Any] = {"profile": device.name, "fit": fit.to_json()}
             if device.compute_capability is not None and document["compute_capability"] is not None:
                 own["compute_capability"] = list(device.compute_capability)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .device import DeviceProfile
 from .fit import Fit, check_fit, size
 from .targets import BuildRequest, plan_build
 
@@ -40,10 +41,17 @@ def plan_engines(request: BuildRequest, target: str, manifest: Mapping[str, Any]
     """
     parts = plan_build(target, request)
     fit = check_fit(manifest, request.device, request.max_batch, request.max_seq_len)
-    if len(parts) > 1:  # each engine has activations of its own
-        asked = (manifest, request.device, request.max_batch, request.max_seq_len)
-        fit = check_fit(*asked, workspace_bytes=len(parts) * fit.workspace_bytes)
+    fit = for_engines(fit, manifest, request.device, len(parts))
     return BuildPlan(fit, target, parts, request.max_memory)
+
+
+def for_engines(fit: Fit, manifest: Mapping[str, Any], device: DeviceProfile, engines: int) -> Fit:
+    """The same fit where the model is cut into several engines: each has activations of its own."""
+    if engines < 2:
+        return fit
+    return check_fit(
+        manifest, device, fit.max_batch, fit.max_seq_len, workspace_bytes=engines * fit.workspace_bytes
+    )
 
 
 def parts_table(plans: list[BuildPlan]) -> Table | None:

@@ -71,12 +71,13 @@ def plan_build(request: BuildRequest, bound: int | None) -> list[dict[str, Any]]
     Raises:
         BuildError: sizes beyond these targets, or a bound below what one layer needs.
     """
+    beside = caller_bytes()
     _, sizes, parts = _plan_network(request, bound, pick_form(request))
     return [
         {
             "layers": [part.start, part.stop],
             "weights_bytes": sizes.of(part),
-            "build_memory_bytes": estimate_build_bytes(sizes.of(part)) + caller_bytes(),
+            "build_memory_bytes": estimate_build_bytes(sizes.of(part)) + beside,
         }
         for part in parts
     ]
@@ -87,10 +88,11 @@ def _plan_network(
 ) -> tuple[LoweredNetwork, NetworkSizes, list[Part]]:
     if request.max_seq_len < 2:
         raise BuildError(f"max_seq_len {request.max_seq_len}: a TensorRT engine needs room for 2 tokens or more")
+    beside = caller_bytes()  # now: the whole network's graph is gone when the builders run
     model, config = load_canonical(request.bundle)
     network = lower_network(model, config, request.max_seq_len, real=ir.DataType.FLOAT16, form=form)
     sizes = measure_sizes(network.weights, config.num_hidden_layers)
-    return network, sizes, plan_parts(sizes, bound, caller_bytes())
+    return network, sizes, plan_parts(sizes, bound, beside)
 
 
 def pick_form(request: BuildRequest) -> NetworkForm:

@@ -26,6 +26,7 @@ BUILDER_TIMES = 4.0
 # What this process holds more when the builders run than before it checked the network: onnxruntime's library, and what
 # the allocator keeps (measured: 20 to 40 MiB).
 CALLER_BYTES = 64 << 20
+_ROUND = 8 << 20  # so that the figure of a refusal works although two runs differ by a little
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _cut_evenly(sizes: NetworkSizes, count: int) -> list[Part]:
 
 
 def too_small(bound: int, least: int, beside: int) -> BuildError:
-    mib = -(-least // (1 << 20))
+    mib = -(-(least + _ROUND) // (1 << 20))
     return BuildError(
         f"--max-memory {size(bound)}: building one layer's engine takes about {size(least)}, {size(beside)} of it this "
         f"process; use --max-memory {mib}MiB or more, or export with fewer bits (--weights int4)"
