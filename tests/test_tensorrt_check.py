@@ -17,6 +17,7 @@ from moedge.profiles.targets._canonical import load_canonical
 from moedge.profiles.targets._trt_check import canonical_logits, check_numerics
 from moedge.profiles.targets._trt_parts import Part
 from moedge.profiles.targets._trt_views import View, keep_view, measure_view_sizes, plan_views
+from moedge.profiles.targets.tensorrt_network import NetworkForm
 
 CUTS = [Part(0, 1, 4), Part(1, 3, 4), Part(3, 4, 4)]
 
@@ -71,6 +72,13 @@ def test_a_large_model_is_checked_in_breadth_by_its_first_layers_and_in_depth_by
     assert check_numerics(tiny, memory=1000) == {
         "checked": False,
         "reason": "the bound on memory does not hold a dequantized matrix of the network",
+    }
+    sizes = sizes_of(tiny)
+    least = next(size for size in range(0, 1 << 22, 4096) if plan_views(sizes, size))
+    assert check_numerics(tiny, memory=least, form=NetworkForm(buckets=True)) == {
+        "checked": False,
+        "reason": "the bound on memory does not hold a dequantized layer of experts, which expert buckets cannot be "
+        "checked in slices of",
     }
     monkeypatch.setattr(_trt_check.machine, "memory_bytes", lambda: 1000)
     assert check_numerics(tiny)["reason"].startswith("this machine's memory does not hold")

@@ -53,10 +53,14 @@ def check_numerics(
     model, config = load_canonical(bundle)
     sizes = measure_view_sizes(model, config)
     views = plan_views(sizes, (machine.memory_bytes() or 8 << 30) // 2 if memory is None else memory)
+    parts, form = parts or whole(config.num_hidden_layers), form or NetworkForm()
+    matrix = "matrix of the network"
+    if form.buckets:  # a slice's experts would get more tokens than their buckets hold
+        views = [view for view in views if view.experts == sizes.experts]
+        matrix = "layer of experts, which expert buckets cannot be checked in slices of"
     if not views:
         whose = "this machine's memory" if memory is None else "the bound on memory"
-        return {"checked": False, "reason": f"{whose} does not hold a dequantized matrix of the network"}
-    parts, form = parts or whole(config.num_hidden_layers), form or NetworkForm()
+        return {"checked": False, "reason": f"{whose} does not hold a dequantized {matrix}"}
     checks = [check for view in views for check in list_checks(config, view)]
     steps = _Steps(progress, sum(_count_steps(view, form.lanes) for view, _ in checks))
     worst = max(_check_view(bundle, view, lift, parts, form, steps) for view, lift in checks)
