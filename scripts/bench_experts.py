@@ -85,14 +85,14 @@ def measure_shape(name: str, args: argparse.Namespace, folder: Path, bandwidth: 
         loads[kind] = (time.perf_counter() - started, machine_private() - before)
     for kind, (seconds, private) in loads.items():
         yield {"shape": name, "kind": kind, "load_s": seconds, "private_bytes": private}
-    row = 2 * shape.hidden + shape.hidden  # rows of gate and up, and of down, are as many codes together
-    expert_bytes = row * shape.inner * args.bits // 8 + row * shape.inner // GROUP * 4
+    codes = 3 * shape.hidden * shape.inner  # of gate, up and down
+    expert_bytes = codes * args.bits // 8 + codes // GROUP * 4
     generator = np.random.default_rng(0)
     for tokens in args.tokens:
         least = dict.fromkeys(sessions, float("inf"))
         calls = max(1, min(40, 64 // tokens))
         for _ in range(args.turns):
-            feeds = [make_feed(shape, tokens, generator) for _ in range(calls)]
+            feeds = [make_feed(shape, tokens, generator, call) for call in range(calls)]
             for kind, session in sessions.items():
                 for feed in feeds:
                     given = own_feed(feed) if kind == "moedge.cpu" else stock_feed(feed, shape)
@@ -192,8 +192,12 @@ def open_session(model: bytes, folder: Path, threads: int) -> ort.InferenceSessi
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def make_feed(shape: Shape, tokens: int, generator: np.random.Generator) -> dict[str, Array]:
-    chosen = np.argsort(generator.random((tokens, shape.experts)), axis=1)[:, : shape.top_k]
+def make_feed(shape: Shape, tokens: int, generator: np.random.Generator, call: int) -> dict[str, Array]:
+    """Random tokens and choices; one token's go through all experts call by call, so that none is in a cache still."""
+    if tokens == 1:
+        chosen = (np.arange(shape.top_k) + call * shape.top_k)[None] % shape.experts
+    else:
+        chosen = np.argsort(generator.random((tokens, shape.experts)), axis=1)[:, : shape.top_k]
     return {
         "x": generator.standard_normal((tokens, shape.hidden), np.float32),
         "experts": chosen.astype(np.int64),
