@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..bundle import (
     ENGINE_MANIFEST,
     FORMAT,
@@ -49,6 +51,8 @@ def build(
     prefill_chunk: int | None = None,
     expert_buckets: bool = False,
     kv_cache: str | None = None,
+    latent_attention: str = "auto",
+    precision: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Build an engine for a device; returns its folder. An engine that was there is replaced when the new one is whole.
@@ -63,6 +67,9 @@ def build(
         prefill_chunk: the most tokens that a run of a TensorRT engine takes (256).
         expert_buckets: of a load-aware bundle: a chunk's experts work on buckets of what the gate lets them have.
         kv_cache: the type of the KV cache, where the target has a choice: fp32, fp16 or int8.
+        latent_attention: absorbed (a small cache) or expanded (a cache by head, and TensorRT's attention kernels);
+            auto: expanded where the device holds it.
+        precision: fp8 quantizes the weights again, for GPUs of compute capability 8.9 and later; None: the bundle's.
         progress: called with (what, done, total).
 
     Raises:
@@ -81,6 +88,8 @@ def build(
         prefill_chunk=prefill_chunk,
         expert_buckets=expert_buckets,
         kv_cache=kv_cache,
+        latent_attention=latent_attention,
+        precision=precision,
         progress=progress,
     )
     return folder
@@ -96,6 +105,8 @@ def build_portable(
     max_memory: int | None = None,
     prefill_chunk: int | None = None,
     expert_buckets: bool = False,
+    latent_attention: str = "auto",
+    precision: str | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Build one engine that runs on all these devices; returns a folder for each, whose files are links to one copy.
@@ -119,6 +130,8 @@ def build_portable(
         max_memory=max_memory,
         prefill_chunk=prefill_chunk,
         expert_buckets=expert_buckets,
+        latent_attention=latent_attention,
+        precision=precision,
         progress=progress,
     )
 
@@ -134,6 +147,8 @@ def _build_for(
     prefill_chunk: int | None,
     expert_buckets: bool,
     kv_cache: str | None = None,
+    latent_attention: str = "auto",
+    precision: str | None = None,
     progress: Progress | None,
 ) -> list[Path]:
     """One engine for all `devices`, in the first one's folder and linked into the others'."""
@@ -144,8 +159,8 @@ def _build_for(
     length = pick_max_seq_len(bundle, max_seq_len)
     fits = [check_build_fit(bundle, device, max_batch, length, kv_cache) for device in devices]
     also = tuple(devices[1:])
-    runs = (prefill_chunk, expert_buckets)
-    request = BuildRequest(bundle, devices[0], max_batch, length, also, max_memory, *runs, kv_cache)
+    choices = (prefill_chunk, expert_buckets, kv_cache, latent_attention, precision)
+    request = BuildRequest(bundle, devices[0], max_batch, length, also, max_memory, *choices)
     for fit in fits:
         if not fit.fits:
             raise BuildError(fit.explain())
@@ -196,6 +211,7 @@ def _check_built(
         document["max_seq_len"],
         workspace_bytes=max(memory["activation_bytes"], default=0),
         weight_bytes=memory["weights_bytes"],
+        cache_bytes_per_token=sum(entry["width"] * np.dtype(entry["dtype"]).itemsize for entry in document["cache"]),
     )
     if not fit.fits:
         raise BuildError(f"by its build log, {fit.explain()}")
@@ -252,14 +268,16 @@ def plan(
     prefill_chunk: int | None = None,
     expert_buckets: bool = False,
     kv_cache: str | None = None,
+    latent_attention: str = "auto",
+    precision: str | None = None,
 ) -> BuildPlan:
     """What `build` would make, and whether it fits; arguments and exceptions as of `build`, and nothing is written."""
     device = retarget(device, backend)
     if max_batch < 1:
         raise BuildError(f"max_batch {max_batch}: at least 1 was expected; use --max-batch 1")
     length = pick_max_seq_len(bundle, max_seq_len)
-    runs = (prefill_chunk, expert_buckets)
-    request = BuildRequest(bundle, device, max_batch, length, (), max_memory, *runs, kv_cache)
+    choices = (prefill_chunk, expert_buckets, kv_cache, latent_attention, precision)
+    request = BuildRequest(bundle, device, max_batch, length, (), max_memory, *choices)
     planned = plan_engines(request, device.target, bundle.manifest)
     if kv_cache is not None:
         planned = dataclasses.replace(planned, fit=check_build_fit(bundle, device, max_batch, length, kv_cache))

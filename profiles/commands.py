@@ -35,6 +35,13 @@ from .plan import explain_parts, parts_table
 @click.option("--prefill-chunk", type=int, metavar="N", help="Tokens of a prompt in one run (TensorRT). [default: 256]")
 @click.option("--expert-buckets", is_flag=True, help="Chunks in buckets of bounded size (TensorRT).")
 @click.option("--kv-cache", metavar="TYPE", help="fp32, fp16 or int8, where the target has a choice.")
+@click.option(
+    "--latent-attention",
+    default="auto",
+    metavar="FORM",
+    help="Cache of MLA on TensorRT: absorbed (latents), expanded (by head). [default: expanded where it fits]",
+)
+@click.option("--precision", metavar="NAME", help="fp8: weights quantized again. [default: the bundle's weights]")
 @click.option("--dry-run", is_flag=True, help="The fit check and the plan alone.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def build_command(
@@ -48,6 +55,8 @@ def build_command(
     prefill_chunk: int | None,
     expert_buckets: bool,
     kv_cache: str | None,
+    latent_attention: str,
+    precision: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -65,6 +74,7 @@ def build_command(
     names = list(dict.fromkeys(profiles))
     options: dict[str, Any] = {"backend": backend, "max_batch": max_batch, "max_seq_len": max_seq_len}
     options |= {"prefill_chunk": prefill_chunk, "expert_buckets": expert_buckets}
+    options |= {"latent_attention": latent_attention, "precision": precision}
     from ..export.memory import parse_size  # not at the top: `--help` must not cost what reading checkpoints does
 
     options["max_memory"] = None if max_memory is None else parse_size(max_memory)

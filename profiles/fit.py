@@ -127,17 +127,20 @@ def check_fit(
     cache_bytes_per_element: float | None = None,
     workspace_bytes: int | None = None,
     weight_bytes: int | None = None,
+    cache_bytes_per_token: int | None = None,
 ) -> Fit:
     """Memory of a bundle's model on a device, and when it does not fit the single changes that make it.
 
     `cache_bytes_per_element` is the target's own unless given; `workspace_bytes` and `weight_bytes` replace the
-    estimate and the bundle's own (a build log knows both).
+    estimate and the bundle's own (a build log knows both), `cache_bytes_per_token` the bundle's own cache.
 
     Raises:
         BundleError: the manifest lacks what every bundle has.
     """
     shape = ModelShape.from_manifest(manifest)
-    question = _Question(manifest, shape, cache_bytes_per_element, workspace_bytes, weight_bytes)
+    question = _Question(
+        manifest, shape, cache_bytes_per_element, workspace_bytes, weight_bytes, cache_bytes_per_token
+    )
     fit = question.ask(device, max_batch, max_seq_len)
     if fit.fits:
         return fit
@@ -184,6 +187,12 @@ class _Question:
     cache_element_bytes: float | None
     workspace_bytes: int | None
     weight_bytes: int | None = None
+    cache_bytes_per_token: int | None = None
+
+    def cache_bytes(self, target: str, tokens: int) -> int:
+        if self.cache_bytes_per_token is not None:
+            return tokens * self.cache_bytes_per_token
+        return self.shape.cache_bytes(tokens, self.cache_element_bytes or CACHE_ELEMENT_BYTES[target])
 
     def ask(
         self,
@@ -205,9 +214,7 @@ class _Question:
             max_batch=max_batch,
             max_seq_len=max_seq_len,
             weight_bytes=weight_bytes or self.weight_bytes or self.shape.weight_bytes,
-            cache_bytes=self.shape.cache_bytes(
-                max_batch * max_seq_len, self.cache_element_bytes or CACHE_ELEMENT_BYTES[device.target]
-            ),
+            cache_bytes=self.cache_bytes(device.target, max_batch * max_seq_len),
             workspace_bytes=workspace,
             runtime_bytes=RUNTIME_BYTES[device.kind],
             memory_bytes=device.memory_bytes,

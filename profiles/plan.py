@@ -40,7 +40,9 @@ def plan_engines(request: BuildRequest, target: str, manifest: Mapping[str, Any]
         BuildError: the target refuses this device or size, or the bound is below what one layer needs.
     """
     parts = plan_build(target, request)
-    fit = check_fit(manifest, request.device, request.max_batch, request.max_seq_len)
+    cache = sum(part["cache_bytes_per_token"] for part in parts) if parts else None
+    asked = (manifest, request.device, request.max_batch, request.max_seq_len)
+    fit = check_fit(*asked, cache_bytes_per_token=cache)
     fit = for_engines(fit, manifest, request.device, len(parts))
     return BuildPlan(fit, target, parts, request.max_memory)
 
@@ -50,7 +52,12 @@ def for_engines(fit: Fit, manifest: Mapping[str, Any], device: DeviceProfile, en
     if engines < 2:
         return fit
     return check_fit(
-        manifest, device, fit.max_batch, fit.max_seq_len, workspace_bytes=engines * fit.workspace_bytes
+        manifest,
+        device,
+        fit.max_batch,
+        fit.max_seq_len,
+        workspace_bytes=engines * fit.workspace_bytes,
+        cache_bytes_per_token=fit.cache_bytes // (fit.max_batch * fit.max_seq_len),
     )
 
 

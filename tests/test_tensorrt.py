@@ -152,7 +152,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="module", params=["rtx4090", "a100-80gb"])
 def built(request: pytest.FixtureRequest, tiny: Bundle) -> Built:
     said: list[tuple[str, int, int]] = []
-    folder = build(tiny.path, request.param, max_seq_len=128, progress=lambda *step: said.append(step))
+    folder = build(
+        tiny.path,
+        request.param,
+        max_seq_len=128,
+        latent_attention="absorbed",
+        progress=lambda *step: said.append(step),
+    )
     return Built(tiny, folder, json.loads((folder / "engine.json").read_text()), said)
 
 

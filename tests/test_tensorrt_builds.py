@@ -123,8 +123,11 @@ def test_dry_run_plans_the_engines_by_hand(tiny: Bundle) -> None:
     (whole,) = dry_run(tiny, "--profile", "l4", "--max-seq-len", "96")
     network = lower_network(*load_canonical(tiny), 96, real=ir.DataType.FLOAT16)
     written = sum(tensor.nbytes for tensor in network.weights.tensors)
+    config = tiny.config
+    cache = 2 * config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"]
+    memory = (400 << 20) + 4 * written
     assert whole["parts"] == [
-        {"layers": [0, 4], "weights_bytes": written, "build_memory_bytes": (400 << 20) + 4 * written}
+        {"layers": [0, 4], "cache_bytes_per_token": cache, "weights_bytes": written, "build_memory_bytes": memory}
     ]
     assert (whole["target"], whole["max_memory_bytes"]) == ("tensorrt_rtx", None)
     bound = (400 << 20) + 4 * written - 1

@@ -22,9 +22,10 @@ from moedge.profiles.build import build
 from moedge.profiles.device import load_profile
 from moedge.profiles.targets._canonical import load_canonical
 from moedge.profiles.targets._trt_check import NetworkRunner, canonical_logits, check_numerics
+from moedge.profiles.targets._trt_form import NetworkForm
 from moedge.profiles.targets._trt_inputs import count_slots
 from moedge.profiles.targets._trt_log import read_build_log
-from moedge.profiles.targets.tensorrt_network import WEIGHTS_FILE, NetworkForm, lower_network
+from moedge.profiles.targets.tensorrt_network import WEIGHTS_FILE, lower_network
 from moedge.runtime.preflight import read_engine
 from moedge.runtime.sessions._trt_session import TensorrtSession
 

@@ -25,6 +25,8 @@ class BuildRequest:
     Of TensorRT's network: `prefill_chunk`, the most tokens of a run, None for the target's own choice;
     `expert_buckets`, a chunk's experts work on buckets of bounded size.
     `kv_cache`: one of the target's KV_CACHES (../shape.py); None for what it does anyway.
+    `latent_attention`: absorbed, expanded, or auto: a target that has both chooses. `precision` fp8: weights are
+    quantized again, where a target has it; None: as the bundle has them.
     """
 
     bundle: Bundle
@@ -36,6 +38,8 @@ class BuildRequest:
     prefill_chunk: int | None = None
     expert_buckets: bool = False
     kv_cache: str | None = None
+    latent_attention: str = "auto"
+    precision: str | None = None
 
     @property
     def devices(self) -> tuple[DeviceProfile, ...]:

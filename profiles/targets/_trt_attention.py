@@ -1,7 +1,7 @@
-"""Attention in TensorRT, its cache in place: latent attention by plain products, grouped attention by its own kernels.
+"""Attention in TensorRT over a cache in place: grouped attention by TensorRT's kernels, that with sinks by products.
 
 S = lanes, T = new tokens, t = T / S of each lane, L = slots of the cache, n = query heads, g = key and value heads, d =
-head size, r = kv_lora_rank.
+head size.
 TENSORRT.md (Q5) says what TensorRT makes of each op.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ...export.functions import DOMAIN
-from ._canonical import attributes_of, find_matrix
-from ._trt_inputs import mask_by_head, visible_slots
+from ._canonical import attributes_of
+from ._trt_inputs import visible_slots
 
 if TYPE_CHECKING:
     from .tensorrt_network import Lowering
@@ -106,11 +106,14 @@ ATTENTION_BY_MASK = _ATTENTION.format(domain=MASKED_DOMAIN, mask=_BY_MASK)
 def lower_grouped_attention(lowering: Lowering, call: ir.Node) -> None:
     """`TRT_Attention` over caches by heads. One token reads the cache up to its length; a chunk, and whatever has a
     window, goes by mask: what a causal kind means beside a length cannot be told without a GPU."""
-    op = lowering.rewriter.op
-    query, keys, values = _heads_and_caches(lowering, call)
-    window = attributes_of(call)["window"]
-    step = lowering.inputs.step
-    mask = mask_by_head(lowering, visible_slots(lowering, window))
+    attended = attend(lowering, *_heads_and_caches(lowering, call), attributes_of(call)["window"])
+    lowering.rewriter.replace(call, [side_by_side(lowering, attended, _width_of(call))])
+
+
+def attend(lowering: Lowering, query: ir.Value, keys: ir.Value, values: ir.Value, window: int) -> ir.Value:
+    """[S, n, t, d] of queries [S, n, t, d], scaled, and caches [S, g, L, d]."""
+    op, step = lowering.rewriter.op, lowering.inputs.step
+    mask = visible_slots(lowering, window)
     few = [lowering.first_rows(query, step, axis=2), keys, values]
     if window:
         attended = _attend_by_mask(lowering, few, lowering.first_rows(mask, step, axis=2))
@@ -118,8 +121,7 @@ def lower_grouped_attention(lowering: Lowering, call: ir.Node) -> None:
         attended = op("TRT_Attention", [*few, None, None, lowering.inputs.length], domain=DOMAIN, causal_kind="none")
     many = [lowering.other_rows(query, step, axis=2), keys, values]
     rest = _attend_by_mask(lowering, many, lowering.other_rows(mask, step, axis=2))
-    attended = op("Concat", [attended, rest], axis=2)
-    lowering.rewriter.replace(call, [_side_by_side(lowering, call, attended)])
+    return op("Concat", [attended, rest], axis=2)
 
 
 def lower_sink_attention(lowering: Lowering, call: ir.Node) -> None:
@@ -132,7 +134,7 @@ def lower_sink_attention(lowering: Lowering, call: ir.Node) -> None:
     query = op("Reshape", [query, lowering.by_lane_and(groups, -1, dim)])
     scores = lowering.product(query, op("Transpose", [keys], perm=[0, 2, 1]))
     never = lowering.rewriter.constant("float.never", np.array(-1e30, np.float32))
-    mask = mask_by_head(lowering, visible_slots(lowering, a["window"]))
+    mask = visible_slots(lowering, a["window"])
     scores = op("Where", [mask, op("Reshape", [scores, lowering.by_lane(heads, -1, slots)]), never])
     sinks = op("Reshape", [call.inputs[5], ints(1, heads, 1, 1)])
     most = op("Max", [op("ReduceMax", [scores, ints(3)], keepdims=1), sinks])
@@ -140,7 +142,7 @@ def lower_sink_attention(lowering: Lowering, call: ir.Node) -> None:
     total = op("Add", [op("ReduceSum", [terms, ints(3)], keepdims=1), op("Exp", [op("Sub", [sinks, most])])])
     shares = lowering.half(op("Reshape", [op("Div", [terms, total]), lowering.by_lane_and(groups, -1, slots)]))
     attended = op("Reshape", [op("MatMul", [shares, values]), lowering.by_lane(heads, -1, dim)])
-    lowering.rewriter.replace(call, [_side_by_side(lowering, call, attended)])
+    lowering.rewriter.replace(call, [side_by_side(lowering, attended, _width_of(call))])
 
 
 def _heads_and_caches(lowering: Lowering, call: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -162,11 +164,15 @@ def _heads_and_caches(lowering: Lowering, call: ir.Node) -> tuple[ir.Value, ir.V
     return query, keys, values
 
 
-def _side_by_side(lowering: Lowering, call: ir.Node, attended: ir.Value) -> ir.Value:
+def _width_of(call: ir.Node) -> int:
+    a = attributes_of(call)
+    return int(a["num_heads"] * a["head_dim"])
+
+
+def side_by_side(lowering: Lowering, attended: ir.Value, width: int) -> ir.Value:
     """[S, n, t, d] -> float32 [T, n*d]."""
-    op, a = lowering.rewriter.op, attributes_of(call)
-    rows = op("Transpose", [lowering.full(attended)], perm=[0, 2, 1, 3])
-    return op("Reshape", [rows, lowering.rewriter.ints(-1, a["num_heads"] * a["head_dim"])])
+    rows = lowering.rewriter.op("Transpose", [lowering.full(attended)], perm=[0, 2, 1, 3])
+    return lowering.rewriter.op("Reshape", [rows, lowering.rewriter.ints(-1, width)])
 
 
 def _attend_by_mask(lowering: Lowering, inputs: list[ir.Value], mask: ir.Value) -> ir.Value:
@@ -177,77 +183,6 @@ def _attend_by_mask(lowering: Lowering, inputs: list[ir.Value], mask: ir.Value) 
 def scale_of(lowering: Lowering, scale: float) -> ir.Value:
     """The scale, for the queries: half precision could not hold unscaled scores."""
     return lowering.rewriter.constant(f"scale.{scale!r}", np.array(scale, np.float32))
-
-
-def lower_latent_attention(lowering: Lowering, call: ir.Node) -> None:
-    """Absorbed form (arXiv:2405.04434, section 2.1.2): queries move to the latent's space, the cache is read as is.
-
-    Two caches and plain 2-D products: no attention kernel of TensorRT takes heads of r + rope channels. TensorRT
-    copies each cache once a step for it; one joint cache, or products in 4-D, cost transposes of all of it as well.
-    """
-    op, ops, ints = lowering.rewriter.op, lowering.rewriter.ops, lowering.rewriter.ints
-    q, latent, k_rope, cos, sin, k_up, v_up = call.inputs
-    a, layer, slots = attributes_of(call), layer_of(call), lowering.slot_count
-    heads, nope, rope, rank = a["num_heads"], a["qk_nope_head_dim"], a["qk_rope_head_dim"], a["kv_lora_rank"]
-    rotary = {"interleaved": a["interleaved"]}
-    by_token = op("Reshape", [op("Mul", [q, scale_of(lowering, a["scale"])]), lowering.by_lane(-1, heads, nope + rope)])
-    by_head = op("Transpose", [by_token], perm=[0, 2, 1, 3])
-    q_nope, q_rope = ops("Split", [by_head, ints(nope, rope)], 2, axis=3)
-    q_rope = lowering.half(_rows_of_lanes(lowering, op("RotaryEmbedding", [q_rope, cos, sin], **rotary), rope))
-    k_rope = op("RotaryEmbedding", [op("Reshape", [k_rope, lowering.by_lane(1, -1, rope)]), cos, sin], **rotary)
-    latents = lowering.update_cache(f"latent.{layer}", op("Reshape", [latent, lowering.by_lane(1, -1, rank)]), 1, rank)
-    ropes = lowering.update_cache(f"rope.{layer}", k_rope, 1, rope)
-    latents, ropes = _matrix_of_lanes(lowering, latents, rank), _matrix_of_lanes(lowering, ropes, rope)
-    # [heads, r, nope] read through a Transpose: the layout [N, K] that both profiles share.
-    up = lowering.weights.heads(f"layers.{layer}.attn.k_up.turned", find_matrix(k_up), turned=True)
-    up = op("Transpose", [lowering.put(up)], perm=[0, 2, 1])
-    query = op("MatMul", [_heads_first(lowering, q_nope, heads, nope), up])
-    query = _rows_of_lanes(lowering, _lanes_first(lowering, query, heads, rank), rank)
-    scores = lowering.product(query, _turned(lowering, latents))
-    scores = op("Add", [scores, lowering.product(q_rope, _turned(lowering, ropes))])
-    never = lowering.rewriter.constant("float.never", np.array(-1e30, np.float32))
-    mask = mask_by_head(lowering, visible_slots(lowering, 0))
-    scores = op("Where", [mask, op("Reshape", [scores, lowering.by_lane(heads, -1, slots)]), never])
-    shares = lowering.half(_rows_of_lanes(lowering, op("Softmax", [scores], axis=-1), slots))
-    mixed = op("Reshape", [op("MatMul", [shares, latents]), lowering.by_lane(heads, -1, rank)])
-    down = lowering.weights.heads(f"layers.{layer}.attn.v_up", find_matrix(v_up), turned=False)
-    down = op("Transpose", [lowering.put(down)], perm=[0, 2, 1])
-    values = lowering.product(_heads_first(lowering, mixed, heads, rank), down)
-    values = op("Transpose", [values], perm=[1, 0, 2])
-    lowering.rewriter.replace(call, [op("Reshape", [values, ints(-1, heads * a["v_head_dim"])])])
-
-
-def _rows_of_lanes(lowering: Lowering, x: ir.Value, width: int) -> ir.Value:
-    """[S, n, t, width] -> [S, n*t, width], or [n*t, width]: of one lane products are of two dimensions."""
-    shape = lowering.rewriter.ints(-1, width) if lowering.lanes == 1 else lowering.by_lane(-1, width)
-    return lowering.rewriter.op("Reshape", [x, shape])
-
-
-def _matrix_of_lanes(lowering: Lowering, cache: ir.Value, width: int) -> ir.Value:
-    """[S, 1, L, width] -> [S, L, width], or [L, width]."""
-    shape = (lowering.slot_count, width) if lowering.lanes == 1 else (-1, lowering.slot_count, width)
-    return lowering.rewriter.op("Reshape", [cache, lowering.rewriter.ints(*shape)])
-
-
-def _turned(lowering: Lowering, matrix: ir.Value) -> ir.Value:
-    return lowering.rewriter.op("Transpose", [matrix], perm=[1, 0] if lowering.lanes == 1 else [0, 2, 1])
-
-
-def _heads_first(lowering: Lowering, x: ir.Value, heads: int, width: int) -> ir.Value:
-    """[S, n, t, width] -> half precision [n, T, width]."""
-    op, ints = lowering.rewriter.op, lowering.rewriter.ints
-    if lowering.lanes == 1:
-        return lowering.half(op("Squeeze", [x, ints(0)]))
-    return lowering.half(op("Reshape", [op("Transpose", [x], perm=[1, 0, 2, 3]), ints(heads, -1, width)]))
-
-
-def _lanes_first(lowering: Lowering, x: ir.Value, heads: int, width: int) -> ir.Value:
-    """[n, T, width] -> [S, n, t, width], or as it is, [n, T, width]."""
-    op, ints, lanes = lowering.rewriter.op, lowering.rewriter.ints, lowering.inputs.lane_count
-    if lanes is None:
-        return x
-    by_lane = op("Reshape", [x, op("Concat", [ints(heads), lanes, ints(-1, width)], axis=0)])
-    return op("Transpose", [by_lane], perm=[1, 0, 2, 3])
 
 
 def layer_of(node: ir.Node) -> int:

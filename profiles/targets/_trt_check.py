@@ -23,9 +23,11 @@ from ...errors import BuildError, ParityError, require
 from ...export.config import MoEConfig, moe_config_from_json
 from ...runtime import machine
 from ._canonical import Array, attributes_of, find_calls, load_canonical
+from ._trt_form import NetworkForm
+from ._trt_fp8_check import round_canonical
 from ._trt_parts import Part, whole
 from ._trt_views import View, keep_view, measure_view_sizes, plan_views
-from .tensorrt_network import NetworkForm, lower_network
+from .tensorrt_network import lower_network
 
 TOLERANCE = 1e-4  # of a logit, relative where the largest is above 1
 MOST_PARAMETERS_HALF = 64_000_000
@@ -236,13 +238,14 @@ def _compare(
         network.weights.write(scratch / part.weights)
         network.save(scratch, part.model)
     runner = NetworkRunner(*[scratch / part.model for part in kept], lanes=form.lanes)
-    return _run_both(bundle, view, lift, runner, draw_tokens(view, seed), steps)[0]
+    return _run_both(bundle, view, lift, runner, draw_tokens(view, seed), steps, fp8=form.fp8)[0]
 
 
 def measure_half(
     bundle: Bundle, paths: list[Path], form: NetworkForm, progress: Progress | None = None
 ) -> dict[str, Any] | None:
-    """How far the half precision form, as written part by part in `paths`, is from the canonical graph.
+    """How far the half precision form, as written part by part in `paths`, is from the canonical graph; with FP8, from
+    the graph with the bundle's own weights.
 
     None where this onnxruntime has no half precision kernels for it, or the model is too large to bother.
 
@@ -272,9 +275,10 @@ def measure_half(
 
 
 def _run_both(
-    bundle: Bundle, view: View, lift: bool, runner: NetworkRunner, tokens: Array, steps: _Steps
+    bundle: Bundle, view: View, lift: bool, runner: NetworkRunner, tokens: Array, steps: _Steps, *, fp8: bool = False
 ) -> tuple[float, float]:
-    """(`difference`, share of tokens whose largest logit is the same) of a lowered network and the canonical graph."""
+    """(`difference`, share of tokens whose largest logit is the same) of a lowered network and the canonical graph,
+    the latter's weights rounded too for `fp8`."""
     pieces = []
     steps.say()
     for length in view.chunks:
@@ -287,7 +291,8 @@ def _run_both(
     runner.sessions.clear()  # before the other graph's weights come
     if len(view.chunks) == 1 and runner.lanes == 1:
         tokens = tokens[: view.chunks[0]]
-    found, expected = np.concatenate(pieces), _view_logits(bundle, view, tokens, runner.loads, lift)[places]
+    expected = _view_logits(bundle, view, tokens, runner.loads, lift, fp8=fp8)[places]
+    found = np.concatenate(pieces)
     steps.advance()
     same = float((found.argmax(axis=-1) == expected.argmax(axis=-1)).mean())
     return difference(found, expected), same
@@ -333,12 +338,16 @@ def canonical_logits(bundle: Bundle, layers: int, tokens: Array, loads: dict[str
     return _view_logits(bundle, view, tokens, loads or {}, lift=False)
 
 
-def _view_logits(bundle: Bundle, view: View, tokens: Array, loads: dict[str, Array], lift: bool) -> Array:
-    """float32 [tokens, rows] of the canonical graph cut down to the view."""
+def _view_logits(
+    bundle: Bundle, view: View, tokens: Array, loads: dict[str, Array], lift: bool, *, fp8: bool = False
+) -> Array:
+    """float32 [tokens, rows] of the canonical graph cut down to the view, its weights rounded for `fp8`."""
     model, config = load_canonical(bundle)
     keep_view(model, config, view)
     if lift:
         lift_capacity(model)
+    if fp8:
+        round_canonical(model)
     session = open_plain_session(ir.to_proto(model).SerializeToString(), bundle.path)
     (logits,) = session.run(["logits"], {"input_ids": tokens[None]} | loads)
     result: Array = logits[0]

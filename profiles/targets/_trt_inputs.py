@@ -106,7 +106,7 @@ def _length(lowering: Lowering, last: ir.Value) -> ir.Value:
 
 
 def visible_slots(lowering: Lowering, window: int) -> ir.Value:
-    """bool [T, L], or [S, t, L]: the slots that each token attends to, `window` in all where that is not 0; made once
+    """bool [S, 1, t, L]: the slots that each token attends to, `window` in all where that is not 0; made once
     for all layers."""
     op, ints, inputs = lowering.rewriter.op, lowering.rewriter.ints, lowering.inputs
     if window not in inputs.masks:
@@ -114,14 +114,8 @@ def visible_slots(lowering: Lowering, window: int) -> ir.Value:
         mask = op("LessOrEqual", [inputs.slots, last])
         if window:
             mask = op("And", [mask, op("Greater", [inputs.slots, op("Sub", [last, ints(window)])])])
-        inputs.masks[window] = mask
+        inputs.masks[window] = op("Unsqueeze", [mask, ints(*((0, 1) if inputs.lane_count is None else (1,)))])
     return inputs.masks[window]
-
-
-def mask_by_head(lowering: Lowering, mask: ir.Value) -> ir.Value:
-    """A mask of `visible_slots` as [S, 1, t, L]."""
-    axes = (0, 1) if lowering.lanes == 1 else (1,)
-    return lowering.rewriter.op("Unsqueeze", [mask, lowering.rewriter.ints(*axes)])
 
 
 def lower_angles_by_lane(lowering: Lowering) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # All experts in INT8 are read, written out in half precision (twice the bytes) and read again, for a product.
 _WRITTEN_OUT = 5
+# Codes of FP8, up to 448, are cast to less than 2, or their products could leave half precision.
+_FP8_CAST = 256.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def lower_experts(lowering: Lowering, call: ir.Node) -> list[ir.Value]:
     choices = int(attributes_of(gate)["top_k"])
     room = None if ordered else find_room(lowering.network, gate, count)
     # In a bucket there is no room for experts that every token takes: a shared MLP stays where it is.
-    shared = None if biased or room is not None else _find_shared(call, gate_up, down)
+    shared = None if biased or room is not None else find_shared(call, gate_up, down)
     more = 0
     if shared is not None:
         more = shared.down.shape[1] // inner
@@ -156,7 +158,7 @@ def _activate(lowering: Lowering, mixture: Mixture, both: ir.Value) -> ir.Value:
     return op("Mul", [op("Mul", [gate, op("Sigmoid", [op("Mul", [gate, number(mixture.biased.alpha)])])]), up])
 
 
-def _find_shared(call: ir.Node, gate_up: Matrix, down: Matrix) -> _Shared | None:
+def find_shared(call: ir.Node, gate_up: Matrix, down: Matrix) -> _Shared | None:
     """Add(Experts(x, ...), Linear(SwiGLU(Linear(x)))) with weights stored like the experts', some times as wide.
 
     The second may be multiplied by a Sigmoid.
@@ -211,18 +213,29 @@ def _sparse(lowering: Lowering, mixture: Mixture, x: ir.Value, experts: ir.Value
         x = op("Unsqueeze", [x, ints(1, 2)])
     terms = op("Mul", [matrix, x])
     both = op("ReduceSum", [lowering.full(terms), ints(3)], keepdims=0)  # [M, k, 2I]
+    if mixture.gate_up.by_row:
+        scales = op("Gather", [op("Reshape", [mixture.gate_up.scales, ints(count, rows)]), experts], axis=0)
+        both = op("Mul", [both, _widened(lowering, scales)])
     if mixture.biased is not None:
         both = op("Add", [both, op("Gather", [mixture.biased.gate_up, experts], axis=0)])
     h = lowering.half(_activate(lowering, mixture, both))
     matrix = _chosen(lowering, mixture.down, [hidden, count, inner], 1, experts, [hidden, -1, choices, inner])
     terms = op("Mul", [matrix, op("Unsqueeze", [h, ints(0)])])
     outputs = op("ReduceSum", [lowering.full(terms), ints(3)], keepdims=0)  # [H, M, k]
+    if mixture.down.by_row:
+        outputs = op("Mul", [outputs, _widened(lowering, op("Reshape", [mixture.down.scales, ints(hidden, 1, 1)]))])
     weighted = op("Mul", [outputs, op("Unsqueeze", [weights, ints(0)])])
     y = op("Transpose", [op("ReduceSum", [weighted, ints(2)], keepdims=0)], perm=[1, 0])
     if mixture.biased is None:
         return y
     biases = op("Mul", [op("Gather", [mixture.biased.down, experts], axis=0), op("Unsqueeze", [weights, ints(2)])])
     return op("Add", [y, op("ReduceSum", [biases, ints(1)], keepdims=0)])
+
+
+def _widened(lowering: Lowering, scales: ir.Value) -> ir.Value:
+    """Scales for sums of codes that were cast to a smaller range."""
+    factor = lowering.rewriter.constant("fp8.cast", np.array(_FP8_CAST, np.float32))
+    return lowering.rewriter.op("Mul", [lowering.full(scales), factor])
 
 
 def _chosen(
@@ -236,6 +249,10 @@ def _chosen(
     op, ints = lowering.rewriter.op, lowering.rewriter.ints
     if not weight.bits:
         return op("Gather", [op("Reshape", [weight.data, ints(*shape)]), experts], axis=axis)
+    if weight.by_row:
+        codes = op("DequantizeLinear", [weight.data, lowering.unit(1 / _FP8_CAST)])
+        codes = op("Gather", [op("Reshape", [codes, ints(*shape)]), experts], axis=axis)
+        return op("Reshape", [codes, ints(*chosen)], allowzero=1)
     blocks = [*shape[:-1], shape[-1] // weight.block]
     codes = op("DequantizeLinear", [weight.data, lowering.unit()])
     codes = op("Gather", [op("Reshape", [codes, ints(*blocks, weight.block)]), experts], axis=axis)

@@ -15,11 +15,12 @@ from ...errors import BuildError
 from ...export import memory
 from ...export.config import MoEConfig, moe_config_from_json
 from . import BuildRequest
-from ._canonical import check_one_sequence, describe_load, load_canonical
+from ._canonical import describe_load, load_canonical
 from ._trt_check import check_numerics, measure_half
+from ._trt_form import NetworkForm, cache_widths, choose_form
 from ._trt_log import read_build_log
 from ._trt_parts import NetworkSizes, Part, caller_bytes, estimate_build_bytes, measure_sizes, plan_parts
-from .tensorrt_network import CHUNK, LoweredNetwork, NetworkForm, lower_network
+from .tensorrt_network import LoweredNetwork, lower_network
 
 # TF32 would round the router's float32 products, and with them the choice of experts.
 SETTINGS: dict[str, Any] = {"tf32": False}
@@ -53,9 +54,8 @@ def prepare_network(request: BuildRequest, bound: int | None, progress: Progress
         BuildError: sizes beyond these targets, or a bound below what one layer needs.
         ParityError: the lowered network is not the canonical graph.
     """
-    form = pick_form(request)
-    network, _, parts = _plan_network(request, bound, form)
-    config = moe_config_from_json(request.bundle.config)
+    network, _, parts = _plan_network(request, bound)
+    form, config = network.form, moe_config_from_json(request.bundle.config)
     # Checked here, whatever machine the engines are then built on.
     check_bytes = None if request.max_memory is None else request.max_memory - memory.resident_bytes()
     numerics = check_numerics(request.bundle, progress, parts=parts, memory=check_bytes, form=form)
@@ -72,10 +72,12 @@ def plan_build(request: BuildRequest, bound: int | None) -> list[dict[str, Any]]
         BuildError: sizes beyond these targets, or a bound below what one layer needs.
     """
     beside = caller_bytes()
-    _, sizes, parts = _plan_network(request, bound, pick_form(request))
+    network, sizes, parts = _plan_network(request, bound)
+    per_layer = 2 * sum(cache_widths(moe_config_from_json(request.bundle.config), network.form))
     return [
         {
             "layers": [part.start, part.stop],
+            "cache_bytes_per_token": per_layer * (part.stop - part.start),
             "weights_bytes": sizes.of(part),
             "build_memory_bytes": estimate_build_bytes(sizes.of(part)) + beside,
         }
@@ -83,32 +85,15 @@ def plan_build(request: BuildRequest, bound: int | None) -> list[dict[str, Any]]
     ]
 
 
-def _plan_network(
-    request: BuildRequest, bound: int | None, form: NetworkForm
-) -> tuple[LoweredNetwork, NetworkSizes, list[Part]]:
+def _plan_network(request: BuildRequest, bound: int | None) -> tuple[LoweredNetwork, NetworkSizes, list[Part]]:
     if request.max_seq_len < 2:
         raise BuildError(f"max_seq_len {request.max_seq_len}: a TensorRT engine needs room for 2 tokens or more")
     beside = caller_bytes()  # now: the whole network's graph is gone when the builders run
     model, config = load_canonical(request.bundle)
+    form = choose_form(request, config)
     network = lower_network(model, config, request.max_seq_len, real=ir.DataType.FLOAT16, form=form)
     sizes = measure_sizes(network.weights, config.num_hidden_layers)
     return network, sizes, plan_parts(sizes, bound, beside)
-
-
-def pick_form(request: BuildRequest) -> NetworkForm:
-    """Raises BuildError for a form that this model or these sizes do not allow."""
-    gate = moe_config_from_json(request.bundle.config).moe.gate
-    if gate.base is not None:
-        check_one_sequence(request.max_batch)
-    if request.expert_buckets and gate.base is None:
-        raise BuildError(
-            f"--expert-buckets: {gate.op} does not bound the tokens of an expert, so that a bucket would drop some; "
-            "export with --load-aware, or leave --expert-buckets out"
-        )
-    chunk = CHUNK if request.prefill_chunk is None else request.prefill_chunk
-    if chunk < 2 or (request.prefill_chunk is not None and chunk > request.max_seq_len):
-        raise BuildError(f"prefill_chunk {chunk}: 2 to max_seq_len {request.max_seq_len} tokens can be one; mend it")
-    return NetworkForm(request.max_batch, chunk, request.expert_buckets)
 
 
 def write_part(
@@ -154,7 +139,8 @@ def _describe_network(
     request: BuildRequest, config: MoEConfig, network: LoweredNetwork, numerics: dict[str, Any]
 ) -> dict[str, Any]:
     """engine.json's fields that follow from the whole network."""
-    weights = request.bundle.manifest["quantization"]["weights"]
+    stored = request.bundle.manifest["quantization"]["weights"]
+    weights = f"fp8 (from {stored})" if network.form.fp8 else stored
     return {
         "precision": f"{weights} weights, fp16 products, fp32 router, norms and residual",
         "max_batch": network.form.lanes,
@@ -168,11 +154,19 @@ def _describe_network(
                 "aliased": {f"past.{tensor.name}": f"present.{tensor.name}" for tensor in network.cache},
                 "initial": "zeros",  # slots behind the length are masked, and 0 times NaN is NaN
             },
+            "latent_attention": _name_latent_form(network),
             "numerics": numerics,
             "network_weights_bytes": network.weights.nbytes,
             **describe_load(config),
         },
     }
+
+
+def _name_latent_form(network: LoweredNetwork) -> str | None:
+    """Which of the two the caches are of; None where the model has no latent attention."""
+    if any(tensor.name.startswith("latent.") for tensor in network.cache):
+        return "absorbed"
+    return "expanded" if network.form.expanded else None
 
 
 def describe_plain_part(part: Part, network: LoweredNetwork, max_seq_len: int) -> dict[str, Any]:
@@ -183,6 +177,7 @@ def describe_plain_part(part: Part, network: LoweredNetwork, max_seq_len: int) -
         "outputs": [str(value.name) for value in network.model.graph.outputs],
         "profiles": shape_profiles(network, max_seq_len),
         "network_weights_bytes": network.weights.nbytes,
+        "fp8_error": network.weights.fp8_error,
     }
 
 

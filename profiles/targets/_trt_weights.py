@@ -20,6 +20,7 @@ import onnx_ir as ir
 from ...bundle import Progress
 from ...errors import BuildError
 from ._canonical import Matrix
+from ._trt_fp8 import Values, codes_of, rounded, scales_of
 
 Array = np.ndarray[Any, Any]
 Chunks = Callable[[], Iterator[Array]]
@@ -35,7 +36,8 @@ _FLOATS: dict[Any, type[np.generic]] = {ir.DataType.FLOAT: np.float32, ir.DataTy
 class Stored:
     """A lowered matrix: codes with scales and their block, or floating point (`bits` 0).
 
-    `offsets`, like the scales: what each value of a block is more than code times scale; None for nothing.
+    `offsets`, like the scales: what each value of a block is more than code times scale; None for nothing. `by_row`:
+    FP8, whose scales [N] are one a row.
     """
 
     data: ir.Value
@@ -43,6 +45,10 @@ class Stored:
     bits: int
     block: int
     offsets: ir.Value | None = None
+
+    @property
+    def by_row(self) -> bool:
+        return self.data.dtype == ir.DataType.FLOAT8E4M3FN
 
 
 @dataclass(frozen=True)
@@ -56,22 +62,28 @@ class _Tensor:
 class LoweredWeights:
     """Plans the file tensor by tensor, then writes it with a bounded part in memory.
 
-    `real`: the floating point type of weights and scales, FLOAT16 for a device and FLOAT for the check.
+    `real`: the floating point type of weights and scales, FLOAT16 for a device and FLOAT for the check. `fp8`: matrices
+    that every token multiplies, and experts, are quantized again to FP8.
     """
 
-    def __init__(self, real: ir.DataType, location: str) -> None:
+    def __init__(self, real: ir.DataType, location: str, *, fp8: bool = False) -> None:
         self.real = real
+        self.fp8 = fp8
+        self.squared_error = self.squares = 0.0
         self.location = location
         self.tensors: list[_Tensor] = []
         self.nbytes = 0
 
     # what can be stored
 
-    def linear(self, name: str, matrices: list[Matrix]) -> Stored:
-        """Rows of one or more matrices [N, K], one above the other, scales [N, K/B]."""
+    def linear(self, name: str, matrices: list[Matrix], *, as_it_is: bool = False) -> Stored:
+        """Rows of one or more matrices [N, K], one above the other, scales [N, K/B]; `as_it_is`: never FP8."""
         first = matrices[0]
         width = first.shape[-1]
         rows = sum(matrix.shape[0] for matrix in matrices)
+        if self.fp8 and not as_it_is:
+            sources = [self._values(matrix) for matrix in matrices]
+            return self._by_row(name, (rows, width), lambda change: _each_row(sources, change)())
         data = [matrix.data for matrix in matrices]
         if not first.bits:
             return Stored(self.add(name, self.real, (rows, width), _each_row(data, self._real)), None, 0, 0)
@@ -128,6 +140,9 @@ class LoweredWeights:
     ) -> Stored:
         """Codes and scales of a stack of experts, `place`d alike; blocks narrowed to what both sources allow."""
         tail = None if shared is None else shared.data
+        if self.fp8:
+            source, extra = self._values(experts), None if shared is None else self._values(shared)
+            return self._by_row(name, shape, lambda change: place(source, extra, change))
         if not experts.bits:
             data = self.add(name, self.real, shape, lambda: place(experts.data, tail, self._real))
             return Stored(data, None, 0, 0)
@@ -152,6 +167,37 @@ class LoweredWeights:
         )
         return Stored(codes, scales, experts.bits, block, offsets)
 
+    def _values(self, matrix: Matrix) -> Values:
+        return Values(matrix, _bytes_or_floats, _zero_points)
+
+    def _by_row(self, name: str, shape: tuple[int, int], rows: Callable[[Callable[[Array], Array]], Any]) -> Stored:
+        """FP8 codes [N, K] and scales [N] of the float values whose whole rows `rows` gives to a function."""
+        real, width = _FLOATS[self.real], shape[1]
+        codes = self.add(
+            name,
+            ir.DataType.FLOAT8E4M3FN,
+            shape,
+            lambda: rows(lambda part: self._fp8_codes(self._real(part).astype(np.float32).reshape(-1, width))),
+        )
+        scales = self.add(
+            f"{name}.scales",
+            self.real,
+            shape[:1],
+            lambda: rows(lambda part: scales_of(self._real(part).astype(np.float32).reshape(-1, width), real)),
+        )
+        return Stored(codes, scales, 8, width)
+
+    def _fp8_codes(self, values: Array) -> Array:
+        real = _FLOATS[self.real]
+        self.squared_error += float(np.square(values - rounded(values, real), dtype=np.float64).sum())
+        self.squares += float(np.square(values, dtype=np.float64).sum())
+        return codes_of(values, real)
+
+    @property
+    def fp8_error(self) -> float | None:
+        """Of what was written: root mean square of what rounding to FP8 moved, over that of the weights."""
+        return math.sqrt(self.squared_error / self.squares) if self.squares else None
+
     def heads(self, name: str, matrix: Matrix, *, turned: bool) -> ir.Value:
         """[heads, a, b] floating point, `turned` to [heads, b, a]."""
         count, rows, width = matrix.shape
@@ -163,6 +209,29 @@ class LoweredWeights:
                 yield self._real(view[head].T if turned else view[head])
 
         return self.add(name, self.real, shape, chunks)
+
+    def head_rows(self, name: str, matrices: list[Matrix]) -> ir.Value:
+        """[heads, a, r] floating point matrices as [heads * a, r], one above the other."""
+        width = matrices[0].shape[2]
+        rows = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
+
+        def chunks() -> Iterator[Array]:
+            for matrix in matrices:
+                for head in _bytes_or_floats(matrix.data):
+                    yield self._real(head)
+
+        return self.add(name, self.real, (rows, width), chunks)
+
+    def padded_rows(self, name: str, matrix: ir.Value, more: int) -> ir.Value:
+        """float32 [N, K] with `more` rows of zeros."""
+        assert isinstance(matrix.const_value, ir.ExternalTensor)
+        rows, width = _shape_of(matrix.const_value)
+
+        def chunks() -> Iterator[Array]:
+            yield _bytes_or_floats(matrix)
+            yield np.zeros((more, width), np.float32)
+
+        return self.add(name, ir.DataType.FLOAT, (rows + more, width), chunks)
 
     def gate_before_up(self, name: str, biases: ir.Value) -> ir.Value:
         """float32 [E, 2I], interleaved, as [E, 2I] with each expert's gate before its up."""
@@ -281,8 +350,10 @@ def _flip_of(matrix: Matrix) -> Callable[[Array], Array]:
     return lambda part: part ^ flip
 
 
-def _bytes_or_floats(source: ir.Value | _Narrowed | _Offsets) -> Array:
+def _bytes_or_floats(source: Any) -> Any:
     """A mapped view [..., width]: codes as bytes (two INT4 each), floats as they are."""
+    if isinstance(source, Values):
+        return source
     if isinstance(source, _Offsets):
         return source.read()
     if isinstance(source, _Narrowed):
@@ -306,7 +377,7 @@ def _whole(source: ir.Value) -> Chunks:
     return lambda: iter([_bytes_or_floats(source)])
 
 
-def _each_row(sources: Sequence[ir.Value | _Offsets], change: Callable[[Array], Array]) -> Chunks:
+def _each_row(sources: Sequence[ir.Value | _Offsets | Values], change: Callable[[Array], Array]) -> Chunks:
     """Rows of [N, width] matrices in order, `change`d."""
 
     def chunks() -> Iterator[Array]:

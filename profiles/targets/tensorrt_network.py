@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from ...errors import BuildError
-from ...export.config import LatentAttentionConfig, MoEConfig
+from ...export.config import MoEConfig
 from ...export.functions import DOMAIN
 from ...export.gating import list_gates
 from ._canonical import (
@@ -37,16 +37,16 @@ from ._trt_attention import (
     ATTENTION_BY_MASK,
     TENSOR_SCATTER,
     lower_grouped_attention,
-    lower_latent_attention,
     lower_sink_attention,
 )
+from ._trt_form import NetworkForm, cache_widths
 from ._trt_gates import lower_gates
 from ._trt_inputs import RunInputs, count_slots, lower_angles_by_lane, lower_inputs
+from ._trt_latent import lower_latent_attention
 from ._trt_moe import lower_experts
 from ._trt_parts import Part, cut_part
 from ._trt_weights import LoweredWeights, Stored
 
-CHUNK = 256  # tokens of the second profile: its MoE runs every expert, so a longer chunk costs more than it saves
 WEIGHTS_FILE = "model.weights"
 
 # Calls whose bodies are as good as anything else; every other one is lowered.
@@ -57,16 +57,6 @@ _LOWERED = {
     "SinkAttention": lower_sink_attention,
 }
 _EXPERTS = ("Experts", "BiasedExperts")
-
-
-@dataclass(frozen=True)
-class NetworkForm:
-    """What is chosen of a network beside its sizes. `lanes`: sequences that one run can step. `chunk`: the most tokens
-    of a run. `buckets`: a chunk's experts work on buckets of what their gate lets them have, which must bound it."""
-
-    lanes: int = 1
-    chunk: int = CHUNK
-    buckets: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +117,9 @@ def lower_network(
     loads = take_loads(model)
     part = part or Part(0, config.num_hidden_layers, config.num_hidden_layers)
     cut_part(model, part, config.hidden_size)
-    lowering = Lowering(model, config, max_seq_len, LoweredWeights(real, part.weights), form or NetworkForm())
+    form = form or NetworkForm()
+    weights = LoweredWeights(real, part.weights, fp8=form.fp8)
+    lowering = Lowering(model, config, max_seq_len, weights, form)
     lowering.inputs = lower_inputs(lowering, part)
     model.graph.inputs.extend(load for load in loads if load.uses())
     if lowering.lanes > 1:
@@ -175,7 +167,8 @@ class Lowering:
         self.graph = model.graph
         self.config = config
         self.lanes = form.lanes
-        self.slot_count = count_slots(max_seq_len, form.lanes, _cache_widths(config))
+        self.expanded = form.expanded
+        self.slot_count = count_slots(max_seq_len, form.lanes, cache_widths(config, form))
         self.weights = weights
         self.real = weights.real
         self.rewriter = Rewriter(model)
@@ -212,11 +205,11 @@ class Lowering:
         tokens = gather.inputs[1]
         if node.op_type != "DequantizeLinear":
             matrix = Matrix(gather.inputs[0])
-            self.table = self.store_linear("embed.weight", [matrix])
+            self.table = self.store_linear("embed.weight", [matrix], as_it_is=True)
             rows = self.full(op("Gather", [self.table.data, tokens]))
         else:
             matrix = _gathered_matrix(node)
-            self.table = self.store_linear("embed.weight", [matrix])
+            self.table = self.store_linear("embed.weight", [matrix], as_it_is=True)
             blocks = matrix.shape[1] // self.table.block
             codes = op("DequantizeLinear", [self.table.data, self.unit()])
             codes = op("Reshape", [codes, ints(matrix.shape[0], blocks, self.table.block)])
@@ -292,14 +285,25 @@ class Lowering:
                 continue  # a shared MLP that moved in with the experts
             matrix = linear_matrix(node)
             if str(matrix.data.name).endswith(".router.weight"):
-                continue  # stays in float32
+                self.lower_router(node, matrix)
+                continue
             if matrix.shape[0] == 1:
-                row = self.store_linear(str(matrix.data.name), [matrix])
+                row = self.store_linear(str(matrix.data.name), [matrix], as_it_is=True)
                 self.rewriter.replace(node, [self.multiply_few(node.inputs[0], row)])
                 continue
             groups.setdefault((id(node.inputs[0]), matrix.bits, matrix.block_size), []).append(node)
         for nodes in groups.values():
             self.lower_group(nodes)
+
+    def lower_router(self, node: ir.Node, matrix: Matrix) -> None:
+        """Stays in float32. An odd number of rows TensorRT would pad for the chunk's product, and store both forms."""
+        rows = matrix.shape[0]
+        more = -rows % 4
+        if more:
+            padded = self.put(self.weights.padded_rows(f"{matrix.data.name}.padded", matrix.data, more))
+            y = self.rewriter.op("MatMul", [node.inputs[0], self.rewriter.op("Transpose", [padded], perm=[1, 0])])
+            ints = self.rewriter.ints
+            self.rewriter.replace(node, [self.rewriter.op("Slice", [y, ints(0), ints(rows), ints(1)])])
 
     def lower_group(self, nodes: list[ir.Node]) -> None:
         matrices = [linear_matrix(node) for node in nodes]
@@ -307,9 +311,9 @@ class Lowering:
         x = nodes[0].inputs[0]
         if name == self.head_weight:
             tied = self.table if self.config.tie_word_embeddings else None
-            weight = tied or self.store_linear(name, matrices)
+            weight = tied or self.store_linear(name, matrices, as_it_is=True)
             y = self.multiply_few(x, weight) if weight.bits else self.multiply(x, weight)
-        elif matrices[0].bits or len(nodes) > 1 or x in self.expert_inputs:
+        elif matrices[0].bits or self.weights.fp8 or len(nodes) > 1 or x in self.expert_inputs:
             y = self.multiply_split(x, self.store_linear(name, matrices))
         else:
             y = self.multiply(x, self.store_linear(name, matrices))
@@ -407,8 +411,8 @@ class Lowering:
         product = self.rewriter.op("Mul", [self.inputs.lane_count, self.rewriter.ints(count)])
         return self.rewriter.op("Concat", [product, self.rewriter.ints(*shape)], axis=0)
 
-    def store_linear(self, name: str, matrices: list[Matrix]) -> Stored:
-        return self.put_stored(self.weights.linear(f"{name}.lowered", matrices))
+    def store_linear(self, name: str, matrices: list[Matrix], *, as_it_is: bool = False) -> Stored:
+        return self.put_stored(self.weights.linear(f"{name}.lowered", matrices, as_it_is=as_it_is))
 
     def put_stored(self, stored: Stored) -> Stored:
         self.put(stored.data)
@@ -426,20 +430,14 @@ class Lowering:
     def dequantize(self, weight: Stored) -> ir.Value:
         if not weight.bits:
             return weight.data
+        if weight.by_row:
+            return self.rewriter.op("DequantizeLinear", [weight.data, weight.scales], axis=0)
         return self.rewriter.op("DequantizeLinear", [weight.data, weight.scales], axis=1, block_size=weight.block)
 
-    def unit(self) -> ir.Value:
-        """1 in `real`: the scale of a DequantizeLinear that only casts."""
+    def unit(self, value: float = 1.0) -> ir.Value:
+        """`value` in `real`: the scale of a DequantizeLinear that only casts."""
         dtype = np.float32 if self.real == ir.DataType.FLOAT else np.float16
-        return self.rewriter.constant("unit", np.array(1, dtype))
-
-
-def _cache_widths(config: MoEConfig) -> list[int]:
-    """Elements of a token in each tensor of a layer's cache."""
-    attention = config.attention
-    if isinstance(attention, LatentAttentionConfig):
-        return [attention.kv_lora_rank, attention.qk_rope_head_dim]
-    return [attention.num_key_value_heads * attention.head_dim]
+        return self.rewriter.constant("unit" if value == 1.0 else f"unit.{value!r}", np.array(value, dtype))
 
 
 def _gathered_matrix(node: ir.Node) -> Matrix:
