@@ -28,7 +28,7 @@ from moedge.errors import MoedgeError  # noqa: E402
 from moedge.profiles.build import build  # noqa: E402
 
 OUT = ROOT / "docs" / "engines.md"
-PROFILES = {"SM80": "a100-80gb", "SM89": "rtx4090"}
+PROFILES = {"SM89": "rtx4090", "SM80": "a100-80gb"}
 PRECISIONS = ("int4", "int8", "fp16", "fp8")
 WITHOUT_FP8 = ("SM80",)
 WIDE = {"hidden_size": 128, "vocab_size": 512}
@@ -89,7 +89,7 @@ def row_of(family: str, precision: str, gpu: str, session: dict[str, Any]) -> tu
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", action="append", choices=sorted(CONFIGURATIONS), help="only these; no table")
-    parser.add_argument("--max-batch", type=int, default=4)
+    parser.add_argument("--max-batch", type=int, default=2)
     parser.add_argument("--max-seq-len", type=int, default=128)
     arguments = parser.parse_args()
     rows, good = [], True
