@@ -96,6 +96,10 @@ def _check_engine(
         deep.engines[info.profile] = {"how": None, "layers": [], "strays": [], "faults": [str(error)]}
         return
     found = _follow(gates, traced)
+    if traced.together is not None:
+        together = found["together"] = _follow(gates, traced.together)
+        if not found["faults"]:  # else the same are said twice: both graphs are lowered alike
+            found["faults"] += [f"several sequences in a step: {fault}" for fault in together["faults"]]
     deep.faults += [f"{label}: {fault}; {rebuild}" for fault in found["faults"]]
     deep.engines[info.profile] = found
 

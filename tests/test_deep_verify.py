@@ -24,7 +24,9 @@ from moedge.export.gating._compare import compare_choices
 from moedge.profiles.build import write_engine_manifest
 from moedge.profiles.targets import _routes
 from moedge.profiles.verify_commands import verify_command
+from moedge.runtime import kernels
 from moedge.runtime.preflight import read_engine
+from moedge.runtime.sessions.onnxruntime_cpu import LANES_MODEL
 
 Lower = Callable[[Any, Any, dict[str, Any]], tuple[Any, Any]]
 right = sigmoid_topk.lower
@@ -56,12 +58,14 @@ def prepared_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def edit_engine(bundle: Path, profile: str, edit: Callable[[onnx.ModelProto], None]) -> None:
-    """Change an engine's graph, checksums and all."""
+def edit_engine(bundle: Path, profile: str, edit: Callable[[onnx.ModelProto], None], graph: str = MODEL) -> None:
+    """Change an engine's graph, and the one of our own kernels beside it, checksums and all."""
     folder = bundle / "engines" / profile
-    model = onnx.load(folder / MODEL, load_external_data=False)
-    edit(model)
-    (folder / MODEL).write_bytes(model.SerializeToString())
+    for path in (folder / graph, folder / kernels.own_name(graph)):
+        if path.is_file():
+            model = onnx.load(path, load_external_data=False)
+            edit(model)
+            path.write_bytes(model.SerializeToString())
     write_engine_manifest(folder, read_json(folder / ENGINE_MANIFEST))
 
 
@@ -144,6 +148,18 @@ def test_a_wrong_gate_of_a_later_layer_is_named(bundle: Path) -> None:
     edit_engine(bundle, "cpu", lose_bias)
     (fault,) = faults_of(bundle)
     assert fault.startswith("engine 'cpu': layer 2, token ") and "as if the correction bias were lost" in fault
+
+
+def test_a_wrong_gate_in_the_graph_of_several_sequences_is_named(bundle: Path) -> None:
+    def lose_bias(model: onnx.ModelProto) -> None:
+        model.graph.initializer.append(numpy_helper.from_array(np.zeros(8, np.float32), "planted.zero"))
+        (node,) = [node for node in model.graph.node if "layers.1.router.bias" in node.input]
+        node.input[list(node.input).index("layers.1.router.bias")] = "planted.zero"
+
+    edit_engine(bundle, "cpu", lose_bias, LANES_MODEL)
+    (fault,) = faults_of(bundle)
+    assert fault.startswith("engine 'cpu': several sequences in a step: layer 1, token ")
+    assert "as if the correction bias were lost" in fault
 
 
 def test_another_routers_weights_are_named(bundle: Path) -> None:

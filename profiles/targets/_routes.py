@@ -21,9 +21,11 @@ import onnx_ir as ir
 from ...bundle import MODEL, Bundle
 from ...export.config import MoEConfig
 from ...export.gating import list_gates
+from ...runtime import kernels
 from ...runtime.machine import memory_bytes
 from ...runtime.preflight import EngineInfo
 from ...runtime.sessions import SessionOptions, backend_module
+from ...runtime.sessions.onnxruntime_cpu import LANES_MODEL
 from ._canonical import Array, attributes_of, find_calls, find_matrix, load_canonical
 from ._trt_attention import layer_of
 from ._trt_check import MOST_PARAMETERS_HALF, NetworkRunner, open_plain_session
@@ -73,13 +75,15 @@ class Evaluation:
 
 @dataclass
 class Traced:
-    """An engine's routes by layer. `strays`: heavy nodes that ran on another provider than was asked for."""
+    """An engine's routes by layer. `strays`: heavy nodes that ran on another provider than was asked for. `together`:
+    those of its graph that steps several sequences, where that is another."""
 
     how: str
     routes: dict[int, Route]
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     strays: list[str] = field(default_factory=list)
     provider: str = CPU
+    together: Traced | None = None
 
 
 def cut_steps(tokens: Array) -> list[Array]:
@@ -229,40 +233,62 @@ def trace_session(bundle: Bundle, info: EngineInfo, tokens: Array, layers: int) 
 
     A session gives experts and weights of a fixed width: the logits ride behind the weights, in as many columns more.
     """
-    model = ir.load(bundle.engine_dir(info.profile) / MODEL)
-    constants, top_k, moe = _constants_of(model), info.num_experts_per_tok, bundle.config["moe"]
-    logits = {layer: find_logits(model, layer, constants) for layer in info.moe_layers}
-    evaluations = {layer: describe_experts(model, layer, top_k, constants) for layer in info.moe_layers}
-    width = 0
-    if None not in logits.values():
-        width = int(moe["gate"]["attributes"].get("bits", moe["num_experts"]))
-        for layer, value in logits.items():
-            _widen_route(model, layer, value, top_k + width)
-    provider = str(info.session.get("provider", CPU))
+    traced = _trace_graphs(bundle, info, tokens, MODEL, 1)
+    if int(info.session.get("lanes", 1)) > 1:
+        traced.together = _trace_graphs(bundle, info, tokens, LANES_MODEL, 2)
+    return traced
+
+
+def _trace_graphs(bundle: Bundle, info: EngineInfo, tokens: Array, graph: str, lanes: int) -> Traced:
+    """By the graph of this name, or the one of our own kernels beside it where the session loads that."""
+    folder, top_k, moe = bundle.engine_dir(info.profile), info.num_experts_per_tok, bundle.config["moe"]
+    names = [name for name in (graph, kernels.own_name(graph)) if (folder / name).is_file()]
+    models = {name: ir.load(folder / name) for name in names}
+    evaluations, found = {}, []
+    for model in models.values():
+        constants = _constants_of(model)
+        found.append({layer: find_logits(model, layer, constants) for layer in info.moe_layers})
+        for layer in info.moe_layers:
+            evaluations.setdefault(layer, describe_experts(model, layer, top_k, constants))
+    width = int(moe["gate"]["attributes"].get("bits", moe["num_experts"]))
+    width = 0 if any(None in logits.values() for logits in found) else width
     with tempfile.TemporaryDirectory(prefix="moedge-routes-") as scratch:
-        folder = Path(scratch)
-        (folder / MODEL).write_bytes(ir.to_proto(model).SerializeToString())
-        options = SessionOptions(1, len(tokens), str(folder / "profile"))
+        for (name, model), logits in zip(models.items(), found, strict=True):
+            for layer, value in logits.items() if width else ():
+                _widen_route(model, layer, value, top_k + width)
+            (Path(scratch) / name).write_bytes(ir.to_proto(model).SerializeToString())
         wide = dataclasses.replace(info, num_experts_per_tok=top_k + width)
-        session: Any = backend_module(info.backend).open_session(_Probed(bundle, folder), wide, options)
-        experts, weights = [], []
-        for part in cut_steps(tokens):
-            session.step(part, np.empty(0, np.int64))
-            experts.append(session.routing.experts.copy())
-            weights.append(session.routing.weights.copy())
+        options = SessionOptions(1, len(tokens), str(Path(scratch) / "profile"), lanes=lanes)
+        session: Any = backend_module(info.backend).open_session(_Probed(bundle, Path(scratch)), wide, options)
+        experts, weights = _step_session(session, tokens, lanes)
+        provider = str(info.session.get("provider", CPU))
         strays = find_strays(session.end_profiling(), provider) if hasattr(session, "end_profiling") else []
         session.close()
-    all_experts, all_weights = np.concatenate(experts, axis=1), np.concatenate(weights, axis=1)
     routes = {
         layer: Route(
-            all_experts[place, :, :top_k],
-            all_weights[place, :, :top_k],
-            all_weights[place, :, top_k:] if width else None,
+            experts[place, :, :top_k], weights[place, :, :top_k], weights[place, :, top_k:] if width else None
         )
         for place, layer in enumerate(info.moe_layers)
     }
-    found = {layer: each for layer, each in evaluations.items() if each is not None}
-    return Traced("its own session", routes, found, strays, provider)
+    known = {layer: each for layer, each in evaluations.items() if each is not None}
+    return Traced("its own session", routes, known, strays, provider)
+
+
+def _step_session(session: Any, tokens: Array, lanes: int) -> tuple[Array, Array]:
+    """Experts and weights of `tokens`; of several lanes those in the second, single tokens together with the first."""
+    other = session.another() if lanes > 1 else session
+    experts, weights = [], []
+    for part in cut_steps(tokens):
+        if lanes > 1 and len(part) == 1:
+            session.step_together([other], np.repeat(part, 2))
+        else:
+            for each in dict.fromkeys((session, other)):
+                each.step(part, np.empty(0, np.int64))
+        experts.append(other.routing.experts.copy())
+        weights.append(other.routing.weights.copy())
+    if other is not session:
+        other.close()
+    return np.concatenate(experts, axis=1), np.concatenate(weights, axis=1)
 
 
 def _widen_route(model: ir.Model, layer: int, logits: ir.Value | None, width: int) -> None:
