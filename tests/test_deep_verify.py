@@ -243,8 +243,14 @@ def test_the_network_for_tensorrt_is_compared_and_says_where_it_is_dense(prepare
     assert again.how == "the network lowered again (2 of 3 layers), on onnxruntime" and set(again.routes) == {1}
 
 
-def test_a_fault_in_the_network_for_tensorrt_is_named(prepared_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_fault_in_the_network_for_tensorrt_is_named(prepared_bundle: Path, tmp_path: Path, lanes: int) -> None:
+    """Of several lanes too, which are sound before."""
     bundle = shutil.copytree(prepared_bundle, tmp_path / "bundle")
+    if lanes > 1:
+        moedge.build(bundle, "jetson-agx-orin-64gb", max_seq_len=48, max_batch=lanes)
+        found = json.loads(run_deep(bundle, "--json").stdout)["deep"]["engines"]["jetson-agx-orin-64gb"]
+        assert found["faults"] == [] and [layer["layer"] for layer in found["layers"]] == [1, 2]
 
     def lose_groups(model: onnx.ModelProto) -> None:
         """The group mask of layer 1 keeps everything: what is 0 outside becomes the scores themselves."""

@@ -31,7 +31,7 @@ from ._trt_attention import layer_of
 from ._trt_check import MOST_PARAMETERS_HALF, NetworkRunner, open_plain_session
 from ._trt_parts import Part
 from ._trt_views import keep_layers
-from .tensorrt_network import lower_network
+from .tensorrt_network import NetworkForm, lower_network
 
 CPU = "CPUExecutionProvider"
 _MOST_PARAMETERS = 600_000_000  # of the layers compared
@@ -244,7 +244,8 @@ def _trace_graphs(bundle: Bundle, info: EngineInfo, tokens: Array, graph: str, l
     folder, top_k, moe = bundle.engine_dir(info.profile), info.num_experts_per_tok, bundle.config["moe"]
     names = [name for name in (graph, kernels.own_name(graph)) if (folder / name).is_file()]
     models = {name: ir.load(folder / name) for name in names}
-    evaluations, found = {}, []
+    evaluations: dict[int, Evaluation | None] = {}
+    found = []
     for model in models.values():
         constants = _constants_of(model)
         found.append({layer: find_logits(model, layer, constants) for layer in info.moe_layers})
@@ -360,20 +361,28 @@ def _trace_parts(
                 shutil.copyfile(folder / part.weights, place / part.weights)
                 lowered = ir.load(folder / part.model)
             else:
-                network = lower_network(model, config, slots, real=real, part=part)
+                network = lower_network(model, config, slots, real=real, part=part, form=NetworkForm(info.max_batch))
                 network.weights.write(place / part.weights)
                 lowered = network.model if folder is None else ir.load(folder / part.model)
             evaluations |= _add_logits(lowered, config, part)
             (place / part.model).write_bytes(ir.to_proto(lowered).SerializeToString())
         kept = [Part(part.start, min(part.stop, layers), layers) for part in parts]
-        runner = NetworkRunner(*[place / part.model for part in kept])
-        steps = [runner.step(part.tolist()) for part in cut_steps(tokens)]
+        runner = NetworkRunner(*[place / part.model for part in kept], lanes=info.max_batch)
+        steps = [_step_network(runner, part) for part in cut_steps(tokens)]
     joined = {name: np.concatenate([step[name] for step in steps]) for name in steps[0] if name != "logits"}
     routes = {
         layer: Route(joined[f"experts.{layer}"], joined[f"weights.{layer}"], joined.get(f"router_logits.{layer}"))
         for layer in moe_layers
     }
     return Traced(f"{how}, on onnxruntime", routes, evaluations)
+
+
+def _step_network(runner: NetworkRunner, tokens: Array) -> dict[str, Array]:
+    """Of several lanes in the last, a single token by the form that steps all of them."""
+    last = runner.lanes - 1
+    if last == 0 or len(tokens) > 1:
+        return runner.step(tokens.tolist(), last)
+    return {name: rows[last : last + 1] for name, rows in runner.step_together({last: int(tokens[0])}).items()}
 
 
 def _add_logits(model: ir.Model, config: MoEConfig, part: Part) -> dict[int, Evaluation]:
