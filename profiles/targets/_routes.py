@@ -29,9 +29,10 @@ from ...runtime.sessions.onnxruntime_cpu import LANES_MODEL
 from ._canonical import Array, attributes_of, find_calls, find_matrix, load_canonical
 from ._trt_attention import layer_of
 from ._trt_check import MOST_PARAMETERS_HALF, NetworkRunner, open_plain_session
+from ._trt_form import NetworkForm
 from ._trt_parts import Part
 from ._trt_views import keep_layers
-from .tensorrt_network import NetworkForm, lower_network
+from .tensorrt_network import lower_network
 
 CPU = "CPUExecutionProvider"
 _MOST_PARAMETERS = 600_000_000  # of the layers compared
