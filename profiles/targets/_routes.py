@@ -362,7 +362,7 @@ def _trace_parts(
                 shutil.copyfile(folder / part.weights, place / part.weights)
                 lowered = ir.load(folder / part.model)
             else:
-                network = lower_network(model, config, slots, real=real, part=part, form=NetworkForm(info.max_batch))
+                network = lower_network(model, config, slots, real=real, part=part, form=_form_of(info))
                 network.weights.write(place / part.weights)
                 lowered = network.model if folder is None else ir.load(folder / part.model)
             evaluations |= _add_logits(lowered, config, part)
@@ -376,6 +376,18 @@ def _trace_parts(
         for layer in moe_layers
     }
     return Traced(f"{how}, on onnxruntime", routes, evaluations)
+
+
+def _form_of(info: EngineInfo) -> NetworkForm:
+    """What the engine was lowered as, by its engine.json."""
+    session = info.session
+    return NetworkForm(
+        info.max_batch,
+        int(session["chunk"]),
+        bool(session.get("expert_buckets", False)),
+        session.get("latent_attention") == "expanded",
+        info.precision.startswith("fp8"),
+    )
 
 
 def _step_network(runner: NetworkRunner, tokens: Array) -> dict[str, Array]:
