@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle, Progress
+from ..profiles.device import load_profile
 from ..profiles.shape import ModelShape, bytes_per_token
 from . import kernels, machine
 from .bench_runs import Case, Samples, check_fits, measure
-from .energy import open_meter
+from .energy import open_meter, process_gpu_memory
 from .engine import load
 from .preflight import EngineInfo, choose_profile, read_engine
 
@@ -125,14 +126,24 @@ def _bench_cases(
         results += _measure_cases(opened, profile, some, threads, samples, progress)
     if progress is not None:
         progress("measuring memory bandwidth", 0, 1)
-    limit = machine.measure_bandwidth(results[0]["threads"])
+    limit, source = _find_limit(read_engine(opened, results[0]["profile"]), results[0]["threads"])
     if progress is not None:
         progress("measuring memory bandwidth", 1, 1)
     for result in results:
         result["bandwidth_limit_bytes_per_s"] = limit
+        result["bandwidth_limit_source"] = source
         result["fraction_of_limit"] = result["bandwidth_bytes_per_s"] / limit
     order = [(case.batch, case.context, case.prompt_tokens) for case in cases]
     return sorted(results, key=lambda one: order.index((one["batch"], one["context_tokens"], one["prompt_tokens"])))
+
+
+def _find_limit(info: EngineInfo, threads: int) -> tuple[float, str]:
+    """Bytes per second that memory gives, and who says so: measured in this run on a CPU, the data sheet's on a GPU."""
+    if info.compute_capability is not None:
+        bandwidth = load_profile(info.profile).bandwidth_bytes_per_s
+        if bandwidth is not None:
+            return bandwidth, "data sheet"
+    return machine.measure_bandwidth(threads), "measured here"
 
 
 def _measure_cases(
@@ -158,6 +169,8 @@ def _measure_cases(
             found, joules = measure(engine, meter, case, what, progress)
             result = _result(bundle, info, case, found, joules)
             result |= {"threads": used, "load_s": load_s, "peak_memory_bytes": machine.peak_memory_bytes()}
+            on_gpu = info.compute_capability is not None
+            result["device_memory_bytes"] = process_gpu_memory() if on_gpu else None
             result["peak_memory_of"] = "the benchmark" if peak_is_own else "the whole process"
             if samples:
                 result["samples"] = found.to_json()
@@ -182,7 +195,7 @@ def _result(
         "model": bundle.manifest.get("model", {}).get("name", bundle.path.name),
         "profile": info.profile,
         "backend": info.backend,
-        "device": machine.cpu_name(),
+        "device": machine.name_of(info.compute_capability),
         **_quantization(bundle),
         "batch": case.batch,
         "prompt_tokens": case.prompt_tokens,

@@ -6,6 +6,7 @@ GPU, one on the CPU by RAPL's counters of the packages. Nothing is estimated.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -213,6 +214,19 @@ def describe_gpu_state(index: int = 0) -> dict[str, Any] | None:
             found[name] = None
     nvml.nvmlShutdown()
     return found
+
+
+def process_gpu_memory(index: int = 0) -> int | None:
+    """Bytes of a GPU's memory that this process holds, as NVML tells them; None without NVML."""
+    try:
+        nvml = require("pynvml", "rtx")
+        nvml.nvmlInit()
+        running = nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index))
+    except Exception:
+        return None
+    held = [process.usedGpuMemory for process in running if process.pid == os.getpid()]
+    nvml.nvmlShutdown()
+    return held[0] if held else None
 
 
 def power_mode() -> str | None:

@@ -72,6 +72,12 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine() or "unknown CPU"
 
 
+def name_of(compute_capability: tuple[int, int] | None) -> str:
+    """What the hardware calls itself that runs an engine for this capability; None: the CPU."""
+    fitting = [gpu.name for gpu in gpus() if gpu.compute_capability == compute_capability]
+    return fitting[0] if fitting else cpu_name()
+
+
 def default_threads() -> int:
     """Physical cores that this process may use: within its affinity and its cgroup's quota, siblings counted once."""
     siblings = {_read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in _affinity()}

@@ -23,7 +23,7 @@ def describe_run(engine: Engine, kind: str, schema: int) -> dict[str, Any]:
         "model": str(manifest.get("model", {}).get("name", engine.bundle.path.name)),
         "profile": engine.profile,
         "backend": engine.info.backend,
-        "device": machine.cpu_name(),
+        "device": machine.name_of(engine.info.compute_capability),
         "weights": quantization.get("weights"),
         "group_size": quantization.get("group_size"),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -23,11 +23,13 @@ def bench_table(result: dict[str, Any]) -> Table:
     table.add_row("decode", f"{result['decode_tokens_per_s']:,.1f} tokens/s")
     peak = result["peak_memory_bytes"]
     table.add_row("peak memory", "unknown" if peak is None else size(peak))
+    if result["device_memory_bytes"] is not None:
+        table.add_row("memory of the GPU", size(result["device_memory_bytes"]))
     table.add_row("bundle", size(result["bundle_bytes"]))
     table.add_row("least read for a token", size(result["bytes_per_token"]))
     used, limit = result["bandwidth_bytes_per_s"] / 1e9, result["bandwidth_limit_bytes_per_s"] / 1e9
-    share = f"{used:.1f} of {limit:.1f} GB/s measured here: {100 * result['fraction_of_limit']:.0f}%"
-    table.add_row("memory bandwidth", share)
+    share = f"{100 * result['fraction_of_limit']:.0f}% of {limit:.1f} GB/s, {result['bandwidth_limit_source']}"
+    table.add_row("memory bandwidth", f"{used:.1f} GB/s, {share}")
     if result["limit_note"]:
         table.add_row("", result["limit_note"])
     energy = result["energy_j_per_token"]

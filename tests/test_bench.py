@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import fake_engine
@@ -11,7 +12,9 @@ from click.testing import CliRunner
 
 from moedge.bundle import Bundle
 from moedge.errors import EngineError, UsageError
+from moedge.profiles.device import load_profile
 from moedge.profiles.shape import ModelShape, bytes_per_token
+from moedge.runtime import bench as bench_module
 from moedge.runtime import bench_runs, machine
 from moedge.runtime.bench import bench, bench_sweep
 from moedge.runtime.bench_breakdown import summarize
@@ -38,8 +41,22 @@ def result(fake_bundle):
 
 def test_keys_of_the_contract(result):
     assert list(result)[: len(CONTRACT_KEYS)] == CONTRACT_KEYS
+    assert result["bandwidth_limit_source"] == "measured here" and result["device_memory_bytes"] is None
     assert result["measured"] is True and result["schema"] == 1 and result["threads"] == 1
     json.dumps(result, allow_nan=False)
+
+
+def test_on_a_gpu_the_data_sheet_is_the_limit_and_the_gpu_has_the_name(fake_bundle, monkeypatch):
+    """An engine for SM89: nothing of it runs here, so only what the result says of the device is looked at."""
+    real = bench_module.read_engine
+
+    def for_gpu(*given):
+        return dataclasses.replace(real(*given), compute_capability=(8, 9), profile="rtx4090")
+
+    monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu("a GPU", (8, 9), 24 << 30)])
+    info = for_gpu(Bundle.open(fake_bundle), "cpu")
+    assert machine.name_of(info.compute_capability) == "a GPU" and machine.name_of(None) == machine.cpu_name()
+    assert bench_module._find_limit(info, 1) == (load_profile("rtx4090").bandwidth_bytes_per_s, "data sheet")
 
 
 def test_figures_follow_from_the_samples(result, fake_bundle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -71,6 +72,10 @@ class FakeNvml:
     def nvmlDeviceGetEnforcedPowerLimit(self, device: int) -> int:
         return 450_000
 
+    def nvmlDeviceGetComputeRunningProcesses(self, device: int) -> list[SimpleNamespace]:
+        own = SimpleNamespace(pid=os.getpid(), usedGpuMemory=123)
+        return [SimpleNamespace(pid=1, usedGpuMemory=7), own]
+
     def nvmlSystemGetDriverVersion(self) -> str:
         return "580.1"
 
@@ -91,13 +96,14 @@ def test_nvml_counts_joules_and_says_why_not(monkeypatch: pytest.MonkeyPatch) ->
         "power_limit_w": 450.0,
         "driver": "580.1",
     }
+    assert energy.process_gpu_memory() == 123
     fake.refuses = True
     assert Nvml().reason == "NVML shows no energy counter of GPU 0 (Not Supported)"
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Nvml().reason == (
         "pynvml is not installed (needed to read a GPU's energy); install it: pip install 'moedge[rtx]'"
     )
-    assert energy.describe_gpu_state() is None
+    assert energy.describe_gpu_state() is None and energy.process_gpu_memory() is None
 
 
 @pytest.mark.parametrize(
