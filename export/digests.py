@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import default_rng  # numpy loads it when it is first asked for, and then loses a Ctrl-C
 
 from .checkpoint import Array
 
@@ -45,7 +46,7 @@ def digest(values: Array) -> int:
     if words.size not in _patterns:
         if len(_patterns) > 3:  # parts of a tensor have two sizes at most
             _patterns.clear()
-        rng = np.random.default_rng(_SEED)
+        rng = default_rng(_SEED)
         _patterns[words.size] = rng.integers(0, 1 << 32, words.size, np.uint32) | np.uint32(1)
     mixed = words ^ (words >> np.uint32(16))  # bfloat16 leaves the lower half empty
     mixed *= _patterns[words.size]

@@ -42,7 +42,7 @@ def test_commands_of_the_readme(newcomer: Path) -> None:
     (script,) = [block for block in blocks("sh") if block.startswith("moedge ")]
     commands = script.replace("moedge ", f"{sys.executable} -m moedge ")
     result = run(["bash", "-euo", "pipefail", "-c", commands], newcomer)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stderr + result.stdout
     assert (newcomer / "bundle" / "engines" / "rtx4090" / "engine.plan").stat().st_size > 10_000
     assert "<html" in (newcomer / "report.html").read_text()
 
@@ -50,7 +50,7 @@ def test_commands_of_the_readme(newcomer: Path) -> None:
 def test_python_of_the_readme(newcomer: Path) -> None:
     (script,) = blocks("python")
     result = run([sys.executable, "-c", script], newcomer)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stderr + result.stdout
     assert (newcomer / "bundle-int8" / "engines" / "cpu" / "engine.json").is_file()
 
 

@@ -77,8 +77,9 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         if progress is not None:
             progress("lowering to onnxruntime", place, len(wanted))
         model, config = load_canonical(request.bundle)
+        products: dict[str, Any] = {"accuracy_level": ACCURACY_LEVEL, "fused_experts": fused, "own_kernels": ours}
         sizes: dict[str, Any] = {"max_seq_len": request.max_seq_len, "lanes": count}
-        cache = lower(model, fused_experts=fused, own_kernels=ours, kv_cache=kv_cache, scales=scales, **sizes)
+        cache = lower(model, kv_cache=kv_cache, scales=scales, **products, **sizes)
         if ours and not any(node.domain == kernels.DOMAIN for node in model.graph):
             continue  # nothing is quantized
         (folder / (kernels.own_name(name) if ours else name)).write_bytes(ir.to_proto(model).SerializeToString())
