@@ -10,6 +10,7 @@ Importing this module imports nothing heavy: each name below is looked up when i
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from .export.pipeline import export_checkpoint as export  # what calling the subpackage calls
     from .profiles.build import build as build
     from .runtime.engine import load as load
+
+# onnxruntime would otherwise keep files about its use in the user's home; who wants that sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +51,13 @@ def test_what_is_said_where_it_cannot_be(tiny_bundle: Path, monkeypatch: pytest.
     monkeypatch.setattr(residence, "_find_lock", lambda: None)
     with pytest.raises(EngineError, match="^this system cannot lock weights in memory .no mlock.; load without lock_w"):
         moedge.load(tiny_bundle, threads=1, lock_weights=True)
+
+
+def test_nothing_is_written_into_the_users_home(tiny_bundle: Path, tmp_path: Path) -> None:
+    """onnxruntime by itself keeps files about its use there."""
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
+    command = [sys.executable, "-m", "moedge", "generate", str(tiny_bundle), "-p", "a", "-n", "2", "--threads", "1"]
+    subprocess.run(command, env=environment | {"HOME": str(home)}, check=True, capture_output=True)
+    assert not [path for path in home.rglob("*") if path.is_file()]
