@@ -6,10 +6,13 @@ Library functions take `progress: Progress | None` and call it as `progress(what
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TextIO
 
 Progress = Callable[[str, int, int], None]
@@ -19,12 +22,45 @@ SECONDS_BETWEEN_LINES = 5.0
 
 @contextmanager
 def console_progress() -> Iterator[Progress]:
-    """Shows what the yielded function is called with, until the block is left."""
-    if sys.stderr.isatty():
-        with _bar() as progress:
-            yield progress
-    else:
-        yield Lines(sys.stderr)
+    """Shows what the yielded function is called with, until the block is left.
+
+    A Ctrl-C that a library lost on its way (imports in C do) is raised again when progress is next told of.
+    """
+    with _interrupts() as seen:
+        if sys.stderr.isatty():
+            with _bar() as progress:
+                yield _heeding(progress, seen)
+        else:
+            yield _heeding(Lines(sys.stderr), seen)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The SIGINTs that came within the block, each handled as before too; none outside of the main thread."""
+    seen: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield seen
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _heeding(progress: Progress, seen: list[int]) -> Progress:
+    def told(what: str, done: int, total: int) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        progress(what, done, total)
+
+    return told
 
 
 class Lines:

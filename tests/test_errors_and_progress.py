@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import signal
 import sys
 
 import pytest
@@ -74,3 +76,15 @@ def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], mon
         progress("Building", 0, 0)
     captured = capsys.readouterr()
     assert "Reading" in captured.err and "100%" in captured.err and captured.out == ""
+
+
+def test_a_lost_interrupt_is_raised_again(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), console_progress() as progress:
+        progress("counting", 0, 2)
+        with contextlib.suppress(KeyboardInterrupt):  # what imports in C do
+            signal.raise_signal(signal.SIGINT)
+        progress("counting", 1, 2)
+    assert signal.getsignal(signal.SIGINT) is before
+    with console_progress() as progress:
+        progress("counting", 2, 2)
