@@ -294,3 +294,20 @@ def finish_model(model: ir.Model, opsets: dict[str, int]) -> None:
     RemoveUnusedNodesPass()(model)
     RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     model.graph.opset_imports.update(opsets)
+
+
+def keep_asked_rows(rewriter: Rewriter) -> None:
+    """Logits float32 [R, vocab] only for the rows that a new input `rows` int64 [R] asks for."""
+    graph = rewriter.model.graph
+    rows = ir.val("rows", ir.DataType.INT64, ["R"])
+    graph.inputs.insert(1, rows)
+    norm = next(iter(graph.initializers["final_norm.weight"].uses())).node
+    norm.replace_input_with(0, rewriter.op("Gather", [norm.inputs[0], rows], axis=0))
+    rewriter.insert_before(norm)
+    reshape = graph.outputs[0].producer()
+    assert reshape is not None and reshape.op_type == "Reshape" and reshape.inputs[0] is not None
+    vocab = graph.outputs[0].shape[2]  # type: ignore[index]
+    logits = reshape.inputs[0]
+    graph.outputs[0] = logits
+    graph.remove(reshape, safe=False)
+    logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(["R", vocab])

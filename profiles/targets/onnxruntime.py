@@ -28,6 +28,7 @@ from ._canonical import (
     finish_model,
     holds_torch_graph,
     is_load_aware,
+    keep_asked_rows,
     load_canonical,
     refuse_chunks,
     replace_each,
@@ -208,16 +209,4 @@ class _Lowering:
                 self.graph.outputs.extend([experts, weights])
 
     def lower_head(self) -> None:
-        """Logits only for the rows that are asked for."""
-        rows = ir.val("rows", ir.DataType.INT64, ["R"])
-        self.graph.inputs.insert(1, rows)
-        norm = next(iter(self.graph.initializers["final_norm.weight"].uses())).node
-        norm.replace_input_with(0, self.rewriter.op("Gather", [norm.inputs[0], rows], axis=0))
-        self.rewriter.insert_before(norm)
-        reshape = self.graph.outputs[0].producer()
-        assert reshape is not None and reshape.op_type == "Reshape" and reshape.inputs[0] is not None
-        vocab = self.graph.outputs[0].shape[2]  # type: ignore[index]
-        logits = reshape.inputs[0]
-        self.graph.outputs[0] = logits
-        self.graph.remove(reshape, safe=False)
-        logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(["R", vocab])
+        keep_asked_rows(self.rewriter)

@@ -32,6 +32,7 @@ from ._canonical import (
     find_matrix,
     finish_model,
     holds_torch_graph,
+    keep_asked_rows,
     linear_matrix,
     load_canonical,
     refuse_chunks,
@@ -271,19 +272,7 @@ class _Lowering:
             self.rewriter.replace(node, [self.rewriter.op("SimplifiedLayerNormalization", node.inputs, **attributes)])
 
     def lower_head(self) -> None:
-        """Logits only for the rows that are asked for."""
-        rows = ir.val("rows", ir.DataType.INT64, ["R"])
-        self.graph.inputs.insert(1, rows)
-        norm = next(iter(self.graph.initializers["final_norm.weight"].uses())).node
-        norm.replace_input_with(0, self.rewriter.op("Gather", [norm.inputs[0], rows], axis=0))
-        self.rewriter.insert_before(norm)
-        reshape = self.graph.outputs[0].producer()
-        assert reshape is not None and reshape.op_type == "Reshape" and reshape.inputs[0] is not None
-        vocab = self.graph.outputs[0].shape[2]  # type: ignore[index]
-        logits = reshape.inputs[0]
-        self.graph.outputs[0] = logits
-        self.graph.remove(reshape, safe=False)
-        logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(["R", vocab])
+        keep_asked_rows(self.rewriter)
 
     def bytes_of(self, matrix: Matrix) -> ir.Value:
         """Codes [E, out, in] as the bytes [E, out, in * bits / 8] that `QMoE` takes."""
