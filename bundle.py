@@ -192,6 +192,11 @@ def staged_directory(
 def staged_file(target: Path, *, error: type[MoedgeError] = BundleError) -> Iterator[Path]:
     """A scratch path beside `target` that is renamed onto it on success and removed on any failure."""
     with _writing(target, error):
+        if target.is_dir():
+            raise error(f"{target} is a folder, not a file; name an output file")
+        above = _existing_parent(target.parent)
+        if not above.is_dir():
+            raise error(f"{target}: {above} is a file, not a folder; name another output file")
         target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
@@ -216,7 +221,7 @@ def _writing(target: Path, error: type[MoedgeError]) -> Iterator[None]:
                 f"{target}: the disk is full ({cause.strerror}, {free / 2**20:.0f} MiB free); nothing was kept: "
                 "free some space or name an output folder on another disk"
             ) from cause
-        if cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENAMETOOLONG):
             raise error(f"{target}: cannot be written ({cause.strerror}); name another output folder") from cause
         raise
 

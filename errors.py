@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 # What a missing module is installed with: import name -> extra of this package.
 EXTRAS = {
@@ -65,6 +66,14 @@ class UsageError(MoedgeError, ValueError):
 
 class DependencyError(MoedgeError, ImportError):
     """A package that only some of the work needs is not installed."""
+
+
+def shorten(value: Any) -> str:
+    """A value as a message shows it: one line, whatever it is."""
+    if isinstance(value, int) and not -(10**20) < value < 10**20:
+        return "a number of more than 20 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def require(module: str, extra: str | None = None, purpose: str = "") -> ModuleType:

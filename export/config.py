@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shorten
 
 # gpt-oss's activation: the slope of its sigmoid, and what gate and up are clamped to.
 CLAMPED_SWIGLU_ALPHA = 1.702
@@ -216,14 +216,6 @@ _MOST = {
     "qk_rope_head_dim": 1 << 14,
 }
 _MOST_EXPERTS = 1 << 18  # in all layers together
-
-
-def shorten(value: Any) -> str:
-    """A config's value as a message shows it: one line, whatever it is."""
-    if isinstance(value, int) and not -(10**20) < value < 10**20:
-        return "a number of more than 20 digits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class HfConfig:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError
-from .config import HfConfig, RopeConfig, shorten
+from ..errors import CheckpointError, shorten
+from .config import HfConfig, RopeConfig
 
 _Frequencies = np.ndarray[Any, np.dtype[np.float32]]
 _Fields = dict[str, Any]

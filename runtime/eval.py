@@ -32,6 +32,7 @@ SCHEMA = 1
 CONTEXT = 512
 # Values of logits looked at together: float64 copies of a whole window would be a gigabyte with a large vocabulary.
 _VALUES_AT_ONCE = 1 << 22
+_LARGEST_TEXT = 256 << 20  # bytes
 
 LogitsOf = Callable[[NDArray[np.int64]], NDArray[np.float32]]  # [S] ids to [S, vocab]
 _TEXT_HINT = "give a UTF-8 text file"
@@ -123,14 +124,17 @@ def read_text_file(path: Path) -> str:
     """The text in a UTF-8 file, its line ends unchanged.
 
     Raises:
-        UsageError: no such file, not readable, empty, or not text.
+        UsageError: no such file, not readable, empty, not text, or larger than anybody waits for.
     """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as stream:
+            raw = stream.read(_LARGEST_TEXT + 1)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; {_TEXT_HINT}") from None
     except OSError as error:
         raise UsageError(f"{path}: not readable ({error.strerror}); {_TEXT_HINT}") from None
+    if len(raw) > _LARGEST_TEXT:
+        raise UsageError(f"{path} is larger than {_LARGEST_TEXT >> 20} MiB; {_TEXT_HINT} of a part of it")
     if not raw:
         raise UsageError(f"{path} is empty; {_TEXT_HINT}")
     if b"\0" in raw:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..bundle import staged_file
 from ..errors import ReportError
 from ..profiles.fit import size
+from .report_input import BAND, PERCENTILES, TIMES, check_result, read_documents
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,20 +26,8 @@ if TYPE_CHECKING:
 
     from .report_compare import Comparison
 
-SCHEMA = 1
 SUFFIXES = (".html", ".md", ".csv", ".png")
 
-_PERCENTILES = ("p50", "p90", "p99")
-_BAND = ("low", "high")
-# The contract's keys in its order: what each must be. A figure may be null where it is not known.
-_TEXTS = ("model", "profile", "backend", "device")
-_COUNTS = ("batch", "prompt_tokens", "new_tokens")
-_FIGURES = (
-    "threads repeat load_s prefill_tokens_per_s decode_tokens_per_s peak_memory_bytes bundle_bytes bytes_per_token "
-    "bandwidth_bytes_per_s bandwidth_limit_bytes_per_s fraction_of_limit energy_j_per_token group_size"
-).split()
-_OPTIONAL = ("usd_per_million_tokens",)
-_TIMES = ("ttft_ms", "itl_ms")
 CSV_COLUMNS = (
     "schema model profile backend device weights group_size batch prompt_tokens new_tokens threads repeat load_s "
     "ttft_ms.p50 ttft_ms.p90 ttft_ms.p99 ttft_ms.low ttft_ms.high itl_ms.p50 itl_ms.p90 itl_ms.p99 itl_ms.low "
@@ -126,45 +114,6 @@ def load_inputs(
     _check_one_model(results, origins)
     check_together(evaluations, results[0]["model"])
     return results, evaluations
-
-
-def read_documents(paths: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[Any, str]]:
-    """(document, where it is from) for each document in JSON files, each one document or a list of them.
-
-    Raises:
-        ReportError: not readable, or not JSON; names the file.
-    """
-    for path in map(Path, paths):
-        found = _read(path)
-        for index, document in enumerate(found):
-            yield document, str(path) if len(found) == 1 else f"{path}[{index}]"
-
-
-def check_result(document: Any, origin: str) -> None:
-    """Raises ReportError where `document`, from `origin`, is no result of this schema."""
-    made_by = "make results with `moedge bench --json` or `moedge estimate --json`"
-    if not isinstance(document, dict) or "schema" not in document:
-        raise ReportError(f"{origin}: no bench result (it has no schema); {made_by}")
-    if document["schema"] != SCHEMA:
-        raise ReportError(
-            f"{origin}: result of schema {document['schema']!r}, this version reads schema {SCHEMA}; measure again "
-            "with this version's `moedge bench --json`"
-        )
-    required = [*_TEXTS, "weights", *_COUNTS, *_FIGURES, *_TIMES, "measured"]
-    missing = [key for key in required if key not in document]
-    if missing:
-        raise ReportError(f"{origin}: {', '.join(missing)} missing; {made_by}")
-    for key in _TEXTS:
-        if not isinstance(document[key], str):
-            raise ReportError(f"{origin}: {key} is {document[key]!r}; a text was expected")
-    if not isinstance(document["measured"], bool):
-        raise ReportError(f"{origin}: measured is {document['measured']!r}; true or false was expected")
-    for key in _COUNTS:
-        _check_figure(document[key], f"{origin}: {key}")
-    for key in (*_FIGURES, *_OPTIONAL):
-        _check_figure(document.get(key), f"{origin}: {key}", may_be_null=True)
-    for key in _TIMES:
-        _check_times(document[key], f"{origin}: {key}")
 
 
 def write_report(
@@ -322,16 +271,6 @@ def bytes_text(value: float | None) -> str:
     return "-" if value is None else size(value)
 
 
-def _read(path: Path) -> list[Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ReportError(f"{path}: no such file; make results with `moedge bench --json {path}`") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as cause:
-        raise ReportError(f"{path}: not readable as JSON ({str(cause).splitlines()[0]})") from None
-    return document if isinstance(document, list) else [document]
-
-
 def _check_one_model(results: Sequence[Mapping[str, Any]], origins: Sequence[str]) -> None:
     if not results:
         raise ReportError("no results to report; make some with `moedge bench --json` or `moedge estimate --json`")
@@ -343,31 +282,8 @@ def _check_one_model(results: Sequence[Mapping[str, Any]], origins: Sequence[str
         raise ReportError(f"results of {len(first)} models in one report: {models}; make one report for each model")
 
 
-def _check_times(times: Any, where: str) -> None:
-    if not isinstance(times, dict):
-        raise ReportError(f"{where} is {times!r}; percentiles p50, p90, p99 were expected")
-    for key in _PERCENTILES:
-        if key not in times:
-            raise ReportError(f"{where}.{key} missing; measure again with this version's `moedge bench --json`")
-        _check_figure(times[key], f"{where}.{key}", may_be_null=key != "p50")
-    for key in _BAND:
-        _check_figure(times.get(key), f"{where}.{key}", may_be_null=True)
-    for keys in (_PERCENTILES, ("low", "p50", "high")):
-        known = [times[key] for key in keys if times.get(key) is not None]
-        if known != sorted(known):
-            raise ReportError(f"{where}: {', '.join(keys)} do not grow ({', '.join(map(str, known))}); measure again")
-
-
-def _check_figure(value: Any, where: str, *, may_be_null: bool = False) -> None:
-    if value is None and may_be_null:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        null = " or null" if may_be_null else ""
-        raise ReportError(f"{where} is {value!r}; a number of 0 or more{null} was expected")
-
-
 def _row(result: Mapping[str, Any]) -> Row:
-    ttft, itl = (Times(*(result[key].get(name) for name in (*_PERCENTILES, *_BAND))) for key in _TIMES)
+    ttft, itl = (Times(*(result[key].get(name) for name in (*PERCENTILES, *BAND))) for key in TIMES)
     group = result["group_size"]
     weights = str(result["weights"] or "-")
     return Row(

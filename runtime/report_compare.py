@@ -16,6 +16,7 @@ from ..errors import ReportError
 from .report import bytes_text, number
 
 WORTH_COLOUR = 0.05
+_SHOWN = 4  # runs that a message names
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def compare(
     only_before = [_whole(result) for result in earlier if _key(result) not in now]
     if not rows:
         raise ReportError(
-            f"{origin} has none of these runs to compare with: it has {', '.join(only_before)}; the results are "
-            f"{', '.join(only_now)}"
+            f"{origin} has none of these runs to compare with: it has {_some(only_before)}; the results are "
+            f"{_some(only_now)}"
         )
     return Comparison(origin, tuple(rows), tuple(only_now), tuple(only_before), limit)
 
@@ -224,6 +225,12 @@ def _whole(result: Mapping[str, Any]) -> str:
     return f"{_name(result)} ({_run(result)})"
 
 
+def _some(runs: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
+    more = f" and {len(runs) - _SHOWN} more" if len(runs) > _SHOWN else ""
+    return ", ".join(runs[:_SHOWN]) + more
+
+
 def _html_cell(comparison: Comparison, figure: Figure, change: Change | None) -> str:
     if change is None:
         return "<td>-</td>"
@@ -248,7 +255,7 @@ def _verdict(comparison: Comparison) -> str:
 def _rest(comparison: Comparison) -> list[str]:
     lines = ["Judged: medians and rates. Times and rates are compared as times: +100% is twice as slow."]
     if comparison.only_now:
-        lines.append(f"Not in {comparison.origin}: {', '.join(comparison.only_now)}.")
+        lines.append(f"Not in {comparison.origin}: {_some(comparison.only_now)}.")
     if comparison.only_before:
-        lines.append(f"Only in {comparison.origin}: {', '.join(comparison.only_before)}.")
+        lines.append(f"Only in {comparison.origin}: {_some(comparison.only_before)}.")
     return lines

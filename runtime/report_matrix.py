@@ -18,7 +18,8 @@ from ..bundle import Bundle, staged_file
 from ..errors import ReportError
 from ..profiles.device import load_profile
 from ..profiles.multi import SOURCE, devices_needed, estimate_devices
-from .report import bytes_text, check_suffix, markdown_row, markdown_text, number, read_documents
+from .report import bytes_text, check_suffix, markdown_row, markdown_text, number
+from .report_input import read_documents
 from .report_quality import check_evaluation, check_together, find_evaluation, is_evaluation
 
 SUFFIXES = (".html", ".md", ".csv")

@@ -5,13 +5,13 @@ Quality belongs to the weights, not to the device: an evaluation counts for ever
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..errors import ReportError
+from ..errors import ReportError, shorten
 from .report import Row, number
+from .report_input import check_figure, check_text, check_values
 
 SCHEMA = 1
 
@@ -25,23 +25,27 @@ def check_evaluation(document: Mapping[str, Any], origin: str) -> None:
     """Raises ReportError where a document that says it is an evaluation is none of this schema."""
     again = "evaluate again with this version's `moedge eval --json`"
     if document.get("schema") != SCHEMA:
-        found = document.get("schema")
-        raise ReportError(f"{origin}: evaluation of schema {found!r}, this version reads schema {SCHEMA}; {again}")
+        found = shorten(document.get("schema"))
+        raise ReportError(f"{origin}: evaluation of schema {found}, this version reads schema {SCHEMA}; {again}")
     required = ("model", "weights", "group_size", "text", "text_sha256", "bits_per_byte", "perplexity", "against")
     missing = [key for key in required if key not in document]
     if missing:
         raise ReportError(f"{origin}: {', '.join(missing)} missing; {again}")
+    for key in ("model", "text", "text_sha256"):
+        check_text(document[key], f"{origin}: {key}")
+    check_text(document["weights"], f"{origin}: weights", may_be_null=True)
+    check_figure(document["group_size"], f"{origin}: group_size", may_be_null=True)
+    check_figure(document["bits_per_byte"], f"{origin}: bits_per_byte")
+    check_figure(document["perplexity"], f"{origin}: perplexity", may_be_null=True)
     against = document["against"]
-    figures = {"bits_per_byte": document["bits_per_byte"], "perplexity": document["perplexity"]}
     if against is not None:
         if not isinstance(against, Mapping) or not isinstance(against.get("kl_nats"), Mapping):
             raise ReportError(f"{origin}: against is no comparison; {again}")
-        figures["top1_agreement"] = against.get("top1_agreement", "missing")
-        figures |= {f"kl_nats.{key}": against["kl_nats"].get(key, "missing") for key in ("mean", "p99")}
-    for key, value in figures.items():
-        real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-        if not real and not (key == "perplexity" and value is None):
-            raise ReportError(f"{origin}: {key} is {value!r}; a number of 0 or more was expected")
+        check_figure(against.get("top1_agreement"), f"{origin}: top1_agreement")
+        for key in ("mean", "p99"):
+            check_figure(against["kl_nats"].get(key), f"{origin}: kl_nats.{key}")
+        check_text(against.get("name"), f"{origin}: against.name")
+    check_values(document, origin)
 
 
 def check_together(evaluations: Sequence[Mapping[str, Any]], model: str | None = None) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import CheckpointError
-from ..config import GateConfig, GroupedAttentionConfig, HfConfig, MoEConfig, shorten
+from ...errors import CheckpointError, shorten
+from ..config import GateConfig, GroupedAttentionConfig, HfConfig, MoEConfig
 from ..gating import check_gate
 from ..ropes import read_scaling, rope_kind
 from ..weights import Role, Weight, expert_gate_up, expert_stack, plain, stacked_rows

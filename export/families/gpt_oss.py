@@ -5,9 +5,9 @@ Experts are stored the other way round, [E, in, out]; gate and up take turns alr
 
 from __future__ import annotations
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, shorten
 from ..checkpoint import Checkpoint
-from ..config import CLAMPED_SWIGLU_LIMIT, HfConfig, MoEConfig, MoELayersConfig, shorten
+from ..config import CLAMPED_SWIGLU_LIMIT, HfConfig, MoEConfig, MoELayersConfig
 from ..ropes import read_rope
 from ..weights import Piece, Weight, plain
 from ._common import (
