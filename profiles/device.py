@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ProfileError
+from ..errors import ProfileError, shorten
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -106,10 +106,15 @@ def plain_name(name: str) -> str:
 
 
 def find_name(name: str, known: Iterable[str]) -> str | None:
-    """`name` as the `known` spell it; None where it is none of them."""
-    names = list(known)
-    alike = [each for each in names if plain_name(each) == plain_name(name)]
-    return name if name in names else (alike[0] if len(alike) == 1 else None)
+    """`name` as the `known` spell it, or the only one that it is a part of (orin-nx); None where it is none of them."""
+    names, plain = list(known), plain_name(name)
+    if name in names:
+        return name
+    for fits in (str.__eq__, str.__contains__):
+        alike = [each for each in names if plain and fits(plain_name(each), plain)]
+        if alike:
+            return alike[0] if len(alike) == 1 else None
+    return None
 
 
 def list_profiles() -> list[str]:
@@ -118,7 +123,8 @@ def list_profiles() -> list[str]:
 
 
 def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
-    """The profile of that name (rtx-4090 finds rtx4090), or in that TOML file (a path, or what ends in .toml).
+    """The profile of that name (rtx-4090 finds rtx4090, orin-nx jetson-orin-nx-16gb), or in that TOML file (a path, or
+    what ends in .toml). By its name it has that name, whatever the file says.
 
     Raises:
         ProfileError: no such profile (lists the known), or a file that is no profile (names file and key).
@@ -129,13 +135,14 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> DeviceProfile:
     files = _files()
     found = find_name(text, files)
     if found is None:
-        near = difflib.get_close_matches(text, files, n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
+        near = [each for each in files if plain_name(text) and plain_name(text) in plain_name(each)]
+        near = sorted(near) or difflib.get_close_matches(text, files, n=1)
+        meant = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise ProfileError(
-            f"unknown profile {text!r}{meant}; known: {', '.join(sorted(files))}; "
+            f"unknown profile {shorten(text)}{meant}; known: {', '.join(sorted(files))}; "
             f"add your own as {user_profiles_folder() / (text + '.toml')} or name a path that ends in .toml"
         )
-    return read_profile(files[found])
+    return dataclasses.replace(read_profile(files[found]), name=found)
 
 
 def read_profile(path: Path) -> DeviceProfile:
@@ -149,8 +156,12 @@ def read_profile(path: Path) -> DeviceProfile:
             document = tomllib.load(stream)
     except FileNotFoundError:
         raise ProfileError(f"{path}: no such file; `moedge profiles` lists the known profiles") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as cause:
-        raise ProfileError(f"{path}: not readable as TOML ({str(cause).splitlines()[0]})") from None
+    except OSError as cause:
+        raise ProfileError(f"{path}: not readable ({cause.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as cause:
+        raise ProfileError(f"{path}: not readable as TOML ({str(cause).splitlines()[0][:200]})") from None
+    except ValueError:  # int() refuses thousands of digits
+        raise ProfileError(f"{path}: not readable as TOML (a number of thousands of digits)") from None
     profile = _profile_from_toml(document, path)
     return _fill_from_machine(profile) if profile.this_machine else profile
 
@@ -200,6 +211,10 @@ _RANGES = {
     "price_usd_per_hour": _Range(0, 1_000, "USD/h"),
     "launch_overhead_us": _Range(0, 1_000, "microseconds"),
 }
+_OPERATIONS_PER_BYTE = (1, 20_000)  # of the narrowest kind; shipped devices have 10 to 4,000
+_LINE = re.compile(r"[^\x00-\x1f\ud800-\udfff]{1,1000}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DATE = re.compile(r"20\d\d(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?")
 _FLOPS_RANGE = _Range(1e8, 1e17, "operations/s")
 _TEXTS = ("name", "title", "vendor", "kind", "target", "as_of", "notes")
 _FLAGS = ("memory_shared", "this_machine")
@@ -213,7 +228,7 @@ def _profile_from_toml(document: dict[str, Any], path: Path) -> DeviceProfile:
     known = {*_RANGES, *_TEXTS, *_FLAGS, "compute_capability", "flops", "sources"}
     unknown = sorted(set(document) - known)
     if unknown:
-        raise ProfileError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        raise ProfileError(f"{path}: unknown key {shorten(unknown[0])}; known: {', '.join(sorted(known))}")
     missing = [key for key in _REQUIRED if key not in document]
     if missing:
         raise ProfileError(f"{path}: {', '.join(missing)} missing; {_SHIPPED / 'rtx4090.toml'} is an example")
@@ -231,10 +246,16 @@ def _profile_from_toml(document: dict[str, Any], path: Path) -> DeviceProfile:
 
 def _check_together(profile: DeviceProfile, path: Path) -> None:
     """Figures that are each plausible and contradict one another."""
+    if not _NAME.fullmatch(profile.name):
+        raise ProfileError(
+            f"{path}: name is {shorten(profile.name)}; letters, digits, dots and dashes were expected"
+        )
+    if not _DATE.fullmatch(profile.as_of):
+        raise ProfileError(f"{path}: as_of is {shorten(profile.as_of)}; a month or day was expected, such as 2026-11")
     if profile.kind not in KINDS:
-        raise ProfileError(f"{path}: kind is {profile.kind!r}; known: {', '.join(KINDS)}")
+        raise ProfileError(f"{path}: kind is {shorten(profile.kind)}; known: {', '.join(KINDS)}")
     if profile.target not in TARGETS:
-        raise ProfileError(f"{path}: target is {profile.target!r}; known: {', '.join(TARGETS)}")
+        raise ProfileError(f"{path}: target is {shorten(profile.target)}; known: {', '.join(TARGETS)}")
     if profile.memory_reserved_bytes >= profile.memory_bytes:
         raise ProfileError(
             f"{path}: memory_reserved_bytes ({profile.memory_reserved_bytes}) leaves nothing of memory_bytes "
@@ -246,23 +267,29 @@ def _check_together(profile: DeviceProfile, path: Path) -> None:
         raise ProfileError(f"{path}: flops.fp32 is missing; the other precisions may be left out")
     if profile.flops.get("fp16", math.inf) < profile.flops["fp32"]:
         raise ProfileError(f"{path}: flops.fp16 is below flops.fp32; give dense tensor-core figures in operations/s")
+    per_byte = max(profile.flops.values()) / profile.bandwidth_bytes_per_s
+    if not _OPERATIONS_PER_BYTE[0] <= per_byte <= _OPERATIONS_PER_BYTE[1]:
+        raise ProfileError(
+            f"{path}: flops and bandwidth_bytes_per_s make {per_byte:.3g} operations for a byte, no device has fewer "
+            f"than {_OPERATIONS_PER_BYTE[0]} or more than {_OPERATIONS_PER_BYTE[1]:,}; one of them is in another unit"
+        )
     strange = sorted(set(profile.sources) - {*_RANGES, *PRECISIONS, "compute_capability"})
     if strange:
-        raise ProfileError(f"{path}: sources.{strange[0]} belongs to no figure of a profile")
+        raise ProfileError(f"{path}: sources.{strange[0][:80]} belongs to no figure of a profile")
 
 
 def _flops(path: Path, table: Any) -> dict[str, float]:
     if not isinstance(table, dict):
-        raise ProfileError(f"{path}: flops is {table!r}, a table [flops] of operations/s by precision was expected")
+        raise ProfileError(f"{path}: flops is {shorten(table)}, a table of operations/s by precision was expected")
     unknown = sorted(set(table) - set(PRECISIONS))
     if unknown:
-        raise ProfileError(f"{path}: unknown precision flops.{unknown[0]}; known: {', '.join(PRECISIONS)}")
+        raise ProfileError(f"{path}: unknown precision flops.{unknown[0][:80]}; known: {', '.join(PRECISIONS)}")
     return {key: _figure(path, f"flops.{key}", value, _FLOPS_RANGE) for key, value in table.items()}
 
 
 def _sources(path: Path, table: Any) -> dict[str, str]:
     if not isinstance(table, dict):
-        raise ProfileError(f"{path}: sources is {table!r}, a table [sources] of texts by figure was expected")
+        raise ProfileError(f"{path}: sources is {shorten(table)}, a table [sources] of texts by figure was expected")
     return {key: _text(path, f"sources.{key}", value) for key, value in table.items()}
 
 
@@ -271,21 +298,22 @@ def _figure(path: Path, key: str, value: Any, allowed: _Range) -> Any:
     if not number or not allowed.low <= value <= allowed.high:
         kind = "a whole number" if allowed.whole else "a number"
         span = f"from {allowed.low:g} to {allowed.high:g}"
-        raise ProfileError(f"{path}: {key} is {value!r}; {kind} of {allowed.unit} {span} was expected")
+        raise ProfileError(f"{path}: {key} is {shorten(value)}; {kind} of {allowed.unit} {span} was expected")
     return value if allowed.whole else float(value)
 
 
 def _compute_capability(path: Path, value: Any) -> tuple[int, int]:
     whole = isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value)
     if not whole or not 5 <= value[0] <= 20 or not 0 <= value[1] <= 9:
-        raise ProfileError(f"{path}: compute_capability is {value!r}; [major, minor] was expected, for example [8, 9]")
+        told = f"compute_capability is {shorten(value)}; [major, minor] was expected, for example [8, 9]"
+        raise ProfileError(f"{path}: {told}")
     return value[0], value[1]
 
 
 def _typed(kind: type, words: str) -> Callable[[Path, str, Any], Any]:
     def check(path: Path, key: str, value: Any) -> Any:
-        if not isinstance(value, kind) or value == "":
-            raise ProfileError(f"{path}: {key} is {value!r}; {words} was expected")
+        if not isinstance(value, kind) or (isinstance(value, str) and not _LINE.fullmatch(value)):
+            raise ProfileError(f"{path}: {key} is {shorten(value)}; {words} was expected")
         return value
 
     return check

@@ -26,8 +26,11 @@ def no_profiles_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_promised_devices_are_there() -> None:
-    promised = {"cpu", "rtx4090", "a100-40gb", "a100-80gb", "jetson-agx-orin-64gb", "jetson-orin-nano-8gb"}
-    assert promised <= set(list_profiles())
+    promised = (
+        "cpu rtx4090 a100-40gb a100-80gb jetson-agx-orin-64gb jetson-orin-nano-8gb h100 h200 l4 rtx-3090 rtx-5090 "
+        "dgx-spark jetson-thor orin-nx raspberry-pi-5 x86-laptop x86-laptop-ddr4 x86-laptop-lpddr5x"
+    ).split()
+    assert len({load_profile(name).name for name in promised}) == len(promised)
     assert list_profiles() == SHIPPED
 
 
@@ -63,6 +66,8 @@ def test_shipped_profile_is_complete_and_plausible(name: str) -> None:
         ("jetson-orin-nx-16gb", 128, 6.4e9),
         ("raspberry-pi-5", 32, 4.267e9),
         ("x86-laptop", 128, 5.6e9),
+        ("x86-laptop-ddr4", 128, 3.2e9),
+        ("x86-laptop-lpddr5x", 128, 8.533e9),
         ("a100-40gb", 5120, 2.43e9),
         ("a100-80gb", 5120, 3.186e9),
         ("dgx-spark", 256, 8.533e9),
@@ -118,6 +123,12 @@ def test_own_profile_by_name_and_by_path(no_profiles_of_the_user: Path) -> None:
     assert load_profile("bench-box").name == load_profile(own).name == load_profile(str(own)).name == "bench-box"
 
 
+def test_a_copy_has_the_name_of_its_file(no_profiles_of_the_user: Path) -> None:
+    no_profiles_of_the_user.mkdir(parents=True)
+    (no_profiles_of_the_user / "mine.toml").write_text(_toml())
+    assert load_profile("mine").name == "mine" and load_profile("rtx4090").name == "rtx4090"
+
+
 def test_own_profile_replaces_the_shipped_one(no_profiles_of_the_user: Path) -> None:
     no_profiles_of_the_user.mkdir(parents=True)
     text = _toml().replace("power_w = 450", "power_w = 320")
@@ -152,6 +163,17 @@ def test_own_profile_replaces_the_shipped_one(no_profiles_of_the_user: Path) -> 
         ("memory_shared = false", "memory_shared = 0", "memory_shared is 0; true or false was expected"),
         ("[sources]\n", '[sources]\nspeed = "a guess"\n', "sources.speed belongs to no figure of a profile"),
         ("[sources]", "[[sources", "not readable as TOML ("),
+        ("power_w = 450", f"power_w = {'9' * 5000}", "not readable as TOML (a number of thousands of digits)"),
+        ("power_w = 450", f"power_w = {'[' * 5000}", "not readable as TOML ("),
+        ('kind = "gpu"', f'kind = "{"x" * 999}"', "kind is 'xxx"),
+        ('name = "rtx4090"', 'name = "../rtx4090"', "name is '../rtx4090'; letters, digits, dots and dashes were"),
+        ('as_of = "2026-11"', 'as_of = "lately"', "as_of is 'lately'; a month or day was expected, such as 2026-11"),
+        ('vendor = "NVIDIA"', 'vendor = "a\\nb"', "vendor is 'a\\nb'; a text was expected"),
+        (
+            "bandwidth_bytes_per_s = 1.008e+12",
+            "bandwidth_bytes_per_s = 1.008e+8",
+            "make 6.55e+06 operations for a byte, no device has fewer than 1 or more than 20,000; one of them is in",
+        ),
     ],
 )
 def test_a_slip_names_file_and_key(tmp_path: Path, old: str, new: str, told: str) -> None:
@@ -161,7 +183,23 @@ def test_a_slip_names_file_and_key(tmp_path: Path, old: str, new: str, told: str
     with pytest.raises(ProfileError) as raised:
         read_profile(path)
     assert str(raised.value).startswith(f"{path}: ") and told in str(raised.value)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+def test_files_that_are_no_profiles(tmp_path: Path) -> None:
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "binary.toml").write_bytes(b"\xff\x00")
+    (tmp_path / "empty.toml").write_bytes(b"")
+    for name, told in (("folder", "not readable (Is a directory)"), ("binary", "not readable as TOML ("),
+                       ("empty", "name, title, vendor, kind, target")):  # fmt: skip
+        with pytest.raises(ProfileError) as raised:
+            load_profile(tmp_path / f"{name}.toml")
+        assert told in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_name_that_several_hold_is_asked_back() -> None:
+    with pytest.raises(ProfileError, match=r"unknown profile 'a100' \(did you mean a100-40gb or a100-80gb\?\); known"):
+        load_profile("a100")
 
 
 def test_no_such_file(tmp_path: Path) -> None:
