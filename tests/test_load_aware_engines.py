@@ -30,6 +30,7 @@ from moedge.profiles.build import build
 from moedge.profiles.targets import _trt_check, _trt_gates
 from moedge.profiles.targets._trt_check import check_numerics
 from moedge.runtime.preflight import read_engine
+from moedge.runtime.sessions import SessionOptions, onnxruntime_cpu, onnxruntime_cuda
 from moedge.runtime.sessions._trt_session import TensorrtSession
 
 SETTINGS = LoadAware(penalty=0.3, capacity_factor=1.25, decay=0.95)
@@ -236,6 +237,28 @@ def test_the_documents_commands(checkpoint: Path, tmp_path: Path, monkeypatch: p
         result = CliRunner().invoke(cli, shlex.split(command)[1:], catch_exceptions=False)
         assert result.exit_code == 0, result.output
     assert "moedge.LoadAwareGate" in result.output
+
+
+def test_onnxruntime_on_cuda_carries_the_load(checkpoint: Path, tmp_path: Path) -> None:
+    """Its graph and session on the CPU, in half precision: each step takes the load that the routes sum to."""
+    made: Bundle = moedge.export(checkpoint, tmp_path / "b", weights="fp16", load_aware=SETTINGS, verify=False)
+    build(made.path, "cpu", max_seq_len=ROOM)
+    build(made.path, "rtx4090", backend="onnxruntime", max_seq_len=ROOM)
+    options = SessionOptions(threads=1)
+    session: Any = onnxruntime_cuda.open_on(onnxruntime_cuda.CPU, made, read_engine(made, "rtx4090"), options)
+    cpu: Any = onnxruntime_cpu.open_session(made, read_engine(made, "cpu"), options)
+    for part in np.split(np.array(draw(60)), [30, 31, 32]):
+        for each in (session, cpu):
+            each.step(part, np.zeros(0, np.int64))
+        most = load_aware.find_capacity(len(part), TOP_K, EXPERTS, SETTINGS.capacity_factor)
+        assert max(np.bincount(layer.ravel()).max() for layer in session.routing.experts) <= most
+        np.testing.assert_allclose(session.load.load, sum_load(session.load.routes[:, : session.length]), rtol=1e-6)
+    assert (session.load.routes[:, :60] == cpu.load.routes[:, :60]).mean() > 0.9
+    rows, last = session.read_rows(0, 60), session.step(np.array([3]), np.zeros(1, np.int64)).copy()
+    session.truncate(0)
+    assert (session.load.load == START).all()
+    session.append_rows(rows)
+    np.testing.assert_array_equal(session.step(np.array([3]), np.zeros(1, np.int64)), last)
 
 
 # TensorRT's network

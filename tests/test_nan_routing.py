@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from fake_engine import file_entry
+from fake_trt import FakeDevice
 from onnx.reference import ReferenceEvaluator
 from test_gating import CASES, attributes_of, draw_inputs, every_way, function_model
 
 import moedge
-from moedge.bundle import ENGINE_MANIFEST, MANIFEST, WEIGHTS, read_json, write_json
+from moedge.bundle import ENGINE_MANIFEST, MANIFEST, WEIGHTS, Bundle, read_json, write_json
 from moedge.errors import EngineError
-from moedge.profiles.build import write_engine_manifest
+from moedge.profiles.build import build, write_engine_manifest
 from moedge.runtime.initializers import read_placed
-from moedge.runtime.sessions import Routing, check_routing
+from moedge.runtime.preflight import read_engine
+from moedge.runtime.sessions import Routing, SessionOptions, check_routing, onnxruntime_cpu, onnxruntime_cuda
+from moedge.runtime.sessions._trt_session import TensorrtSession
 
 ALL = [(op, case) for op in ("SoftmaxTopKGate", "SigmoidTopKGate", "SparseMixerGate") for case in CASES[op]]
 
@@ -99,6 +103,59 @@ def test_one_experts_row_of_a_router_is_enough(tiny_bundle: Path, tmp_path: Path
     poison(bundle, "layers.2.router.weight", slice(5, 6))
     with moedge.load(bundle) as engine, pytest.raises(EngineError, match="the router of layer 2 gave NaN for token 0"):
         list(engine.generate("a", max_new_tokens=2))
+
+
+def damage_graphs(folder: Path, name: str) -> None:
+    """In every graph of an engine's folder a router of zeros but for a NaN in the first expert's row."""
+    for path in folder.glob("*.onnx"):
+        model = ir.load(path)
+        for value in model.graph.initializers.values():
+            if str(value.name).startswith(name):
+                values = np.zeros(value.const_value.shape.numpy(), value.const_value.dtype.numpy())  # type: ignore[union-attr]
+                values.reshape(-1)[0] = np.nan
+                value.const_value = ir.tensor(values, name=value.name)
+        path.write_bytes(ir.to_proto(model).SerializeToString())
+
+
+@pytest.fixture(scope="module")
+def damaged(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Engines for the CPU, onnxruntime on CUDA and TensorRT whose second router has a NaN."""
+    made: Bundle = moedge.export(tiny_checkpoint, tmp_path_factory.mktemp("nan") / "b", weights="fp32", verify=False)
+    for profile, backend in (("cpu", None), ("rtx4090", "onnxruntime"), ("jetson-agx-orin-64gb", None)):
+        build(made.path, profile, backend=backend, max_seq_len=48)
+        damage_graphs(made.engine_dir(profile), "layers.2.router.weight")
+    return made
+
+
+def open_damaged(bundle: Bundle, which: str) -> Any:
+    options = SessionOptions(threads=1, lanes=2 if which == "lanes" else 1)
+    if which == "onnxruntime_cuda":
+        return onnxruntime_cuda.open_on(onnxruntime_cuda.CPU, bundle, read_engine(bundle, "rtx4090"), options)
+    if which == "tensorrt":
+        info = read_engine(bundle, "jetson-agx-orin-64gb")
+        folder = bundle.engine_dir("jetson-agx-orin-64gb")
+        return TensorrtSession(FakeDevice(info.session["parts"]), folder, info, 48)
+    return onnxruntime_cpu.open_session(bundle, read_engine(bundle, "cpu"), options)
+
+
+@pytest.mark.parametrize("which", ["onnxruntime", "lanes", "onnxruntime_cuda", "tensorrt"])
+def test_every_session_reports_it_and_stays_what_it_was(which: str, damaged: Bundle) -> None:
+    session = open_damaged(damaged, which)
+    for _ in range(2):
+        for ids in (np.array([5]), np.arange(7)):
+            with pytest.raises(EngineError, match="^the router of layer 2 gave NaN for token 0: the weights or the"):
+                session.step(ids, np.array([len(ids) - 1]))
+            assert session.length == 0
+        with pytest.raises(EngineError, match="^the router of layer 2 gave NaN for token 0: "):
+            session.step_together([], np.array([5]))
+        assert session.length == 0
+    if which == "lanes":
+        other = session.another()
+        with pytest.raises(EngineError, match="^the router of layer 2 gave NaN for token 0: "):
+            session.step_together([other], np.array([5, 6]))
+        assert session.length == other.length == 0
+        other.close()
+    session.close()
 
 
 def test_routes_are_checked_by_layer_then_token() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,16 +16,26 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from test_nan_routing import damage_graphs
 
 torch = pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("onnxscript", reason="torch exports by onnxscript")
 
 import moedge  # noqa: E402
 from moedge import cli  # noqa: E402
-from moedge.errors import BuildError, BundleError, CheckpointError, ParityError, UsageError  # noqa: E402
+from moedge.errors import (  # noqa: E402
+    BuildError,
+    BundleError,
+    CheckpointError,
+    EngineError,
+    ParityError,
+    UsageError,
+)
 from moedge.export import torch_graph, torch_model, torch_ops  # noqa: E402
 from moedge.export.torch_model import export_torch_model  # noqa: E402
 from moedge.profiles.targets._ort_torch import lower  # noqa: E402
+from moedge.runtime.preflight import read_engine  # noqa: E402
+from moedge.runtime.sessions import SessionOptions, onnxruntime_prefix  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VOCAB, HIDDEN, EXPERTS = 96, 32, 5
@@ -138,6 +149,18 @@ def test_bundle_is_canonical_and_says_what_it_holds(bundle: tuple[str, Path]) ->
     outside = {tensor.name for tensor in model.graph.initializer if tensor.external_data}
     assert "model.embedding.weight" in outside and "layers.0.experts.gate_up.weight" in outside
     assert sum(manifest["sizes"].values()) <= (folder / "weights.bin").stat().st_size
+
+
+def test_a_nan_in_a_router_is_reported(bundle: tuple[str, Path], tmp_path: Path) -> None:
+    """Also where a step asks for no logits, which is not run before the next one."""
+    made = moedge.Bundle.open(shutil.copytree(bundle[1], tmp_path / "b"))
+    damage_graphs(made.engine_dir("cpu"), "model.layers.1.gate.weight")
+    session = onnxruntime_prefix.open_session(made, read_engine(made, "cpu"), SessionOptions(threads=1))
+    for asked in (1, 0):
+        session.step(np.array(PROMPT), np.empty(0, np.int64))
+        with pytest.raises(EngineError, match="^the router of layer 1 gave NaN for token 0: the weights or the engine"):
+            session.step(np.array([2, 4]), np.arange(asked)) if asked else session.routing
+        session.truncate(0)
 
 
 def test_any_runtime_runs_the_canonical_graph(bundle: tuple[str, Path]) -> None:

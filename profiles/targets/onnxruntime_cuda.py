@@ -27,6 +27,7 @@ from ._canonical import (
     Matrix,
     Rewriter,
     attributes_of,
+    describe_load,
     find_calls,
     find_linears,
     find_matrix,
@@ -37,6 +38,7 @@ from ._canonical import (
     load_canonical,
     refuse_chunks,
     replace_each,
+    take_loads,
 )
 from ._ort_attention import MS, layer_of
 from ._ort_cuda_attention import CudaAttention
@@ -89,7 +91,11 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         "max_batch": 1,
         "max_seq_len": request.max_seq_len,
         "cache": [entry.to_json() for entry in cache],
-        "session": {"moe_layers": list(config.moe.layers), "provider": "CUDAExecutionProvider"},
+        "session": {
+            "moe_layers": list(config.moe.layers),
+            "provider": "CUDAExecutionProvider",
+            **describe_load(config),
+        },
     }
 
 
@@ -130,9 +136,11 @@ def lower(model: ir.Model, *, max_seq_len: int, real: ir.DataType = ir.DataType.
 
     Afterwards: inputs input_ids int64 [S], rows int64 [R], length int64 [1] (P) and past.NAME; outputs logits float32
     [R, vocab], new.NAME, experts.LAYER int64 and weights.LAYER float32 [S, k]. A cache without heads is [P, width] in
-    and the new rows [S, width] out; one with heads is one buffer [1, heads, capacity, width / heads] in and out.
+    and the new rows [S, width] out; one with heads is one buffer [1, heads, capacity, width / heads] in and out. A
+    load-aware gate has an input load.LAYER float32 [E].
     With `real` FLOAT the very same graph runs on the CPU, which is how its numerics are checked.
     """
+    loads = take_loads(model)
     lowering = _Lowering(model, real)
     attention = CudaAttention(lowering.rewriter, real, max_seq_len)
     attention.lower()
@@ -143,6 +151,7 @@ def lower(model: ir.Model, *, max_seq_len: int, real: ir.DataType = ir.DataType.
     lowering.lower_embedding()
     lowering.lower_norms()
     lowering.lower_head()
+    model.graph.inputs.extend(loads)
     finish_model(model, {MS: 1})
     return attention.cache
 
@@ -167,13 +176,8 @@ class _Lowering:
         for kind, gate in list_gates().items():
             for call in find_calls(self.model, kind):
                 layer, choices = layer_of(call), attributes_of(call)["top_k"]
-                if len(call.outputs) != 2:
-                    raise BuildError(
-                        f"{call.name}: onnxruntime engines for a GPU do not have moedge.{kind} with a state; build for "
-                        "the CPU: moedge build ... --profile cpu"
-                    )
-                experts, weights = gate.lower(self.rewriter, call.inputs, attributes_of(call))
-                self.rewriter.replace(call, [experts, weights])
+                experts, weights, *state = gate.lower(self.rewriter, call.inputs, attributes_of(call))
+                self.rewriter.replace(call, [experts, weights, *state])
                 experts.name, weights.name = f"experts.{layer}", f"weights.{layer}"
                 experts.dtype, weights.dtype = ir.DataType.INT64, ir.DataType.FLOAT
                 experts.shape = weights.shape = ir.Shape(["S", choices])

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from ...errors import EngineError
 from . import Routing, check_room, check_routing
-from ._load_state import load_state_of
+from ._sequence import CachedSequence
 from ._trt_engines import CHUNK, LANES, ONE_TOKEN, CacheBlock, Device, Engines, lane_shape, rows_shape
 
 if TYPE_CHECKING:
     from ..preflight import CacheEntry, EngineInfo
 
 
-class TensorrtSession:
+class TensorrtSession(CachedSequence):
     """One sequence; see `Session` for what the members do.
 
     A run is of one token or of a chunk, and gives the logits of one of its tokens: more rows than one are runs of their
@@ -38,11 +38,9 @@ class TensorrtSession:
         lanes: int = 1,
         shared: Engines | None = None,
     ) -> None:
+        super().__init__(info, capacity)
         self._info = info
         self._device = device
-        self._capacity = capacity
-        self.load = load_state_of(info, capacity)
-        self._length = 0
         self._chunk = int(info.session["chunk"])
         self._place: tuple[CacheBlock, int] | None = None
         self._routing = _empty_routing(info, 0)
@@ -59,14 +57,6 @@ class TensorrtSession:
             raise
 
     # Session
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    @property
-    def capacity(self) -> int:
-        return self._capacity
 
     @property
     def threads(self) -> int:
@@ -90,22 +80,20 @@ class TensorrtSession:
         routing = _empty_routing(self._info, count)
         first = self._length
         runs = split_runs(count, rows, self._chunk)
-        while runs:
-            start, stop = runs.pop(0)
-            wanted = [index for index, row in enumerate(rows) if row == stop - 1]
-            with self._engines.lock:
-                self._run(tokens[start:stop], logits[wanted[0]] if wanted else None)
-                found = self._read_routing(stop - start)
-            if (found.experts < 0).any():  # a load-aware gate that needs more rounds than it has
-                runs[:0] = [(start, (start + stop) // 2), ((start + stop) // 2, stop)]
-                continue
-            routing.experts[:, start:stop], routing.weights[:, start:stop] = found
-            for index in wanted[1:]:
-                logits[index] = logits[wanted[0]]
-            self._length = first + stop
-            if self.load is not None:
-                self.load.append(found.experts)
         try:
+            while runs:
+                start, stop = runs.pop(0)
+                wanted = [index for index, row in enumerate(rows) if row == stop - 1]
+                with self._engines.lock:
+                    self._run(tokens[start:stop], logits[wanted[0]] if wanted else None)
+                    found = self._read_routing(stop - start)
+                if (found.experts < 0).any():  # a load-aware gate that needs more rounds than it has
+                    runs[:0] = [(start, (start + stop) // 2), ((start + stop) // 2, stop)]
+                    continue
+                routing.experts[:, start:stop], routing.weights[:, start:stop] = found
+                for index in wanted[1:]:
+                    logits[index] = logits[wanted[0]]
+                self._advance(found.experts)
             check_routing(routing, self._info.moe_layers, first)
         except EngineError:
             self.truncate(first)
@@ -141,45 +129,12 @@ class TensorrtSession:
         for sequence, route in zip(sequences, routings, strict=True):
             check_routing(route, self._info.moe_layers, sequence._length)
         for sequence, route in zip(sequences, routings, strict=True):
-            sequence._length += 1
+            sequence._advance(route.experts)
             sequence._routing = route
         return logits
 
-    def truncate(self, length: int) -> None:
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot truncate {self._length} tokens to {length}")
-        self._length = length
-        if self.load is not None:
-            self.load.move_to(length)
-
     def another(self) -> TensorrtSession:
         return TensorrtSession(self._device, Path(), self._info, self._capacity, shared=self._engines)
-
-    def read_rows(self, start: int, stop: int) -> list[NDArray[Any]]:
-        if not 0 <= start <= stop <= self._length:
-            raise ValueError(f"cannot read tokens {start} to {stop} of {self._length}")
-        rows = [self._read_cache(entry)[..., start:stop, :].copy() for entry in self._info.cache]
-        return rows if self.load is None else [*rows, self.load.routes[:, start:stop].copy()]
-
-    def append_rows(self, rows: Sequence[NDArray[Any]]) -> None:
-        count = rows[0].shape[-2] if rows and rows[0].ndim >= 2 else 0
-        if self._length + count > self._capacity:
-            raise ValueError(f"no room for {count} tokens: {self._length} of {self._capacity} are taken")
-        wanted = [(rows_shape(entry, count), np.dtype(entry.dtype)) for entry in self._info.cache]
-        if self.load is not None:
-            routes = self.load.routes[:, self._length : self._length + count]
-            wanted.append((routes.shape, routes.dtype))
-        if [(part.shape, part.dtype) for part in rows] != wanted:
-            raise ValueError("these rows are of another cache")
-        block, lane = self._lane()
-        for entry, part in zip(self._info.cache, rows, strict=False):
-            values = self._read_cache(entry)
-            values[..., self._length : self._length + count, :] = part
-            self._device.write(block.address(entry.name, lane), values)
-        self._length += count
-        if self.load is not None:
-            routes[:] = rows[-1]
-            self.load.move_to(self._length)
 
     def close(self) -> None:
         if self._place is not None:
@@ -249,6 +204,15 @@ class TensorrtSession:
         values = np.empty(lane_shape(self._info, entry), np.dtype(entry.dtype))
         self._device.read(block.address(entry.name, lane), values)
         return values
+
+    def _write_cache(self, entry: CacheEntry, start: int, rows: NDArray[Any]) -> None:
+        block, lane = self._lane()
+        values = self._read_cache(entry)
+        values[..., start : start + rows.shape[-2], :] = rows
+        self._device.write(block.address(entry.name, lane), values)
+
+    def _rows_shape(self, entry: CacheEntry, tokens: int) -> tuple[int, ...]:
+        return rows_shape(entry, tokens)
 
 
 def split_runs(count: int, rows: NDArray[np.int64], chunk: int) -> list[tuple[int, int]]:

@@ -8,7 +8,6 @@ device and logits and routing come back with each step; nothing else moves.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 from ...bundle import MODEL
 from ...errors import EngineError, require
 from ..machine import default_threads
-from . import Findings, OneLane, Routing, SessionOptions, check_room
+from . import Findings, OneLane, Routing, SessionOptions, check_room, check_routing
+from ._sequence import CachedSequence
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
@@ -106,15 +106,14 @@ def open_on(device: str, bundle: Bundle, info: EngineInfo, options: SessionOptio
     return OnnxruntimeCudaSession(session, info, options.max_seq_len or info.max_seq_len, threads, device)
 
 
-class OnnxruntimeCudaSession(OneLane):
+class OnnxruntimeCudaSession(CachedSequence, OneLane):
     """One sequence in an onnxruntime session; see `Session` for what the members do."""
 
     def __init__(self, session: Any, info: EngineInfo, capacity: int, threads: int, device: str) -> None:
+        super().__init__(info, capacity)
         self._session: Any = session
         self._binding: Any = session.io_binding()
         self._info = info
-        self._length = 0
-        self._capacity = capacity
         self._threads = threads
         self._device = device
         _check_interface(session, info)
@@ -127,14 +126,6 @@ class OnnxruntimeCudaSession(OneLane):
                 dtype = np.dtype(entry.dtype)
                 self._rows.append((entry.name, entry.width, dtype.type, self._cache[entry.name].data_ptr()))
         self._routing = Routing(np.empty((0, 0, 0), np.int64), np.empty((0, 0, 0), np.float32))
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    @property
-    def capacity(self) -> int:
-        return self._capacity
 
     @property
     def threads(self) -> int:
@@ -154,6 +145,9 @@ class OnnxruntimeCudaSession(OneLane):
         feeds = {"input_ids": input_ids, "rows": rows, "length": np.array([past])}
         for name in self._takes & feeds.keys():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], np.int64))
+        if self.load is not None:
+            for layer, load in zip(self._info.moe_layers, self.load.load, strict=True):
+                self._binding.bind_cpu_input(f"load.{layer}", load)
         for name, width, kind, address in self._rows:
             row = width * np.dtype(kind).itemsize
             self._binding.bind_input(f"past.{name}", self._device, 0, kind, (past, width), address)
@@ -161,36 +155,13 @@ class OnnxruntimeCudaSession(OneLane):
         self._bind_host("logits", logits)
         routing = self._bind_routing(count)
         self._run()
-        self._length, self._routing = past + count, routing
+        check_routing(routing, self._info.moe_layers, past)
+        self._routing = routing
+        self._advance(routing.experts)
         return logits
-
-    def truncate(self, length: int) -> None:
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot truncate {self._length} tokens to {length}")
-        self._length = length
 
     def another(self) -> OnnxruntimeCudaSession:
         return OnnxruntimeCudaSession(self._session, self._info, self._capacity, self._threads, self._device)
-
-    def read_rows(self, start: int, stop: int) -> list[NDArray[Any]]:
-        if not 0 <= start <= stop <= self._length:
-            raise ValueError(f"cannot read tokens {start} to {stop} of {self._length}")
-        return [buffer.numpy()[..., start:stop, :].copy() for buffer in self._cache.values()]
-
-    def append_rows(self, rows: Sequence[NDArray[Any]]) -> None:
-        """Through the host, a whole buffer at a time: a beginning that is used again saves far more."""
-        count = rows[0].shape[-2] if rows and rows[0].ndim >= 2 else 0
-        if self._length + count > self._capacity:
-            raise ValueError(f"no room for {count} tokens: {self._length} of {self._capacity} are taken")
-        shapes = [(*buffer.shape()[:-2], count, buffer.shape()[-1]) for buffer in self._cache.values()]
-        kinds = [np.dtype(entry.dtype) for entry in self._info.cache]
-        if [(part.shape, part.dtype) for part in rows] != list(zip(shapes, kinds, strict=True)):
-            raise ValueError("these rows are of another cache")
-        for buffer, part in zip(self._cache.values(), rows, strict=True):
-            host = buffer.numpy().copy()
-            host[..., self._length : self._length + count, :] = part
-            buffer.update_inplace(host)
-        self._length += count
 
     def end_profiling(self) -> Path:
         """The profile (Chrome's trace format) of a session that was opened with `profile_prefix`."""
@@ -207,9 +178,7 @@ class OnnxruntimeCudaSession(OneLane):
         """Zeros on the device; bound once where it is a cache by heads."""
         ort = require("onnxruntime", "gpu")
         kind = np.dtype(entry.dtype)
-        shape = [self._capacity, entry.width]
-        if entry.heads:
-            shape = [1, entry.heads, self._capacity, entry.width // entry.heads]
+        shape = self._rows_shape(entry, self._capacity)
         try:
             buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind), self._device, 0)
         except Exception as error:
@@ -222,6 +191,16 @@ class OnnxruntimeCudaSession(OneLane):
             self._binding.bind_input(f"past.{entry.name}", *place)
             self._binding.bind_output(f"new.{entry.name}", *place)
         return buffer
+
+    def _read_cache(self, entry: CacheEntry) -> NDArray[Any]:
+        values: NDArray[Any] = self._cache[entry.name].numpy()
+        return values
+
+    def _write_cache(self, entry: CacheEntry, start: int, rows: NDArray[Any]) -> None:
+        """Through the host, a whole buffer at a time: a beginning that is used again saves far more."""
+        host = self._read_cache(entry).copy()
+        host[..., start : start + rows.shape[-2], :] = rows
+        self._cache[entry.name].update_inplace(host)
 
     def _bind_host(self, name: str, values: NDArray[Any]) -> None:
         self._binding.bind_output(name, CPU, 0, values.dtype.type, values.shape, values.ctypes.data)

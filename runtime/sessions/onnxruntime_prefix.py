@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import EngineError
-from . import Findings, OneLane, Routing, SessionOptions, check_room
+from . import Findings, OneLane, Routing, SessionOptions, check_room, check_routing
 from .onnxruntime_cpu import check as check
 from .onnxruntime_cpu import loads as loads
 from .onnxruntime_cpu import open_onnxruntime
@@ -128,8 +128,9 @@ class OnnxruntimePrefixSession(OneLane):
                 f"the model fails on {self._length} tokens ({first}); give a shorter text, or build for less: "
                 f"moedge build BUNDLE --profile {self._info.profile} --max-seq-len N"
             ) from error
+        everything = Routing(np.stack(routes[: len(layers)]), np.stack(routes[len(layers) :]))
+        check_routing(everything, layers, 0)  # tokens of a step that asked for no logits are run here first
         last = slice(self._length - self._last, self._length)
-        routes = [route[last] for route in routes]
-        self._routing = Routing(np.stack(routes[: len(layers)]), np.stack(routes[len(layers) :]))
+        self._routing = Routing(everything.experts[:, last], everything.weights[:, last])
         result: NDArray[np.float32] = logits
         return result
