@@ -88,6 +88,7 @@ def _check_engine(
     from .targets import find_target
 
     label = f"engine '{info.profile}'"
+    counts = _compare_counts(bundle, info)
     rebuild = f"build it again: moedge build {bundle.path} --profile {info.profile}"
     try:
         traced = find_target(info.target).trace_routes(bundle, info, tokens, deep.layers)
@@ -96,6 +97,7 @@ def _check_engine(
         deep.engines[info.profile] = {"how": None, "layers": [], "strays": [], "faults": [str(error)]}
         return
     found = _follow(gates, traced)
+    found["faults"] = counts + found["faults"]
     if traced.together is not None:
         together = found["together"] = _follow(gates, traced.together)
         if not found["faults"]:  # else the same are said twice: both graphs are lowered alike
@@ -104,13 +106,23 @@ def _check_engine(
     deep.engines[info.profile] = found
 
 
+def _compare_counts(bundle: Bundle, info: EngineInfo) -> list[str]:
+    """What is wrong with how a session would count the load; the routes below begin with another."""
+    from ..export.config import moe_config_from_json
+    from .targets._canonical import describe_load
+
+    counts = describe_load(moe_config_from_json(bundle.config))
+    given = {name: info.session.get(name) for name in counts}
+    return [f"{name} is {given[name]} and the model's {each}" for name, each in counts.items() if given[name] != each]
+
+
 def _follow(gates: dict[int, CanonicalGate], traced: Traced) -> dict[str, Any]:
     """Layer after layer until one differs; what --json has of an engine."""
     faults: list[str] = []
     layers: list[dict[str, Any]] = []
     alike = None
     for layer in sorted(gates.keys() & traced.routes.keys()):
-        described, alike = _compare_layer(gates[layer], traced.routes[layer], alike)
+        described, alike = _compare_layer(gates[layer], traced.routes[layer], traced.calls, alike)
         evaluation = traced.evaluations.get(layer)
         described["experts"] = evaluation.text if evaluation else None
         layers.append({"layer": layer, **described})
@@ -125,22 +137,32 @@ def _follow(gates: dict[int, CanonicalGate], traced: Traced) -> dict[str, Any]:
     return {"how": traced.how, "layers": layers, "strays": traced.strays, "faults": faults}
 
 
-def _compare_layer(gate: CanonicalGate, route: Route, alike: Any) -> tuple[dict[str, Any], Any]:
+def _compare_layer(
+    gate: CanonicalGate, route: Route, calls: list[int], alike: Any
+) -> tuple[dict[str, Any], Any]:
     """One layer for --json, and which tokens [T] still take the canonical route. `alike`: those so far; None: all."""
     from ..export.gating._compare import by_expert, compare_choices
+    from ..export.gating._compare_load import follow_load, reference_behind
 
     alike = np.ones(len(gate.route.experts), bool) if alike is None else alike
     same = (by_expert(*route[:2])[0] == by_expert(*gate.route[:2])[0]).all(axis=-1)
     place, drift = np.arange(len(alike)), None
+    further: tuple[Any, ...] = gate.inputs[1:]
+    reference: Any = gate.op
+    whose = "its"
+    if gate.base is not None:
+        further += follow_load(route.experts, calls, gate.load, gate.attributes)
+        reference, whose = reference_behind(gate.base), "its load and"
     if route.logits is not None:
-        inputs = [route.logits, *gate.inputs[1:]]
-        compared = compare_choices(gate.op, inputs, gate.attributes, route.experts, route.weights)
+        inputs = [route.logits, *further]
+        compared = compare_choices(reference, inputs, gate.attributes, *route[:2], whose=whose)
         drift = _drift(route.logits[alike], gate.inputs[0][alike]) if alike.any() else None
     else:
         place = np.flatnonzero(alike)
-        inputs, choices = [gate.inputs[0][place], *gate.inputs[1:]], (route.experts[place], route.weights[place])
+        inputs = [each[place] if each.ndim == 2 else each for each in (gate.inputs[0], *further)]
+        choices = (route.experts[place], route.weights[place])
         room = {"slack": _SLACK, "tolerance": _TOLERANCE}
-        compared = compare_choices(gate.op, inputs, gate.attributes, *choices, **room, whose="the canonical")
+        compared = compare_choices(reference, inputs, gate.attributes, *choices, **room, whose="the canonical")
     fault = None
     if drift is not None and not drift <= MOST_DRIFT:
         fault = f"moedge.{gate.op}: the router's logits are not the canonical ones (off by {drift:.2g} of their spread)"

@@ -8,15 +8,16 @@ if the reference now chooses them too, the gap between their scores was smaller 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from . import Gate, list_gates
+from . import list_gates
 
 SLACK = 1e-5  # what exponentials of two libraries differ by, and more
+Reference = Callable[..., Any]  # as a gate's: logits, further inputs, attributes -> experts, weights, ...
 TOLERANCE = 1e-4  # of a weight, relative where the largest is above 1
 
 
@@ -31,7 +32,7 @@ class Comparison:
 
 
 def compare_choices(
-    op: str,
+    gate: str | Reference,
     inputs: Sequence[Any],
     attributes: Mapping[str, Any],
     experts: Any,
@@ -41,19 +42,21 @@ def compare_choices(
     tolerance: float = TOLERANCE,
     whose: str = "its",
 ) -> Comparison:
-    """Compare experts int64 [T, k] and weights float32 [T, k] with gate `op`'s reference on `inputs`, logits first.
+    """Compare experts int64 [T, k] and weights float32 [T, k] with a gate's reference on `inputs`, logits first.
 
+    `gate`: an op's name, or a reference by rows, whose inputs of two axes have a row for each token as the logits have.
     The order of a token's choices means nothing. NaN equals NaN.
     """
-    gate, result = list_gates()[op], Comparison()
+    reference: Reference = list_gates()[gate].reference if isinstance(gate, str) else gate
+    result = Comparison()
     found, found_weights = by_expert(experts, weights)
-    expected, expected_weights = by_expert(*gate.reference(*inputs, **attributes)[:2])
+    expected, expected_weights = by_expert(*reference(*inputs, **attributes)[:2])
     unlike = (found != expected).any(axis=1)
     bound = tolerance * np.maximum(1, np.abs(expected_weights).max(axis=1, keepdims=True))
     off = ~(np.abs(found_weights - expected_weights) <= bound) & ~(np.isnan(found_weights) & np.isnan(expected_weights))
     for token in np.flatnonzero(unlike | off.any(axis=1)).tolist():
         if unlike[token]:
-            if _is_near_tie(gate, inputs, attributes, token, found[token], expected[token], slack):
+            if _is_near_tie(reference, inputs, attributes, token, found[token], expected[token], slack):
                 result.near_ties.append(token)
                 result.gap = max(result.gap, _gap(inputs[0][token], found[token], expected[token]))
                 continue
@@ -63,7 +66,7 @@ def compare_choices(
             mine, theirs = found_weights[token, place], expected_weights[token, place]
             text = f"weighs expert {found[token, place]} by {mine:.4g} where {whose} logits give {theirs:.4g}"
         result.token = token
-        result.fault = text + _guess(gate, inputs, attributes, found, found_weights)
+        result.fault = text + _guess(reference, inputs, attributes, found, found_weights)
         break
     return result
 
@@ -75,7 +78,7 @@ def by_expert(experts: Any, weights: Any) -> tuple[Any, Any]:
 
 
 def _is_near_tie(
-    gate: Gate,
+    reference: Reference,
     inputs: Sequence[Any],
     attributes: Mapping[str, Any],
     token: int,
@@ -88,7 +91,8 @@ def _is_near_tie(
         return False  # an expert taken twice is no rounding
     towards = _direction(logits.shape[1], attributes, np.setdiff1d(found, expected), np.setdiff1d(expected, found))
     moved = logits + np.float32(slack) * np.abs(logits).max() * towards
-    chosen = gate.reference(moved.astype(np.float32), *inputs[1:], **attributes)[0]
+    others = [each[token : token + 1] if each.ndim == 2 else each for each in inputs[1:]]
+    chosen = reference(moved.astype(np.float32), *others, **attributes)[0]
     return bool((np.sort(chosen[0]) == found).all())
 
 
@@ -112,10 +116,12 @@ def _gap(logits: Any, found: Any, expected: Any) -> float:
     return float(np.abs(logits[taken].mean() - logits[left].mean()) / max(np.abs(logits).max(), 1e-30))
 
 
-def _guess(gate: Gate, inputs: Sequence[Any], attributes: Mapping[str, Any], experts: Any, weights: Any) -> str:
+def _guess(
+    reference: Reference, inputs: Sequence[Any], attributes: Mapping[str, Any], experts: Any, weights: Any
+) -> str:
     """What would explain every token's choices, if one of the faults that are known from other exporters does."""
     for what, other_inputs, changes in _known_faults(inputs, attributes):
-        given, given_weights = by_expert(*gate.reference(*other_inputs, **{**attributes, **changes})[:2])
+        given, given_weights = by_expert(*reference(*other_inputs, **{**attributes, **changes})[:2])
         if given.shape == experts.shape and (given == experts).all():
             if np.allclose(given_weights, weights, rtol=1e-3, atol=1e-4):
                 return f", as if {what}"
@@ -125,7 +131,7 @@ def _guess(gate: Gate, inputs: Sequence[Any], attributes: Mapping[str, Any], exp
 def _known_faults(
     inputs: Sequence[Any], attributes: Mapping[str, Any]
 ) -> Iterator[tuple[str, Sequence[Any], dict[str, Any]]]:
-    if len(inputs) > 1:
+    if len(inputs) > 1 and inputs[1].ndim == 1:
         yield "the correction bias were lost", [inputs[0], 0 * inputs[1], *inputs[2:]], {}
     if "norm_topk_prob" in attributes:
         norm = int(attributes["norm_topk_prob"])
@@ -134,6 +140,10 @@ def _known_faults(
         yield "the choice were not limited to the best groups", inputs, {"topk_group": attributes["n_group"]}
     if attributes.get("routed_scaling_factor", 1) != 1:
         yield "the weights were not scaled", inputs, {"routed_scaling_factor": 1.0}
+    if attributes.get("penalty"):
+        yield "the load were not counted", inputs, {"penalty": 0.0}
+    if "capacity_factor" in attributes:
+        yield "the capacity were not kept", inputs, {"capacity_factor": np.inf}
 
 
 def _listed(experts: Any) -> str:

@@ -226,20 +226,19 @@ def reference(
     experts = np.zeros((tokens, top_k), np.int64)
     new_load = load.astype(np.float64)
     for token in range(tokens):
-        experts[token] = _choose(preference[token], room, tokens - token, top_k)
+        experts[token] = choose(preference[token], room, tokens - token, top_k)
         room[experts[token]] -= 1
         new_load *= decay
         new_load[experts[token]] += 1
-    weights = np.take_along_axis(scores, experts, axis=1)
-    if norm_topk_prob:
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + np.float32(1e-20))
-    weights = (weights * np.float32(routed_scaling_factor)).astype(np.float32)
+    given = {"norm_topk_prob": norm_topk_prob, "routed_scaling_factor": routed_scaling_factor}
+    weights = weigh(scores, experts, given)
     weights[np.isnan(raw).any(axis=1) | np.isnan(scores).any(axis=1)] = np.nan
     return experts, weights, new_load.astype(np.float32)
 
 
-def _choose(liking: Any, room: Any, to_go: int, top_k: int) -> Any:
-    """The experts of one token by falling liking; `to_go` tokens are left, this one included."""
+def choose(liking: Any, room: Any, to_go: int, top_k: int) -> Any:
+    """numpy: one token's experts int64 [k] by falling liking float32 [E], of those with room int64 [E]; `to_go` tokens
+    are left, this one included."""
     spare = np.minimum(room, to_go).sum() - top_k * to_go
     wide = room >= to_go
     due = max(0, int(wide.sum() - spare))
@@ -248,6 +247,14 @@ def _choose(liking: Any, room: Any, to_go: int, top_k: int) -> Any:
     order[must] = np.inf
     found = np.sort(np.argsort(-order, kind="stable")[:top_k])
     return found[np.argsort(-liking[found], kind="stable")]
+
+
+def weigh(scores: Any, experts: Any, attributes: dict[str, Any]) -> Any:
+    """numpy: weights float32 [T, k] of experts int64 [T, k] by scores float32 [T, E]."""
+    weights = np.take_along_axis(scores, experts, axis=1)
+    if attributes["norm_topk_prob"]:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + np.float32(1e-20))
+    return (weights * np.float32(attributes["routed_scaling_factor"])).astype(np.float32)
 
 
 def lower(build: GraphBuilder, inputs: Sequence[Any], attributes: dict[str, Any]) -> tuple[Any, ...]:

@@ -25,8 +25,9 @@ from ...runtime import kernels
 from ...runtime.machine import memory_bytes
 from ...runtime.preflight import EngineInfo
 from ...runtime.sessions import SessionOptions, backend_module
+from ...runtime.sessions._load_state import LoadState, load_state_of
 from ...runtime.sessions.onnxruntime_cpu import LANES_MODEL
-from ._canonical import Array, attributes_of, find_calls, find_matrix, load_canonical
+from ._canonical import Array, Rewriter, attributes_of, find_calls, find_matrix, load_canonical
 from ._trt_attention import layer_of
 from ._trt_check import MOST_PARAMETERS_HALF, NetworkRunner, open_plain_session
 from ._trt_form import NetworkForm
@@ -50,14 +51,19 @@ class Route(NamedTuple):
     logits: Array | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class CanonicalGate:
-    """A gate of the canonical graph: its op, its attributes, its inputs (the logits first) and the route it takes."""
+    """A gate of the canonical graph: its op, its attributes, its inputs (the logits first) and the route it takes.
+
+    Of a load-aware one: its base's op, both gates' attributes, its base's inputs, and the first `load` float32 [E].
+    """
 
     op: str
     attributes: dict[str, Any]
     inputs: tuple[Array, ...]
-    route: Route
+    route: Route = field(init=False)
+    base: str | None = None
+    load: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,11 @@ class Evaluation:
 
 @dataclass
 class Traced:
-    """An engine's routes by layer. `strays`: heavy nodes that ran on another provider than was asked for. `together`:
-    those of its graph that steps several sequences, where that is another."""
+    """An engine's routes by layer, in `calls` of so many tokens. `strays`: heavy nodes that ran on another provider
+    than was asked for. `together`: those of its graph that steps several sequences, where that is another."""
 
     how: str
+    calls: list[int]
     routes: dict[int, Route]
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     strays: list[str] = field(default_factory=list)
@@ -115,27 +122,69 @@ def pick_layers(bundle: Bundle) -> int:
 
 
 def trace_canonical(bundle: Bundle, layers: int, tokens: Array) -> dict[int, CanonicalGate]:
-    """The gates of the first `layers` layers; those with a state of their own are left out."""
+    """The gates of the first `layers` layers; load-aware ones in the calls of `cut_steps`."""
     model, config = load_canonical(bundle)
     keep_layers(model, layers, config)
-    calls = {layer_of(call): call for op in list_gates() for call in find_calls(model, op) if len(call.outputs) == 2}
+    gates: dict[int, CanonicalGate] = {}
+    constants = _constants_of(model)
     model.graph.outputs.clear()
-    for call in calls.values():
-        logits = call.inputs[0]
+    for call in [call for op in list_gates() for call in find_calls(model, op)]:
+        layer, gate = layer_of(call), _describe_gate(model, config, call)
+        gates[layer] = gate
+        logits = call.inputs[0] if gate.base is None else find_logits(model, layer, constants)
         assert logits is not None
-        for value, dtype in ((logits, ir.DataType.FLOAT), *zip(call.outputs, _ROUTE_TYPES, strict=True)):
+        chosen = call.outputs if gate.base is None else _cut_call(model, call, cut_steps(tokens))
+        for value, dtype in ((logits, ir.DataType.FLOAT), *zip(chosen, _ROUTE_TYPES, strict=True)):
             value.dtype, value.shape = dtype, ir.Shape(["T", f"{value.name}.width"])
             model.graph.outputs.append(value)
-    if not calls:
+    if not gates:
         return {}
     session = open_plain_session(ir.to_proto(model).SerializeToString(), bundle.path)
-    outputs = iter(session.run(None, {"input_ids": tokens[None]}))
-    gates = {}
-    for layer, call in calls.items():
-        logits, experts, weights = next(outputs), next(outputs), next(outputs)
-        inputs = (logits, *(_read_constant(value) for value in call.inputs[1:]))
-        gates[layer] = CanonicalGate(call.op_type, attributes_of(call), inputs, Route(experts, weights, logits))
+    loads = {f"load.{layer}": gate.load for layer, gate in gates.items() if gate.load is not None}
+    outputs = iter(session.run(None, {"input_ids": tokens[None], **loads}))
+    for gate, logits, experts, weights in zip(gates.values(), outputs, outputs, outputs, strict=True):
+        gate.inputs, gate.route = (logits, *gate.inputs), Route(experts, weights, logits)
     return gates
+
+
+def _first_load(top_k: int, num_experts: int) -> float:
+    """One token's, spread evenly, in place of many tokens': a few choices must weigh to be followed."""
+    return top_k / num_experts
+
+
+def start_soon(info: EngineInfo) -> EngineInfo:
+    """An engine whose gates, if they are load-aware, begin with `_first_load`."""
+    if "load_start" not in info.session:
+        return info
+    start = _first_load(info.num_experts_per_tok, info.num_experts)
+    return dataclasses.replace(info, session={**info.session, "load_start": start})
+
+
+def _describe_gate(model: ir.Model, config: MoEConfig, call: ir.Node) -> CanonicalGate:
+    """All but what a run gives: the logits and the route."""
+    attributes, base = attributes_of(call), config.moe.gate.base
+    if base is None:
+        return CanonicalGate(call.op_type, attributes, tuple(_read_constant(value) for value in call.inputs[1:]))
+    bias = [model.graph.initializers[f"layers.{layer_of(call)}.router.bias"]] if base.bias else []
+    inputs = tuple(_read_constant(value) for value in bias)
+    load = np.full(config.moe.num_experts, _first_load(attributes["top_k"], config.moe.num_experts), np.float32)
+    return CanonicalGate(call.op_type, {**base.attributes, **attributes}, inputs, base=base.op, load=load)
+
+
+def _cut_call(model: ir.Model, call: ir.Node, parts: Sequence[Array]) -> list[ir.Value]:
+    """One load-aware call for each part of the tokens, which hand the load on; experts and weights of all."""
+    rewriter = Rewriter(model)
+    scores, choice, load = call.inputs
+    sizes = rewriter.ints(*(len(part) for part in parts))
+    split = [rewriter.ops("Split", [value, sizes], len(parts), axis=0) for value in (scores, choice)]
+    routes: list[list[ir.Value]] = []
+    for inputs in zip(*split, strict=True):
+        *route, load = rewriter.ops(call.op_type, [*inputs, load], 3, domain=call.domain, **attributes_of(call))
+        routes.append(route)
+    chosen = [rewriter.op("Concat", list(pieces), axis=0) for pieces in zip(*routes, strict=True)]
+    assert load is not None
+    rewriter.replace(call, [*chosen, load])
+    return chosen
 
 
 def _read_constant(value: ir.Value | None) -> Array:
@@ -259,7 +308,7 @@ def _trace_graphs(bundle: Bundle, info: EngineInfo, tokens: Array, graph: str, l
             for layer, value in logits.items() if width else ():
                 _widen_route(model, layer, value, top_k + width)
             (Path(scratch) / name).write_bytes(ir.to_proto(model).SerializeToString())
-        wide = dataclasses.replace(info, num_experts_per_tok=top_k + width)
+        wide = dataclasses.replace(start_soon(info), num_experts_per_tok=top_k + width)
         options = SessionOptions(1, len(tokens), str(Path(scratch) / "profile"), lanes=lanes)
         session: Any = backend_module(info.backend).open_session(_Probed(bundle, Path(scratch)), wide, options)
         experts, weights = _step_session(session, tokens, lanes)
@@ -273,7 +322,7 @@ def _trace_graphs(bundle: Bundle, info: EngineInfo, tokens: Array, graph: str, l
         for place, layer in enumerate(info.moe_layers)
     }
     known = {layer: each for layer, each in evaluations.items() if each is not None}
-    return Traced("its own session", routes, known, strays, provider)
+    return Traced("its own session", [len(part) for part in cut_steps(tokens)], routes, known, strays, provider)
 
 
 def _step_session(session: Any, tokens: Array, lanes: int) -> tuple[Array, Array]:
@@ -294,7 +343,7 @@ def _step_session(session: Any, tokens: Array, lanes: int) -> tuple[Array, Array
 
 
 def _widen_route(model: ir.Model, layer: int, logits: ir.Value | None, width: int) -> None:
-    """Put the logits behind the weights, and as many numbers that mean nothing behind the experts."""
+    """Put the logits behind the weights, and behind the experts the first as often: a load counts it once."""
     graph = model.graph
     for place, value in enumerate(list(graph.outputs)):
         kind, _, number = str(value.name).partition(".")
@@ -302,11 +351,14 @@ def _widen_route(model: ir.Model, layer: int, logits: ir.Value | None, width: in
             continue
         name, dtype = value.name, _ROUTE_TYPES[kind == "weights"]
         value.name = f"{name}.narrow"
-        tape = ir.tape.Tape()
-        more = tape.op("Cast", [tape.op("IsNaN", [logits])], {"to": int(dtype)}) if kind == "experts" else logits
-        wide = tape.op("Concat", [value, more], {"axis": 1})
+        rewriter = Rewriter(model)
+        more = logits
+        if kind == "experts":
+            first = rewriter.op("Slice", [value, rewriter.ints(0), rewriter.ints(1), rewriter.ints(1)])
+            more = rewriter.op("Expand", [first, rewriter.op("Shape", [logits])])
+        wide = rewriter.op("Concat", [value, more], axis=1)
         wide.name, wide.dtype, wide.shape = name, dtype, ir.Shape(["S", width])
-        graph.extend(tape.nodes)
+        graph.extend(rewriter.tape.nodes)
         graph.outputs[place] = wide
 
 
@@ -369,13 +421,14 @@ def _trace_parts(
             (place / part.model).write_bytes(ir.to_proto(lowered).SerializeToString())
         kept = [Part(part.start, min(part.stop, layers), layers) for part in parts]
         runner = NetworkRunner(*[place / part.model for part in kept], lanes=info.max_batch)
-        steps = [_step_network(runner, part) for part in cut_steps(tokens)]
+        state = load_state_of(dataclasses.replace(start_soon(info), moe_layers=tuple(moe_layers)), len(tokens))
+        steps = [step for part in cut_steps(tokens) for step in _step_settled(runner, part, moe_layers, state)]
     joined = {name: np.concatenate([step[name] for step in steps]) for name in steps[0] if name != "logits"}
     routes = {
         layer: Route(joined[f"experts.{layer}"], joined[f"weights.{layer}"], joined.get(f"router_logits.{layer}"))
         for layer in moe_layers
     }
-    return Traced(f"{how}, on onnxruntime", routes, evaluations)
+    return Traced(f"{how}, on onnxruntime", [len(step["logits"]) for step in steps], routes, evaluations)
 
 
 def _form_of(info: EngineInfo) -> NetworkForm:
@@ -388,6 +441,23 @@ def _form_of(info: EngineInfo) -> NetworkForm:
         session.get("latent_attention") == "expanded",
         info.precision.startswith("fp8"),
     )
+
+
+def _step_settled(
+    runner: NetworkRunner, tokens: Array, layers: Sequence[int], state: LoadState | None
+) -> list[dict[str, Array]]:
+    """The runs that TensorRT's session makes of a step: two of its halves where a load-aware gate is not settled."""
+    if state is not None:
+        runner.loads = {f"load.{layer}": load.copy() for layer, load in zip(layers, state.load, strict=True)}
+    found = _step_network(runner, tokens)
+    experts = np.stack([found[f"experts.{layer}"] for layer in layers])
+    if (experts < 0).any():
+        runner.lengths[-1] -= len(tokens)
+        halves = np.array_split(tokens, 2)
+        return [step for half in halves for step in _step_settled(runner, half, layers, state)]
+    if state is not None:
+        state.append(experts)
+    return [found]
 
 
 def _step_network(runner: NetworkRunner, tokens: Array) -> dict[str, Array]:
