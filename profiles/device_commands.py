@@ -45,16 +45,18 @@ def profiles_command(name: str | None, as_json: bool) -> None:
 @click.command("estimate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--profile", "names", multiple=True, required=True, metavar="NAME", help="Device; can be repeated.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1), help="[default: 512, or what --max-seq-len leaves]")
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences decoded at once.")
+@click.option(
+    "--batch", "--max-batch", "batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."
+)
 @click.option("--max-seq-len", type=click.IntRange(1), help="Room in the KV cache. [default: prompt and new tokens]")
 @click.option("--kv-cache", metavar="TYPE", help="fp32, fp16 or int8, where the device's target has a choice.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout (a list for several profiles).")
 def estimate_command(
     bundle: Path,
     names: tuple[str, ...],
-    prompt_tokens: int,
+    prompt_tokens: int | None,
     new_tokens: int,
     batch: int,
     max_seq_len: int | None,
@@ -81,7 +83,7 @@ def estimate_command(
         return
     from ..runtime.report import render_table
 
-    length = max_seq_len or prompt_tokens + new_tokens
+    length = results[0]["fit"]["max_seq_len"]
     elements = [cache_element_bytes(manifest["config"], device, kv_cache) for device in devices]
     fits = [
         check_fit(manifest, device, batch, length, cache_bytes_per_element=element)
@@ -98,12 +100,15 @@ def estimate_command(
 
 def fit_table(fits: list[Fit]) -> Table:
     """Devices as rows, the parts of the memory as columns."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="Memory", title_justify="left")
-    table.add_column("profile")
+    # 80 columns hold it with the longest of the shipped names.
+    table = Table(title="Memory", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("profile", no_wrap=True)
     for what, _, _ in fits[0].rows():
-        table.add_column(what, justify="right")
+        heading = {"workspace": "work-\nspace", "available": "avail-\nable"}.get(what, what)
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits")
     for fit in fits:
         table.add_row(

@@ -22,6 +22,7 @@ from .shape import bytes_per_token as bytes_per_token
 
 SCHEMA = 1
 ENDS = ("slow", "expected", "fast")
+PROMPT_TOKENS = 512  # where nothing else is asked for
 CPU_PREFILL_CHUNK = 64  # runtime.engine.PREFILL_CHUNK, which a CPU engine's prompt goes through in
 
 
@@ -100,7 +101,7 @@ def estimate(
     manifest: Mapping[str, Any],
     device: DeviceProfile,
     *,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | None = None,
     new_tokens: int = 64,
     batch: int = 1,
     max_seq_len: int | None = None,
@@ -110,6 +111,7 @@ def estimate(
 
     `ttft_ms` and `itl_ms` have `p50` (expected), `low` and `high` (the band); `decode_tokens_per_s` counts all
     sequences of the batch. The inter-token latency is that in the middle of the new tokens. `kv_cache`: as of `build`.
+    prompt_tokens: default: 512, or what `max_seq_len` and the model's positions leave beside the new tokens.
     Added: `fit`, `fits`, `per_op`, `assumptions`.
 
     Raises:
@@ -122,15 +124,17 @@ def estimate(
             f"{shape.name} is a PyTorch model's own graph, whose attention is not known: nothing can be predicted of "
             "it; measure it on the device: moedge bench BUNDLE"
         )
+    if prompt_tokens is None:
+        prompt_tokens = max(1, min(PROMPT_TOKENS, (max_seq_len or shape.max_positions) - new_tokens))
     length = max_seq_len or prompt_tokens + new_tokens
     _check_counts(shape, prompt_tokens, new_tokens, batch, length)
     context = prompt_tokens + new_tokens // 2
     element = cache_element_bytes(manifest["config"], device, kv_cache)
     quantized = _is_quantized(manifest)
     step = decode_work(shape, device, batch, context, quantized, element)
-    prefill = prefill_work(shape, device, batch, prompt_tokens, quantized, element)
+    prefill = prefill_work(shape, device, prompt_tokens, quantized, element)
     itl = {end: 1e3 * step_seconds(step, shape, device, end) for end in ENDS}
-    ttft = {end: 1e3 * sum(step_seconds(chunk, shape, device, end) for chunk in prefill) for end in ENDS}
+    ttft = {end: 1e3 * batch * sum(step_seconds(chunk, shape, device, end) for chunk in prefill) for end in ENDS}
     count = bytes_per_token(manifest, context, batch, element)
     seconds = itl["expected"] / 1e3
     fit = check_fit(manifest, device, batch, length, cache_bytes_per_element=element)
@@ -197,9 +201,9 @@ def decode_work(
 
 
 def prefill_work(
-    shape: ModelShape, device: DeviceProfile, batch: int, prompt_tokens: int, quantized: bool, element: float
+    shape: ModelShape, device: DeviceProfile, prompt_tokens: int, quantized: bool, element: float
 ) -> list[list[Work]]:
-    """The prompts of `batch` sequences, one after the other in chunks; only the last token of each takes the head.
+    """One sequence's prompt, in chunks one after the other; only its last token takes the head.
 
     TensorRT's prompt form evaluates every expert for every token; onnxruntime's the chosen ones.
     """
@@ -226,7 +230,7 @@ def prefill_work(
             ]
         )
     chunks[-1].append(Work("head", shape.sizes.get("head", 0), 2 * shape.vocab_size * shape.hidden_size, linear))
-    return chunks * batch
+    return chunks
 
 
 def step_seconds(work: list[Work], shape: ModelShape, device: DeviceProfile, end: str = "expected") -> float:

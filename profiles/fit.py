@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ProfileError
+from .advice import Suggestion, narrower_weights, suggest
 from .device import DeviceProfile, list_profiles, load_profile
 from .shape import CACHE_ELEMENT_BYTES, ModelShape
 
@@ -18,32 +19,6 @@ RUNTIME_BYTES = {"gpu": 600 << 20, "jetson": 900 << 20, "cpu": 200 << 20}
 # Scratch beyond the large activations. TensorRT's build log says, for one layer of Qwen3-30B-A3B and of
 # DeepSeek-V2-Lite at chunks of 256 to 1024 tokens, between 0.95 and 0.99 times what these two make of it.
 _SCRATCH_FACTOR, _SCRATCH_BYTES = 1.04, 8 << 20
-
-# Bits of one weight with its group's fp32 scale and its zero point, by dtype; `group` is the group size.
-_BITS: dict[str, Callable[[int], float]] = {
-    "float32": lambda group: 32.0,
-    "float16": lambda group: 16.0,
-    "bfloat16": lambda group: 16.0,
-    "uint8": lambda group: 8.0 + 40.0 / group,
-    "int8": lambda group: 8.0 + 32.0 / group,
-    "uint4": lambda group: 4.0 + 36.0 / group,
-    "int4": lambda group: 4.0 + 32.0 / group,
-}
-_NARROWER = {"fp16": "float16", "int8": "uint8", "int4": "uint4"}
-_STAY_INT8 = ("embedding", "head")
-_SMALLEST_CONTEXT = 256
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """One change that makes it fit by itself; `option` is how to ask for it, `total_bytes` what is then needed."""
-
-    change: str
-    option: str
-    total_bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {"change": self.change, "option": self.option, "total_bytes": self.total_bytes}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +78,8 @@ class Fit:
             first, *others = [f"{each.option} ({each.change}, {size(each.total_bytes)})" for each in self.suggestions]
             return f"it fits with {first}" + "".join(f", or with {other}" for other in others)
         if self.devices_that_fit:
-            return f"no single change of weights, context or batch helps; it fits: {', '.join(self.devices_that_fit)}"
-        return "no single change of weights, context or batch helps, nor a larger known device: take a smaller model"
+            return f"no change of weights, context or batch helps; it fits: {', '.join(self.devices_that_fit)}"
+        return "no change of weights, context or batch helps, nor a larger known device: take a smaller model"
 
     def to_json(self) -> dict[str, Any]:
         """Every figure in bytes."""
@@ -129,7 +104,7 @@ def check_fit(
     weight_bytes: int | None = None,
     cache_bytes_per_token: int | None = None,
 ) -> Fit:
-    """Memory of a bundle's model on a device, and when it does not fit the single changes that make it.
+    """Memory of a bundle's model on a device, and when it does not fit the changes that make it.
 
     `cache_bytes_per_element` is the target's own unless given; `workspace_bytes` and `weight_bytes` replace the
     estimate and the bundle's own (a build log knows both), `cache_bytes_per_token` the bundle's own cache.
@@ -225,52 +200,14 @@ class _Question:
 
 
 def _suggestions(question: _Question, device: DeviceProfile, fit: Fit) -> tuple[Suggestion, ...]:
-    """Fewer bits, shorter context, smaller batch: each alone, in this order, where it is enough."""
-    found = []
-    for option in _NARROWER:
-        weights = narrower_weight_bytes(question.manifest, option)
-        narrower = question.ask(device, fit.max_batch, fit.max_seq_len, weight_bytes=weights)
-        if weights < fit.weight_bytes and narrower.fits:
-            found.append(Suggestion("fewer bits", f"moedge export --weights {option}", narrower.total_bytes))
-            break
-    context = _largest(lambda length: question.ask(device, fit.max_batch, length).fits, fit.max_seq_len)
-    context = context // _SMALLEST_CONTEXT * _SMALLEST_CONTEXT
-    if context:
-        total = question.ask(device, fit.max_batch, context).total_bytes
-        found.append(Suggestion("shorter context", f"--max-seq-len {context}", total))
-    batch = _largest(lambda count: question.ask(device, count, fit.max_seq_len).fits, fit.max_batch)
-    if batch:
-        total = question.ask(device, batch, fit.max_seq_len).total_bytes
-        found.append(Suggestion("smaller batch", f"--max-batch {batch}", total))
-    return tuple(found)
+    """Fewer bits, shorter context, smaller batch: what makes it fit this device."""
 
+    def ask(weight_bytes: int | None, batch: int, length: int) -> tuple[bool, int]:
+        asked = question.ask(device, batch, length, weight_bytes=weight_bytes)
+        return asked.fits, asked.total_bytes
 
-def _largest(fits: Callable[[int], bool], below: int) -> int:
-    """The largest n in 1..below-1 with `fits(n)`, by halving; 0 where there is none. Needs grow with n."""
-    low, high = 0, below
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def narrower_weight_bytes(manifest: Mapping[str, Any], option: str) -> int:
-    """Bytes of all weights when exported with `--weights option`; classes as narrow already, or never quantized, stay.
-
-    Embedding and head stop at int8.
-    """
-    classes = (manifest.get("quantization") or {}).get("classes") or {}
-    total = 0.0
-    for name, count in manifest["sizes"].items():
-        entry = classes.get(name) or {}
-        bits = _BITS.get(str(entry.get("dtype")))
-        if bits is None or name in ("norm", "router", "other"):
-            total += count
-            continue
-        group = entry.get("group_size") or 128
-        wanted = "uint8" if option == "int4" and name in _STAY_INT8 else _NARROWER[option]
-        total += count * min(1.0, _BITS[wanted](group) / bits(group))
-    return round(total)
+    narrower = {name: count for name, count in narrower_weights(question.manifest).items() if count < fit.weight_bytes}
+    return suggest(ask, narrower, fit.max_batch, fit.max_seq_len)
 
 
 def _devices_that_fit(question: _Question, device: DeviceProfile, fit: Fit) -> tuple[str, ...]:

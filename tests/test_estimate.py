@@ -187,7 +187,7 @@ def test_a_published_rate_lies_in_the_band() -> None:
         ({"prompt_tokens": 0}, "prompt tokens is 0; at least 1 is needed"),
         ({"batch": -1}, "batch is -1; at least 1 is needed"),
         (
-            {"max_seq_len": 100},
+            {"prompt_tokens": 512, "max_seq_len": 100},
             "max_seq_len is 100, less than 512 prompt and 64 new tokens; ask for at least 576",
         ),
         (
@@ -214,6 +214,30 @@ def test_command(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert "predicted: no fit" in shown.stdout and "KV cache" in shown.stdout
     assert "DeepSeek-V2-Lite does not fit jetson-orin-nano-8gb: it needs" in shown.stdout
+    shown = CliRunner().invoke(estimate_command, arguments, env={"COLUMNS": "80"})
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown.stdout and max(map(len, shown.stdout.splitlines()[:16])) <= 80
+
+
+def test_what_the_fit_check_advises_can_be_asked_of_the_command(tmp_path: Path) -> None:
+    """A context shorter than the usual prompt, and the batch by the name that `moedge build` has for it."""
+    (tmp_path / "moedge.json").write_text(json.dumps(deepseek_v2_lite()))
+    ask = [str(tmp_path), "--profile", "jetson-orin-nx-16gb", "--json"]
+    wide = json.loads(CliRunner().invoke(estimate_command, [*ask, "--batch", "8", "--max-seq-len", "40000"]).stdout)
+    assert not wide["fits"]
+    for advice in wide["fit"]["suggestions"]:
+        options = {"--batch": "8", "--max-seq-len": "40000"}
+        option, value = advice["option"].split()
+        options["--batch" if option == "--max-batch" else option] = value
+        again = CliRunner().invoke(estimate_command, [*ask, *(word for pair in options.items() for word in pair)])
+        found = json.loads(again.stdout)["fit"]
+        assert found["fits"] and found["total_bytes"] == advice["total_bytes"]
+    short = json.loads(CliRunner().invoke(estimate_command, [*ask, "--max-batch", "2", "--max-seq-len", "256"]).stdout)
+    assert (short["prompt_tokens"], short["new_tokens"], short["batch"]) == (192, 64, 2)
+
+
+def test_a_batch_beyond_reason_is_told_as_quickly() -> None:
+    one, many = (estimate(olmoe(), load_profile("rtx4090"), batch=batch) for batch in (1, 10**9))
+    assert many["ttft_ms"]["p50"] == pytest.approx(1e9 * one["ttft_ms"]["p50"]) and not many["fits"]
 
 
 def test_the_check_plans_a_manifest_as_export_would(

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
+from collections import Counter
+from pathlib import Path
 
 import pytest
+from family_cases import FAMILIES, make_model, save_model
 from model_manifests import deepseek_v2_lite
 
+import moedge
+from moedge.bundle import Bundle
 from moedge.errors import BundleError
+from moedge.profiles.advice import _largest, narrower_weight_bytes
 from moedge.profiles.device import load_profile
-from moedge.profiles.fit import _largest, check_fit, estimate_workspace, narrower_weight_bytes, size
+from moedge.profiles.fit import check_fit, estimate_workspace, size
 from moedge.profiles.shape import ModelShape
 
 GIB = 1 << 30
@@ -71,7 +79,7 @@ def test_devices_that_fit_when_nothing_else_helps() -> None:
     fit = check_fit(deepseek_v2_lite(), load_profile("jetson-orin-nano-8gb"))
     assert not fit.fits and not fit.suggestions
     assert fit.devices_that_fit[:2] == ("jetson-orin-nx-16gb", "jetson-agx-orin-64gb")
-    assert "no single change of weights, context or batch helps; it fits: jetson-orin-nx-16gb, " in fit.explain()
+    assert "no change of weights, context or batch helps; it fits: jetson-orin-nx-16gb, " in fit.explain()
 
 
 def test_no_device_is_large_enough() -> None:
@@ -138,3 +146,76 @@ def test_manifest_that_lacks_a_key() -> None:
     with pytest.raises(BundleError) as raised:
         check_fit(manifest, load_profile("cpu"))
     assert str(raised.value) == "moedge.json lacks or misstates 'hidden_size'; export the checkpoint again"
+
+
+CHANGES = {"fewer bits": "b", "shorter context": "c", "smaller batch": "n"}
+
+
+def test_advice_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """900 random shapes and devices (seed 21): what is advised fits, the next larger does not, and where nothing is
+    advised nothing at all fits, whatever weights, context and batch one tries."""
+    monkeypatch.setattr("moedge.profiles.fit._devices_that_fit", lambda *asked: ())
+    draw = random.Random(21)
+    seen: Counter[str] = Counter()
+    for _ in range(900):
+        manifest = deepseek_v2_lite(draw.choice(("fp32", "fp16", "int8", "int4")))
+        scale = draw.choice((0.01, 0.1, 1, 3))
+        manifest["sizes"] = {name: round(count * scale) for name, count in manifest["sizes"].items()}
+        manifest["config"]["vocab_size"] = draw.choice((102_400, 10_000_000))  # whose logits tell batches apart
+        device = load_profile(draw.choice(("rtx4090", "jetson-orin-nano-8gb", "raspberry-pi-5")))
+        batch, length = draw.choice((1, 2, 7, 32)), draw.choice((100, 700, 4096, 50_000))
+        memory = round(check_fit(manifest, device, batch, length).total_bytes * draw.uniform(0.05, 1.2))
+        device = dataclasses.replace(device, memory_bytes=memory, memory_reserved_bytes=memory // 10)
+        fit = check_fit(manifest, device, batch, length)
+        narrower = {name: narrower_weight_bytes(manifest, name) for name in ("fp16", "int8", "int4")}
+        weights = {None: fit.weight_bytes} | {k: n for k, n in narrower.items() if n < fit.weight_bytes}
+
+        def total(name: str | None, count: int, tokens: int) -> int:
+            other = check_fit(manifest, device, count, tokens, weight_bytes=weights[name])  # noqa: B023
+            return other.total_bytes
+
+        if fit.fits:
+            assert not fit.suggestions
+            continue
+        room = fit.available_bytes
+        for advice in fit.suggestions:
+            name, count, tokens = read_advice(advice.option, batch, length)
+            assert total(name, count, tokens) == advice.total_bytes <= room
+            seen["".join(CHANGES[part] for part in advice.change.split(" and "))] += 1
+            if "shorter context" in advice.change:
+                assert total(name, count, tokens + 256 if tokens >= 256 else 2 * tokens) > room
+            if advice.change == "smaller batch":
+                assert total(name, count + 1, tokens) > room
+            if "fewer bits" in advice.change:
+                wider = list(weights)[list(weights).index(name) - 1]
+                assert total(wider, count, tokens) > room
+        alone = {
+            "fewer bits": any(total(name, batch, length) <= room for name in weights),
+            "shorter context": total(None, batch, 16) <= room and length > 16,
+            "smaller batch": total(None, 1, length) <= room and batch > 1,
+        }
+        if any(alone.values()):
+            assert [advice.change for advice in fit.suggestions] == [name for name, works in alone.items() if works]
+        else:
+            assert len(fit.suggestions) == any(total(name, 1, 16) <= room for name in weights)
+            seen["nothing"] += not fit.suggestions
+    assert all(seen[kind] >= 2 for kind in ("b", "c", "n", "bc", "cn", "bcn", "nothing")), seen
+
+
+def read_advice(option: str, batch: int, length: int) -> tuple[str | None, int, int]:
+    """(weights, batch, context) that the options ask for."""
+    words = option.replace(" and ", " ").split()
+    asked = dict(zip(words, words[1:]))  # noqa: B905
+    return asked.get("--weights"), int(asked.get("--max-batch", batch)), int(asked.get("--max-seq-len", length))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "mixtral", "qwen2_moe"])
+def test_fewer_bits_are_what_an_export_then_takes(family: str, tmp_path: Path) -> None:
+    """To the byte, also where groups are smaller than 128, matrices stay float32, and the head is tied."""
+    name = list(FAMILIES[family].configurations)[-1]
+    save_model(make_model(family, name), family, tmp_path / "checkpoint")
+    moedge.export(tmp_path / "checkpoint", tmp_path / "fp16", weights="fp16", verify=False)
+    manifest = Bundle.open(tmp_path / "fp16").manifest
+    for option in ("int8", "int4"):
+        moedge.export(tmp_path / "checkpoint", tmp_path / option, weights=option, verify=False)
+        assert narrower_weight_bytes(manifest, option) == sum(Bundle.open(tmp_path / option).sizes.values())
