@@ -30,6 +30,7 @@ class Answer:
     echo: list[str] = field(default_factory=list)  # what stands before each text
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
+    _frames: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
 
     def usage(self) -> dict[str, Any]:
         """Counts of tokens: of the prompts, of the texts, and how many of the prompts' were not computed again."""
@@ -64,6 +65,17 @@ class Answer:
             choice["text"] = text
         choice["finish_reason"] = finish_reason(job) if done else None
         return self._piece([choice], self.usage() if usage else None)
+
+    def event(self, place: int, text: str, sent: int, tokens: int, done: bool, usage: bool) -> bytes:
+        """`piece` as an event. Of most pieces only the text differs: the rest is written out once for each job."""
+        if done or usage or not text or self.jobs[place].request.logprobs is not None:
+            return sse(self.piece(place, text, sent, tokens, done, usage))
+        if place not in self._frames:
+            mark = uuid.uuid4().hex
+            before, _, after = sse(self.piece(place, mark, sent, tokens, False, False)).partition(f'"{mark}"'.encode())
+            self._frames[place] = before, after
+        before, after = self._frames[place]
+        return before + json.dumps(text).encode() + after
 
     def opening(self, place: int) -> dict[str, Any] | None:
         """What a stream begins with for each text: the role in a chat, the echo of a prompt."""

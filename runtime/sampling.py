@@ -114,7 +114,7 @@ class Sampler:
         self.sampling = sampling
         self._adjuster = _Adjuster(sampling, prompt) if sampling.adjusts else None
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        self._random = np.random.Generator(np.random.PCG64(self.seed))
+        self._random: np.random.Generator | None = None
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         """The next token's id for the `logits` [vocab].
@@ -138,6 +138,8 @@ class Sampler:
     def _draw(self, logits: NDArray[np.float32], best: int) -> int:
         if self.sampling.temperature == 0:
             return best
+        if self._random is None:  # a generator takes longer to make than a greedy token to choose
+            self._random = np.random.Generator(np.random.PCG64(self.seed))
         tokens, probabilities = distribution(logits, self.sampling)
         cumulative = np.cumsum(probabilities)
         place = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))

@@ -127,7 +127,9 @@ class Scheduler:
         queue: int = 64,
         stepper: Stepper | None = None,
         observer: Observer | None = None,
+        told: Callable[[], None] | None = None,
     ) -> None:
+        """`told` is called in the worker's thread whenever consumers were, and nothing is to tell for a while."""
         check_whole("slots", slots)
         check_whole("queue", queue)
         self.engine = engine
@@ -143,6 +145,7 @@ class Scheduler:
         self._step = stepper or (step_in_lanes if lanes > 1 else step_in_turn)
         self._together = slots if stepper is not None or lanes == 1 else lanes  # texts in one call of it
         self._observer = observer
+        self._told = told or (lambda: None)
         self._thread = threading.Thread(target=self._run, name="moedge-scheduler", daemon=True)
         self._thread.start()
 
@@ -230,6 +233,7 @@ class Scheduler:
             with self._wake:
                 self._admit()
                 if not self.running:
+                    self._told()
                     if self._closing and not self._waiting:
                         return
                     self._wake.wait()
@@ -247,7 +251,9 @@ class Scheduler:
             if reason is not None:
                 self._end(slot, reason)
         self._decode()
+        self._told()
         self._fill_one()
+        self._told()
 
     def _admit(self) -> None:
         """Move texts from the queue to free slots; those that nobody waits for any more leave it."""

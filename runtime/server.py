@@ -12,30 +12,31 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from ..errors import EngineError, MoedgeError
 from .engine import Engine
-from .openai_answers import Answer, error_document, sse
+from .openai_answers import Answer, error_document
 from .openai_types import ChatRequest, CompletionRequest, unsupported
 from .requests import ContextFull, TextRequest, make_request
-from .scheduler import Busy, Scheduler, Update
+from .scheduler import Busy, Scheduler
 from .server_audit import AuditLog
 from .server_guard import Guard, Keys
 from .server_metrics import Metrics
+from .server_runs import ClientGone, Mailbox, Refusal, Run, unless_gone
+from .server_streams import EventStream
 
 _PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/readyz", "/metrics", "/openapi.json"}
 _GONE = 499  # nginx's word for a client that closed the connection; nobody reads it
-
-_T = TypeVar("_T")
+_SMALL_BODY = 32 << 10  # bytes whose tokens are made quickly enough to hold up the event loop
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,6 @@ class Settings:
     audit: Path | None = None
 
 
-class Refusal(Exception):
-    """A request that is answered by an error."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, retry_after: int | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.retry_after = status, code, retry_after
-
-
-class ClientGone(Exception):
-    """Nobody waits for the answer."""
-
-
 class Service:
     """What the routes share: the scheduler, the limits, who is being served."""
 
@@ -77,7 +66,10 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         engine.tokenizer  # noqa: B018  (a bundle without one is refused at once, not with the first request)
-        self.scheduler = Scheduler(engine, slots=settings.slots, queue=settings.queue, observer=self.metrics)
+        self.mailbox = Mailbox()
+        self.scheduler = Scheduler(
+            engine, slots=settings.slots, queue=settings.queue, observer=self.metrics, told=self.mailbox.ring
+        )
         self.metrics.watch(self.scheduler)
         self.created = int(time.time())
         self._audit = AuditLog(settings.audit, engine.bundle) if settings.audit is not None else None
@@ -100,6 +92,11 @@ class Service:
             self._serving[key] -= 1
             if not self._serving[key]:
                 del self._serving[key]
+
+    def run(self, requests: list[TextRequest], seconds: float | None) -> Run:
+        """Let texts run, for as long as the client and the settings allow."""
+        most = min(self.settings.timeout, math.inf if seconds is None else seconds)
+        return Run(self.scheduler, self.mailbox, requests, most, self.failure)
 
     def audit(self, key: str, path: str, answer: Answer) -> None:
         """Write down who asked for how much, if that is wanted."""
@@ -166,55 +163,6 @@ class Service:
         return replace(request, max_new_tokens=min(limits))
 
 
-class Run:
-    """The texts of one request while they run. Leaving the context cancels what is left of them."""
-
-    def __init__(self, service: Service, requests: list[TextRequest], seconds: float) -> None:
-        self._service = service
-        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-        loop, updates = asyncio.get_running_loop(), self._updates
-
-        def deliver(place: int, update: Update) -> None:
-            loop.call_soon_threadsafe(updates.put_nowait, (place, update))
-
-        if not service.scheduler.open:
-            raise Refusal(503, "the server is closing", "closing")
-        self.jobs = service.scheduler.submit(requests, deliver, seconds=seconds)
-        self.texts = [""] * len(requests)
-        self._left = len(requests)
-
-    def cancel(self) -> None:
-        """Nobody waits any more."""
-        for job in self.jobs:
-            job.cancel()
-
-    async def next(self) -> tuple[int, Update] | None:
-        """What comes next; None when all is over.
-
-        Raises:
-            Refusal: a text failed, or had no token when its time was over.
-        """
-        if not self._left:
-            return None
-        place, update = await self._updates.get()
-        job = self.jobs[place]
-        if update.done:
-            self._left -= 1
-            if job.error is not None:
-                raise self._service.failure(job.error)
-            if job.writer.finish_reason == "deadline" and not job.writer.tokens:
-                raise Refusal(504, "the time was over before the first token came", "timeout")
-            if job.writer.finish_reason == "cancelled":
-                raise Refusal(503, "the server is closing", "closing")
-        self.texts[place] += update.text
-        return place, update
-
-    async def rest(self) -> None:
-        """Read until all is over."""
-        while await self.next() is not None:
-            pass
-
-
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """The server's ASGI application; it runs a scheduler over `engine` from its start to its end."""
     service = Service(engine, settings)
@@ -270,8 +218,9 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         places = contextlib.ExitStack()
         places.enter_context(service.place_for(key))
         try:
-            requests, echo, total = await asyncio.to_thread(service.requests_of, body)
-            run = Run(service, requests, min(service.settings.timeout, body.timeout or math.inf))
+            small = request.state.body_bytes <= _SMALL_BODY
+            made = service.requests_of(body) if small else await asyncio.to_thread(service.requests_of, body)
+            run, (_, echo, total) = service.run(made[0], body.timeout), made
         except BaseException:
             places.close()
             raise
@@ -281,13 +230,11 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         places.callback(run.cancel)
         try:
             if not body.stream:
-                await _unless_gone(request, run.rest())
+                await unless_gone(request, run.rest())
                 return JSONResponse(found.whole(run.texts))
-            first = await _unless_gone(request, run.next())
+            first = await unless_gone(request, run.next())
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            pieces = _stream(run, found, first, usage, places.pop_all())
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            return _Stream(pieces, media_type="text/event-stream", headers=headers)
+            return EventStream(run, found, first, usage, places.pop_all())
         finally:
             places.close()
 
@@ -300,59 +247,6 @@ def _add_texts(app: FastAPI, service: Service) -> None:
     async def completions(request: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
         """Text that goes on from prompts."""
         return await answer(request, body)
-
-
-class _Stream(StreamingResponse):
-    """A stream whose generator is closed with it, also where the client went before the first piece was asked for."""
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        pieces = self.body_iterator
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            assert isinstance(pieces, _Pieces)
-            pieces.close()
-
-
-class _Pieces(AsyncIterator[bytes]):
-    """The events of a stream, and what is to be done when it is over or left."""
-
-    def __init__(self, events: AsyncIterator[bytes], places: contextlib.ExitStack) -> None:
-        self._events, self._places = events, places
-
-    async def __anext__(self) -> bytes:
-        return await self._events.__anext__()
-
-    def close(self) -> None:
-        """Free what the stream holds; a second time does nothing."""
-        self._places.close()
-
-
-def _stream(
-    run: Run, answer: Answer, first: tuple[int, Update] | None, usage: bool, places: contextlib.ExitStack
-) -> _Pieces:
-    async def events() -> AsyncIterator[bytes]:
-        sent = [0] * len(run.jobs)
-        for place in range(len(run.jobs)):
-            opening = answer.opening(place)
-            if opening is not None:
-                yield sse(opening)
-        came, left = first, len(run.jobs)
-        try:
-            while came is not None:
-                place, update = came
-                left -= update.done
-                last = update.done and not left and not usage
-                yield sse(answer.piece(place, update.text, sent[place], update.tokens, update.done, last))
-                sent[place] = update.tokens
-                came = await run.next()
-            if usage:
-                yield sse(answer.closing())
-        except Refusal as refusal:
-            yield sse(error_document(str(refusal), "server_error", refusal.code))
-        yield sse("[DONE]")
-
-    return _Pieces(events(), places)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -449,25 +343,3 @@ def _seeded(request: TextRequest, count: int) -> list[TextRequest]:
         return [request] * count
     samplings = [replace(request.sampling, seed=seed + place) for place in range(count)]
     return [replace(request, sampling=sampling) for sampling in samplings]
-
-
-async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T:
-    """What `work` gives, unless the client closes the connection before.
-
-    Raises:
-        ClientGone: it did.
-    """
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(watch())
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
-    finally:
-        working.cancel()
-        watching.cancel()

@@ -120,6 +120,7 @@ class Guard:
             await refuse(send, 413, error_document(text, "invalid_request_error"), {"connection": "close"})
             return
         if body is not None:  # else the client has gone
+            scope["state"]["body_bytes"] = len(body)
             await self._app(scope, _replay(body, receive), send)
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:

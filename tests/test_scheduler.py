@@ -101,6 +101,23 @@ def test_a_long_prompt_delays_others_by_one_chunk_at_most(engine):
     assert len(chunks) == 7 and np.diff(chunks).tolist() == [2] * 6
 
 
+def test_who_hands_updates_on_is_called_once_for_all_texts_of_a_round(engine):
+    waiting, batches = [], []
+
+    def told():
+        if waiting:
+            batches.append(len(waiting))
+            waiting.clear()
+
+    request = make_request(engine, [1], max_new_tokens=20, logit_bias={65: 1e4})
+    with Scheduler(engine, slots=3, told=told) as scheduler:
+        scheduler.submit([request] * 3, lambda place, update: waiting.append(update))
+        while scheduler.running or scheduler.waiting:
+            time.sleep(0.01)
+    assert not waiting, "nothing stays behind"
+    assert sum(batches) == 3 * 20 and max(batches) == 3
+
+
 def test_prompts_are_computed_in_turn(engine):
     with Scheduler(engine, slots=2) as scheduler:
         both = Consumer(scheduler, [LONG[::-1], [5, 6]], max_new_tokens=1)

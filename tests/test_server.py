@@ -428,6 +428,32 @@ def test_the_command_after_kill_9_starts_clean(engine):
     assert sorted(path.name for path in Path(engine.bundle.path).rglob("*")) == before
 
 
+def test_pieces_do_not_wait_for_acknowledgements():
+    """Nagle's algorithm is off on accepted connections: asyncio turns it off for sockets that say they are TCP."""
+    import asyncio
+    import socket
+
+    from moedge.runtime.serve_commands import _listen
+
+    async def accepted_nodelay():
+        loop, found = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        class Peer(asyncio.Protocol):
+            def connection_made(self, transport):
+                connection = transport.get_extra_info("socket")
+                found.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                transport.close()
+
+        with _listen("127.0.0.1", 0) as listener:
+            server = await loop.create_server(Peer, sock=listener)
+            with socket.create_connection(listener.getsockname()):
+                nodelay = await asyncio.wait_for(found, 5)
+            server.close()
+        return nodelay
+
+    assert asyncio.run(accepted_nodelay())
+
+
 def test_the_command_says_what_is_wrong(engine):
     import socket
 

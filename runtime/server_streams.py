@@ -1,0 +1,58 @@
+"""Answers that come piece by piece, as server-sent events. Imported by the server alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+
+from .openai_answers import Answer, error_document, sse
+from .scheduler import Update
+from .server_runs import Refusal, Run
+
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class EventStream(StreamingResponse):
+    """The events of a run, of which `first` came already; what `places` hold is freed with it, also where the client
+    went before the first piece was asked for."""
+
+    def __init__(
+        self,
+        run: Run,
+        answer: Answer,
+        first: list[tuple[int, Update]],
+        usage: bool,
+        places: contextlib.ExitStack,
+    ) -> None:
+        super().__init__(_events(run, answer, first, usage), media_type="text/event-stream", headers=_HEADERS)
+        self._places = places
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._places:
+            await super().__call__(scope, receive, send)
+
+
+async def _events(run: Run, answer: Answer, first: list[tuple[int, Update]], usage: bool) -> AsyncIterator[bytes]:
+    """Chunks of whole events: all that came while the last chunk was being written go as one."""
+    sent = [0] * len(run.jobs)
+    openings = [answer.opening(place) for place in range(len(run.jobs))]
+    chunk = b"".join(sse(opening) for opening in openings if opening is not None)
+    came, left = first, len(run.jobs)
+    try:
+        while came:
+            for place, update in came:
+                left -= update.done
+                last = update.done and not left and not usage
+                chunk += answer.event(place, update.text, sent[place], update.tokens, update.done, last)
+                sent[place] = update.tokens
+            yield chunk
+            chunk = b""
+            came = await run.next()
+        if usage:
+            chunk = sse(answer.closing())
+    except Refusal as refusal:
+        chunk = sse(error_document(str(refusal), "server_error", refusal.code))
+    yield chunk + sse("[DONE]")
