@@ -37,6 +37,7 @@ _POSITIVE = click.IntRange(1)
     help="Keys, name:key on each line. [default: MOEDGE_API_KEYS, else none is needed]",
 )
 @click.option("--per-key", type=_POSITIVE, metavar="N", help="Requests of one key at a time.")
+@click.option("--connections", type=_POSITIVE, default=900, show_default=True, help="More are closed at once.")
 @click.option("--max-body", type=_POSITIVE, default=4 << 20, show_default=True, metavar="BYTES")
 @click.option("--max-prompt-tokens", type=_POSITIVE, metavar="N", help="[default: what the context has room for]")
 @click.option("--max-new-tokens", type=_POSITIVE, metavar="N", help="[default: what the context has room for]")
@@ -99,16 +100,9 @@ def serve_command(
 def _serve(engine: Any, settings: Settings, listener: socket.socket) -> None:
     import uvicorn
 
-    from .server import create_app
+    from .server import server_config
 
-    config = uvicorn.Config(
-        create_app(engine, settings),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain)),
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    uvicorn.Server(server_config(engine, settings)).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

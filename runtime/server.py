@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import uvicorn
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -29,8 +30,9 @@ from .openai_types import ChatRequest, CompletionRequest, unsupported
 from .requests import ContextFull, TextRequest, make_request
 from .scheduler import Busy, Scheduler
 from .server_audit import AuditLog
-from .server_guard import Guard, Keys
+from .server_guard import Guard, Keys, Limits
 from .server_metrics import Metrics
+from .server_patience import patient_protocol
 from .server_runs import ClientGone, Mailbox, Refusal, Run, unless_gone
 from .server_streams import EventStream
 
@@ -48,6 +50,10 @@ class Settings:
     queue: int = 64
     max_body: int = 4 << 20
     body_seconds: float = 30.0
+    all_bodies: int = 64 << 20  # of all requests that are being read or taken in
+    header_seconds: float = 10.0
+    write_seconds: float = 30.0  # for a client to take 32 KiB, or what there is
+    connections: int = 900
     max_prompt_tokens: int | None = None  # None: what the context has room for
     max_new_tokens: int | None = None  # None: likewise; more is cut to it
     max_texts: int = 8  # in one request: prompts times n
@@ -193,10 +199,22 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     def answered(path: str, status: int) -> None:
         service.metrics.answered(path if path in _PATHS else "other", status)
 
-    app.add_middleware(
-        Guard, keys=settings.keys, max_body=settings.max_body, body_seconds=settings.body_seconds, answered=answered
-    )
+    limits = Limits(settings.max_body, settings.all_bodies, settings.body_seconds)
+    app.add_middleware(Guard, keys=settings.keys, limits=limits, answered=answered)
     return app
+
+
+def server_config(engine: Engine, settings: Settings) -> uvicorn.Config:
+    """How uvicorn runs `create_app`'s application: with limits on slow connections, and nothing logged but faults."""
+    return uvicorn.Config(
+        create_app(engine, settings),
+        http=patient_protocol(settings.header_seconds, settings.write_seconds, settings.connections),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, math.ceil(settings.drain)),
+    )
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {

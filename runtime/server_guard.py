@@ -8,6 +8,7 @@ import hmac
 import json
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,24 @@ class Keys:
         return found
 
 
+@dataclass(frozen=True)
+class Limits:
+    """On bodies: bytes of one, bytes of all that are held at a time, seconds for one to come."""
+
+    body: int
+    all_bodies: int
+    seconds: float
+
+
 class Guard:
     """Lets through to `app` what has a key (paths under /v1) and a body within the limits, read whole."""
 
-    def __init__(
-        self, app: App, *, keys: Keys, max_body: int, body_seconds: float, answered: Callable[[str, int], None]
-    ) -> None:
+    def __init__(self, app: App, *, keys: Keys, limits: Limits, answered: Callable[[str, int], None]) -> None:
         self._app = app
         self._answered = answered
         self._keys = keys
-        self._max_body = max_body
-        self._body_seconds = body_seconds
+        self._limits = limits
+        self._held = 0  # bytes of all bodies, until their request is taken in or refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -109,52 +117,87 @@ class Guard:
             await refuse(send, 401, document, {"www-authenticate": "Bearer"})
             return
         scope.setdefault("state", {})["key_name"] = name
+        body = _Body()
         try:
-            body = await asyncio.wait_for(self._read(headers, receive), self._body_seconds)
-        except asyncio.TimeoutError:
-            text = f"the body did not come within {self._body_seconds:g} s"
-            await refuse(send, 408, error_document(text, "invalid_request_error"), {"connection": "close"})
-            return
-        except _TooLarge:
-            text = f"the body is larger than {self._max_body} bytes"
-            await refuse(send, 413, error_document(text, "invalid_request_error"), {"connection": "close"})
-            return
-        if body is not None:  # else the client has gone
-            scope["state"]["body_bytes"] = len(body)
-            await self._app(scope, _replay(body, receive), send)
+            error = await self._read(body, headers, receive)
+            if error is not None:
+                await refuse(send, *error)
+            elif body.whole:  # else the client has gone
+                scope["state"]["body_bytes"] = body.size
+                await self._app(scope, body.replayed(receive), send)
+        finally:
+            self._held -= body.size
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+    async def _read(self, body: _Body, headers: dict[bytes, bytes], receive: Receive) -> _Refused | None:
+        """Read the body; what to answer where that is not possible."""
+        limits, kind = self._limits, "invalid_request_error"
+        try:
+            await asyncio.wait_for(self._read_parts(body, headers, receive), limits.seconds)
+        except asyncio.TimeoutError:
+            text = f"the body did not come within {limits.seconds:g} s"
+            return 408, error_document(text, kind), {"connection": "close"}
+        except _TooLarge:
+            return 413, error_document(f"the body is larger than {limits.body} bytes", kind), {"connection": "close"}
+        except _TooMany:
+            text = "too many large requests at once; try again in a moment"
+            document = error_document(text, "server_error", "overloaded")
+            return 503, document, {"connection": "close", "retry-after": "1"}
+        return None
+
+    async def _read_parts(self, body: _Body, headers: dict[bytes, bytes], receive: Receive) -> None:
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > self._max_body:
+        if length.isdigit() and int(length[:20]) > self._limits.body:
             raise _TooLarge
-        parts, size = [], 0
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._max_body:
+                return
+            part = message.get("body", b"")
+            if body.size + len(part) > self._limits.body:
                 raise _TooLarge
+            if self._held + len(part) > self._limits.all_bodies:
+                raise _TooMany
+            self._held += len(part)
+            body.add(part)
             if not message.get("more_body"):
-                return b"".join(parts)
+                body.whole = True
+                return
+
+
+_Refused = tuple[int, dict[str, Any], dict[str, str]]  # status, document, headers
+
+
+class _Body:
+    """A request's body. It counts as held until the answer is over: the request keeps it."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self.size = 0
+        self.whole = False
+
+    def add(self, part: bytes) -> None:
+        self._parts.append(part)
+        self.size += len(part)
+
+    def replayed(self, receive: Receive) -> Receive:
+        """The body as one message, then whatever else comes."""
+
+        async def again() -> Message:
+            if not self._parts:
+                return await receive()
+            whole = b"".join(self._parts)
+            self._parts.clear()
+            return {"type": "http.request", "body": whole, "more_body": False}
+
+        return again
 
 
 class _TooLarge(Exception):
     pass
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    first = True
-
-    async def again() -> Message:
-        nonlocal first
-        if first:
-            first = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return again
+class _TooMany(Exception):
+    pass
 
 
 async def refuse(send: Send, status: int, document: dict[str, Any], headers: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ import httpx
 import uvicorn
 
 from moedge.runtime.engine import Engine
-from moedge.runtime.server import Service, Settings, create_app
+from moedge.runtime.server import Service, Settings, server_config
 
 NAME = "tiny"
 
@@ -21,8 +21,9 @@ NAME = "tiny"
 class Serving:
     """Where it listens, and what serves there."""
 
-    def __init__(self, port: int, service: Service) -> None:
+    def __init__(self, port: int, service: Service, server: uvicorn.Server) -> None:
         self.port = port
+        self.uvicorn = server
         self.service = service
         self.url = f"http://127.0.0.1:{port}"
 
@@ -46,15 +47,17 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(engine: Engine, **settings: Any) -> Iterator[Serving]:
-    """Serve `engine` while the context lasts."""
-    app = create_app(engine, Settings(**{"name": NAME, "drain": 5.0, **settings}))
+def serving(engine: Engine, *, send_buffer: int | None = None, **settings: Any) -> Iterator[Serving]:
+    """Serve `engine` while the context lasts. `send_buffer`: bytes that the kernel keeps for a slow reader."""
+    config = server_config(engine, Settings(**{"name": NAME, "drain": 5.0, **settings}))
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        here = Serving(listener.getsockname()[1], app.state.service)
+        service = config.app.state.service
+        here = Serving(listener.getsockname()[1], service, server)
         try:
             yield here
         finally:
