@@ -104,7 +104,10 @@ def test_experts_equal_the_reference_on_every_path(
     assert results[0][0].shape == (0, hidden)
 
 
-@pytest.mark.parametrize(("shape", "group"), [((1, 7, 48), 16), ((1, 100, 1088), 64), ((1, 640, 512), 128)])
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [((1, 7, 48), 16), ((1, 100, 1088), 64), ((1, 640, 512), 128), ((1, 75, 1536), 128), ((1, 75, 1536), 512)],
+)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_linear_equals_the_reference_on_every_path(
     shape: tuple[int, int, int], group: int, bits: int, library: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,13 +22,22 @@ struct Vectors256 {
   static void store_floats(float* to, Float value) { _mm256_store_ps(to, value); }
   static Int load_codes(const uint8_t* from) { return _mm256_load_si256(reinterpret_cast<const Int*>(from)); }
   static void store_codes(uint8_t* to, Int value) { _mm256_store_si256(reinterpret_cast<Int*>(to), value); }
+  static Int load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const Int*>(from)); }
+  static void store_ints(int32_t* to, Int value) { _mm256_storeu_si256(reinterpret_cast<Int*>(to), value); }
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
   static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float fused(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float as_floats(Int a) { return _mm256_castsi256_ps(a); }
   static Float to_floats(Int a) { return _mm256_cvtepi32_ps(a); }
   static Int low_nibbles(Int a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
   static Int high_nibbles(Int a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
+
+  static Int sums(Int* of) {
+    for (int width = 8; width > 2; width /= 2)
+      for (int i = 0; i < width; i += 2) of[i / 2] = _mm256_hadd_epi32(of[i], of[i + 1]);
+    return add(_mm256_permute2x128_si256(of[0], of[1], 0x20), _mm256_permute2x128_si256(of[0], of[1], 0x31));
+  }
 
   static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {
     Int a[8], b[8];

@@ -6,123 +6,23 @@
 //          middle            what is subtracted from 8-bit codes before they are multiplied (0 or 128)
 //          Int, Float        vectors of int32 and float
 //          load_transposed   a square of lanes x lanes 4-byte words, transposed
-//          dot<bits>         acc + the products of each lane's four codes with four activations
+//          sums              of `lanes` vectors: lane i is the sum of vector i's lanes
+//          dot<bits>         acc + the products of each lane's four codes with its four activations
 // Everything is in an anonymous namespace: two files must never share a function that was compiled for one of them.
 
 #pragma once
 
-#include <math.h>
-#include <string.h>
-
-#include "kernels.h"
+#include "activations.h"
 
 namespace {
 
-using moedge::Activations;
+using moedge::kMaxGroup;
 using moedge::kMaxTile;
 using moedge::kMaxTokens;
 using moedge::Matrix;
 
 constexpr int64_t kPanel = 512;  // columns unpacked at once: with a tile of 32 rows, half of a first-level cache
 constexpr int64_t kMinGroup = 16;
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline int32_t word_at(const int8_t* codes) {
-  int32_t word;
-  memcpy(&word, codes, 4);
-  return word;
-}
-
-inline int32_t bits_of(float value) {
-  int32_t bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
-
-inline float float_of(int32_t bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-// --- activations -------------------------------------------------------------------------------------------------
-
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a rounded integer in the low bits
-
-// Each group is scaled so that its largest magnitude becomes 127, and rounded to the nearest, ties to even.
-void quantize(const float* x, int bits, int64_t row, const Activations& out) {
-  const size_t group = static_cast<size_t>(out.width) / static_cast<size_t>(out.groups);
-  int8_t* codes = out.codes + row * out.width;
-  for (int64_t b = 0; b < out.groups; ++b) {
-    const float* part = x + static_cast<size_t>(b) * group;
-    int8_t* into = codes + static_cast<size_t>(b) * group;
-    int32_t largest = 0;  // of the magnitudes' bits, which order as the magnitudes do, infinities and NaN last
-    for (size_t i = 0; i < group; ++i) {
-      const int32_t magnitude = bits_of(part[i]) & 0x7fffffff;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const bool finite = largest < 0x7f800000;
-    const bool nothing = !finite || float_of(largest) < 1e-30f;
-    const float scale = nothing ? 0.0f : float_of(largest) / 127.0f;
-    const float inverse = nothing ? 0.0f : 1.0f / scale;
-    int32_t sum = 0;
-    if (nothing) {
-      memset(into, 0, group);
-    } else {
-      for (size_t i = 0; i < group; ++i) {
-        const float shifted = part[i] * inverse + kRound;
-        const int32_t code = bits_of(shifted) - bits_of(kRound);
-        into[i] = static_cast<int8_t>(code);
-        sum += code;
-      }
-    }
-    out.scales[row * out.groups + b] = finite ? scale : float_of(0x7fc00000);
-    out.sums[row * out.groups + b] = sum;
-  }
-  if (bits != 4) return;
-  for (int64_t i = 0; i < out.width; i += 8) {
-    uint64_t eight;
-    memcpy(&eight, codes + i, 8);
-    uint64_t even = eight & 0x00ff00ff00ff00ffu, odd = (eight >> 8) & 0x00ff00ff00ff00ffu;
-    even = (even | even >> 8) & 0x0000ffff0000ffffu;
-    odd = (odd | odd >> 8) & 0x0000ffff0000ffffu;
-    even = (even | even >> 16) & 0xffffffffu;
-    odd = (odd | odd >> 16) & 0xffffffffu;
-    eight = even | odd << 32;
-    memcpy(codes + i, &eight, 8);
-  }
-}
-
-// e^x by a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]; relative error below 2e-7, the same on every machine.
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = fmaf(x, 1.44269504f, kRound);
-  const float times = shifted - kRound;
-  float r = fmaf(times, -0.693359375f, x);
-  r = fmaf(times, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = fmaf(p, r, 1.3981999507e-3f);
-  p = fmaf(p, r, 8.3334519073e-3f);
-  p = fmaf(p, r, 4.1665795894e-2f);
-  p = fmaf(p, r, 1.6666665459e-1f);
-  p = fmaf(p, r, 5.0000001201e-1f);
-  p = fmaf(p, r * r, r) + 1.0f;
-  const uint32_t exponent = static_cast<uint32_t>(bits_of(shifted) - bits_of(kRound) + 127) << 23;
-  return p * float_of(static_cast<int32_t>(exponent));
-}
-
-void swiglu(const float* pairs, int64_t count, float alpha, float limit, float offset, float* h) {
-  for (int64_t i = 0; i < count; ++i) {
-    float gate = pairs[2 * i], up = pairs[2 * i + 1];
-    gate = gate > limit ? limit : gate;
-    up = up > limit ? limit : up;
-    up = up < -limit ? -limit : up;
-    const float swish = gate / (1.0f + exponential(-alpha * gate));
-    h[i] = swish * (up + offset);
-  }
-}
 
 // --- weights -----------------------------------------------------------------------------------------------------
 
@@ -159,29 +59,31 @@ void gather_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int6
   }
 }
 
+// A word of each row, byte `at` of its columns, to the places that its activations have.
 template <class S, int bits>
-inline void unpack_word(typename S::Int word, uint8_t* codes, int64_t step) {
+inline void unpack_word(typename S::Int word, int64_t at, int64_t half, uint8_t* codes) {
+  constexpr int64_t tile = Panel<S>::tile;
   if (bits == 4) {
-    S::store_codes(codes, S::low_nibbles(word));
-    S::store_codes(codes + step, S::high_nibbles(word));
+    const int64_t low = 2 * at - (at & (half - 1));  // two halves for each block before, and what is before in its own
+    S::store_codes(codes + low * tile, S::low_nibbles(word));
+    S::store_codes(codes + (low + half) * tile, S::high_nibbles(word));
   } else {
-    S::store_codes(codes, S::prepare(word));
+    S::store_codes(codes + at * tile, S::prepare(word));
   }
 }
 
 // Columns `from` to `from + width` of the tile's rows.
 template <class S, int bits>
 void unpack(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t width, Panel<S>* panel) {
-  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes, step = 4 * Panel<S>::tile;
-  constexpr int64_t words_a_quad = bits == 4 ? 2 : 1;
-  const int64_t bytes = width * bits / 8;
+  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
+  const int64_t bytes = width * bits / 8, half = half_block<S>(matrix.group);
   // What is needed next, while this is unpacked: the rows' next columns, or the next tile's first.
   const int64_t ahead = from + width < matrix.width ? bytes : Panel<S>::tile * matrix.row_bytes() - from * bits / 8;
-  for (int half = 0; half < 2; ++half) {
+  for (int side = 0; side < 2; ++side) {
     const uint8_t* sources[lanes];
     for (int64_t r = 0; r < lanes; ++r)
-      sources[r] = matrix.codes + rows[half * lanes + r] * matrix.row_bytes() + from * bits / 8;
-    uint8_t* into = panel->codes + half * 4 * lanes;
+      sources[r] = matrix.codes + rows[side * lanes + r] * matrix.row_bytes() + from * bits / 8;
+    uint8_t* into = panel->codes + side * 4 * lanes;
     for (int64_t at = 0; at < bytes; at += chunk) {
       const int64_t held = least(chunk, bytes - at);
       alignas(64) uint8_t tail[lanes * chunk];
@@ -199,7 +101,7 @@ void unpack(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t wid
         S::load_transposed(copies, 0, words);
       }
       for (int64_t w = 0; w < lanes; ++w)
-        if (w * 4 < held) unpack_word<S, bits>(words[w], into + (at / 4 + w) * words_a_quad * step, step);
+        if (w * 4 < held) unpack_word<S, bits>(words[w], at + 4 * w, half, into);
     }
   }
 }
@@ -227,8 +129,8 @@ __attribute__((noinline)) void add_products(const uint8_t* weights, const int8_t
       const typename S::Int left = S::load_codes(weights + c * 4 * tile);
       const typename S::Int right = S::load_codes(weights + c * 4 * tile + 4 * lanes);
       for (int m = 0; m < M; ++m) {
-        sum[c][m][0] = S::template dot<bits>(sum[c][m][0], left, x[m] + at + 4 * c);
-        sum[c][m][1] = S::template dot<bits>(sum[c][m][1], right, x[m] + at + 4 * c);
+        sum[c][m][0] = S::template dot<bits>(sum[c][m][0], left, S::ints(word_at(x[m] + at + 4 * c)));
+        sum[c][m][1] = S::template dot<bits>(sum[c][m][1], right, S::ints(word_at(x[m] + at + 4 * c)));
       }
     }
   }
@@ -319,10 +221,10 @@ void stream(const Matrix& matrix, const int64_t* rows, const Activations& x, con
         for (int64_t w = 0; w < lanes; ++w) {
           const typename S::Int low = bits == 4 ? S::low_nibbles(words[w]) : S::prepare(words[w]);
           for (int m = 0; m < M; ++m) {
-            const int8_t* part = x.codes + ids[m] * x.width + at + 32 / bits * w;
+            const int8_t* part = x.codes + ids[m] * x.width + at + 4 * w;
             const int place = bits == 4 ? 0 : w % 2;
-            sum[m][place] = S::template dot<bits>(sum[m][place], low, part);
-            if (bits == 4) sum[m][1] = S::template dot<bits>(sum[m][1], S::high_nibbles(words[w]), part + 4);
+            sum[m][place] = S::template dot<bits>(sum[m][place], low, S::ints(word_at(part)));
+            if (bits == 4) sum[m][1] = S::template dot<bits>(sum[m][1], S::high_nibbles(words[w]), S::ints(word_at(part + 4 * lanes)));
           }
         }
       }
@@ -344,6 +246,102 @@ void stream_rows(const Matrix& matrix, const int64_t* rows, const Activations& x
   stream<S, bits, M>(matrix, rows, x, index, acc);
 }
 
+// --- one token ---------------------------------------------------------------------------------------------------
+
+constexpr int64_t kMostWidth = 32768;  // of a matrix, for `multiply_one`
+constexpr int64_t kAhead = 8192;       // bytes from what is multiplied to what is fetched
+
+// The integers of `lanes` groups one behind the other in memory, each a vector, then summed: one integer a lane.
+template <class S, int bits, int chunks>
+inline typename S::Int sum_groups(const uint8_t* codes, const int8_t* x, int64_t chunks_if_many) {
+  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
+  const int64_t count = chunks ? chunks : chunks_if_many;
+  typename S::Int sums[lanes];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < lanes; ++i) {
+    sums[i] = S::ints(0);
+    for (int64_t c = i * count; c < (i + 1) * count; ++c) {
+      const typename S::Int word = S::load_bytes(codes + c * chunk);
+      const int8_t* part = x + c * chunk * 8 / bits;
+      __builtin_prefetch(codes + c * chunk + kAhead);
+      sums[i] = S::template dot<bits>(sums[i], bits == 4 ? S::low_nibbles(word) : S::prepare(word), S::load_bytes(part));
+      if (bits == 4) sums[i] = S::template dot<bits>(sums[i], S::high_nibbles(word), S::load_bytes(part + chunk));
+    }
+  }
+  return S::sums(sums);
+}
+
+// Adds up each row's groups in their order: `integers` [lanes][groups] of rows from `first`.
+template <class S>
+void add_groups(const Matrix& matrix, int64_t first, const int32_t* integers, const Activations& x, int64_t token,
+                float* out) {
+  constexpr int64_t lanes = S::lanes;
+  const int64_t groups = x.groups;
+  const float* scales = matrix.scales + first * groups;
+  const float* own_scales = x.scales + token * groups;
+  const int32_t* own_sums = x.sums + token * groups;
+  const int32_t middle = matrix.bits == 8 ? S::middle : 0;
+  alignas(64) int32_t zeros[lanes];
+  for (int64_t r = 0; r < lanes; ++r) zeros[r] = zero_point(matrix, 0, 0) - middle;
+  typename S::Float total = S::floats(0.0f);
+  for (int64_t from = 0; from < groups; from += lanes) {
+    const uint8_t *sum_rows[lanes], *scale_rows[lanes];
+    alignas(64) float tail[lanes * lanes];
+    const int64_t count = least(lanes, groups - from);
+    for (int64_t r = 0; r < lanes; ++r) {
+      sum_rows[r] = reinterpret_cast<const uint8_t*>(integers + r * groups + from);
+      scale_rows[r] = reinterpret_cast<const uint8_t*>(scales + r * groups + from);
+      __builtin_prefetch(scale_rows[r] + lanes * groups * 4);
+    }
+    if (count < lanes) {  // reading on might leave the file
+      for (int64_t r = 0; r < lanes; ++r) {
+        memcpy(tail + r * lanes, scale_rows[r], static_cast<size_t>(count) * sizeof *tail);
+        scale_rows[r] = reinterpret_cast<const uint8_t*>(tail + r * lanes);
+      }
+    }
+    typename S::Int sum[lanes], scale[lanes];
+    S::load_transposed(sum_rows, 0, sum);
+    S::load_transposed(scale_rows, 0, scale);
+    for (int64_t b = 0; b < count; ++b) {
+      if (matrix.zero_points)
+        for (int64_t r = 0; r < lanes; ++r) zeros[r] = zero_point(matrix, first + r, from + b) - middle;
+      const typename S::Int exact =
+          S::add(sum[b], S::multiply(S::load_ints(zeros), S::ints(-own_sums[from + b])));
+      const typename S::Float both = S::multiply(S::as_floats(scale[b]), S::floats(own_scales[from + b]));
+      total = S::fused(S::to_floats(exact), both, total);
+    }
+  }
+  S::store_floats(out, total);
+}
+
+// Rows by one row of activations. The weights are read as they lie, row by row, which is what memory is fastest at; what
+// is turned to one row a lane are the sums and the scales, one of each a group. Groups of whole chunks, `lanes` rows or
+// more in the matrix, width at most kMostWidth.
+template <class S, int bits, int chunks>
+void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, int64_t token, float* out) {
+  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
+  const int64_t groups = x.groups, group = x.width / groups;
+  // The row again and again, so that any `lanes` groups of consecutive rows have theirs one behind the other.
+  alignas(64) int8_t again[kMostWidth + lanes * kMaxGroup];
+  alignas(64) int32_t integers[kMostWidth * bits / 32 + lanes];  // [row][group], and room to read on
+  const int8_t* own = x.codes + token * x.width;
+  for (int64_t at = 0; at < x.width + lanes * group; at += x.width)
+    memcpy(again + at, own, static_cast<size_t>(least(x.width, x.width + lanes * group - at)));
+  for (int64_t done = 0; done < rows; done += lanes) {
+    const int64_t start = least(first + done, matrix.rows - lanes);  // at the end some rows are computed once more
+    const uint8_t* codes = matrix.codes + start * matrix.row_bytes();
+    int64_t next = 0;
+    for (int64_t at = 0; at < lanes * groups; at += lanes, codes += lanes * group * bits / 8) {
+      S::store_ints(integers + at, sum_groups<S, bits, chunks>(codes, again + next * group, group * bits / 8 / chunk));
+      for (next += lanes; next >= groups;) next -= groups;
+    }
+    alignas(64) float totals[lanes];
+    add_groups<S>(matrix, start, integers, x, token, totals);
+    const int64_t skipped = first + done - start;
+    memcpy(out + done, totals + skipped, static_cast<size_t>(least(lanes - skipped, rows - done)) * sizeof *out);
+  }
+}
+
 template <class S, int bits>
 void multiply_tile(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
                    int64_t count, float* out, int64_t stride) {
@@ -352,7 +350,7 @@ void multiply_tile(const Matrix& matrix, int64_t first, int64_t rows, const Acti
   int64_t ids[tile];  // beyond the last row: that row again, whose results nobody takes
   for (int64_t r = 0; r < tile; ++r) ids[r] = least(first + r, matrix.rows - 1);
   alignas(64) float acc[kMaxTokens * tile];
-  if (count <= S::few && matrix.group * bits % (32 * S::lanes) == 0) {
+  if (count > 1 && count <= S::few && matrix.group * bits % (32 * S::lanes) == 0) {
     stream_rows<S, bits, S::few>(matrix, ids, x, index, count, acc);
   } else {
     memset(acc, 0, static_cast<size_t>(count * tile) * sizeof(float));
@@ -369,18 +367,31 @@ void multiply_tile(const Matrix& matrix, int64_t first, int64_t rows, const Acti
     memcpy(out + i * stride, acc + i * tile, static_cast<size_t>(rows) * sizeof(float));
 }
 
+template <class S, int bits>
+void multiply_bits(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
+                   int64_t count, float* out, int64_t stride) {
+  constexpr int64_t tile = Panel<S>::tile, chunk = 4 * S::lanes;
+  const int64_t group_bytes = matrix.group * bits / 8;
+  const bool whole = group_bytes % chunk == 0;
+  if (S::few > 1 && count == 1 && whole && matrix.rows >= S::lanes && matrix.width <= kMostWidth) {
+    const auto run = group_bytes == chunk       ? multiply_one<S, bits, 1>
+                     : group_bytes == 2 * chunk ? multiply_one<S, bits, 2>
+                                                : multiply_one<S, bits, 0>;
+    return run(matrix, first, rows, x, index ? index[0] : 0, out);
+  }
+  for (int64_t at = 0; at < rows; at += tile)
+    multiply_tile<S, bits>(matrix, first + at, least(tile, rows - at), x, index, count, out + at, stride);
+}
+
 template <class S>
 void multiply(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
               int64_t count, float* out, int64_t stride) {
-  if (matrix.bits == 4)
-    multiply_tile<S, 4>(matrix, first, rows, x, index, count, out, stride);
-  else
-    multiply_tile<S, 8>(matrix, first, rows, x, index, count, out, stride);
+  (matrix.bits == 4 ? multiply_bits<S, 4> : multiply_bits<S, 8>)(matrix, first, rows, x, index, count, out, stride);
 }
 
 template <class S>
 constexpr moedge::Kernels make_kernels(const char* name) {
-  return {name, Panel<S>::tile, quantize, multiply<S>, swiglu};
+  return {name, Panel<S>::tile, quantize<S>, multiply<S>, swiglu};
 }
 
 }  // namespace

@@ -20,20 +20,38 @@ struct Avx512 {
   static Float load_floats(const float* from) { return _mm512_load_ps(from); }
   static void store_floats(float* to, Float value) { _mm512_store_ps(to, value); }
   static Int load_codes(const uint8_t* from) { return _mm512_load_si512(from); }
+  static Int load_bytes(const void* from) {
+    Int value = _mm512_loadu_si512(from);
+    asm("" : "+v"(value));  // or gcc loads it again for each use, and loads are what there are most of
+    return value;
+  }
+  static void store_ints(int32_t* to, Int value) { _mm512_storeu_si512(to, value); }
   static void store_codes(uint8_t* to, Int value) { _mm512_store_si512(to, value); }
   static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Int multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
   static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float fused(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float as_floats(Int a) { return _mm512_castsi512_ps(a); }
   static Float to_floats(Int a) { return _mm512_cvtepi32_ps(a); }
   static Int low_nibbles(Int a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
   static Int high_nibbles(Int a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
   static Int prepare(Int a) { return a; }
   template <int bits>
-  static Int dot(Int acc, Int codes, const int8_t* x) {
+  static Int dot(Int acc, Int codes, Int x) {
     // Not the intrinsic: gcc 12 copies every accumulator to and fro around it.
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(_mm512_set1_epi32(word_at(x))));
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
     return acc;
+  }
+
+  static Int sums(Int* of) {
+    for (int i = 0; i < 16; i += 2)
+      of[i / 2] = add(_mm512_unpacklo_epi32(of[i], of[i + 1]), _mm512_unpackhi_epi32(of[i], of[i + 1]));
+    for (int i = 0; i < 8; i += 2)
+      of[i / 2] = add(_mm512_unpacklo_epi64(of[i], of[i + 1]), _mm512_unpackhi_epi64(of[i], of[i + 1]));
+    for (int width = 4; width > 1; width /= 2)
+      for (int i = 0; i < width; i += 2)
+        of[i / 2] = add(_mm512_shuffle_i32x4(of[i], of[i + 1], 0x88), _mm512_shuffle_i32x4(of[i], of[i + 1], 0xdd));
+    return of[0];
   }
 
   static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {

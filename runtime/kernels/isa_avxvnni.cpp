@@ -9,8 +9,8 @@ struct AvxVnni : Vectors256 {
 
   static Int prepare(Int a) { return a; }
   template <int bits>
-  static Int dot(Int acc, Int codes, const int8_t* x) {
-    return _mm256_dpbusd_avx_epi32(acc, codes, _mm256_set1_epi32(word_at(x)));
+  static Int dot(Int acc, Int codes, Int x) {
+    return _mm256_dpbusd_avx_epi32(acc, codes, x);
   }
 };
 

@@ -20,11 +20,14 @@ struct Neon {
   static Float load_floats(const float* from) { return vld1q_f32(from); }
   static void store_floats(float* to, Float value) { vst1q_f32(to, value); }
   static Int load_codes(const uint8_t* from) { return vreinterpretq_s32_u8(vld1q_u8(from)); }
+  static Int load_bytes(const void* from) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(from))); }
+  static void store_ints(int32_t* to, Int value) { vst1q_s32(to, value); }
   static void store_codes(uint8_t* to, Int value) { vst1q_u8(to, vreinterpretq_u8_s32(value)); }
   static Int add(Int a, Int b) { return vaddq_s32(a, b); }
   static Int multiply(Int a, Int b) { return vmulq_s32(a, b); }
   static Float multiply(Float a, Float b) { return vmulq_f32(a, b); }
   static Float fused(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+  static Float as_floats(Int a) { return vreinterpretq_f32_s32(a); }
   static Float to_floats(Int a) { return vcvtq_f32_s32(a); }
   static Int low_nibbles(Int a) {
     return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(15)));
@@ -35,9 +38,10 @@ struct Neon {
     return vreinterpretq_s32_u8(veorq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(128)));
   }
   template <int bits>
-  static Int dot(Int acc, Int codes, const int8_t* x) {
-    return vdotq_s32(acc, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(vdupq_n_s32(word_at(x))));
+  static Int dot(Int acc, Int codes, Int x) {
+    return vdotq_s32(acc, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x));
   }
+  static Int sums(Int* of) { return vpaddq_s32(vpaddq_s32(of[0], of[1]), vpaddq_s32(of[2], of[3])); }
 
   static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {
     Int a[4];

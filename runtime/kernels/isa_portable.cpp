@@ -24,8 +24,8 @@ struct Portable {
   }
   static Int ints(int32_t value) { return {{value, value, value, value}}; }
   static Float floats(float value) { return {{value, value, value, value}}; }
-  template <typename V, typename P>
-  static V load(const P* from) {
+  template <typename V>
+  static V load(const void* from) {
     V v;
     memcpy(&v, from, sizeof v);
     return v;
@@ -33,6 +33,8 @@ struct Portable {
   static Int load_ints(const int32_t* from) { return load<Int>(from); }
   static Float load_floats(const float* from) { return load<Float>(from); }
   static Int load_codes(const uint8_t* from) { return load<Int>(from); }
+  static Int load_bytes(const void* from) { return load<Int>(from); }
+  static void store_ints(int32_t* to, Int value) { memcpy(to, &value, sizeof value); }
   static void store_floats(float* to, Float value) { memcpy(to, &value, sizeof value); }
   static void store_codes(uint8_t* to, Int value) { memcpy(to, &value, sizeof value); }
   static Int add(Int a, Int b) {
@@ -47,6 +49,7 @@ struct Portable {
   static Float fused(Float a, Float b, Float c) {
     return each<Float>([&](int i) { return fmaf(a.lane[i], b.lane[i], c.lane[i]); });
   }
+  static Float as_floats(Int a) { return load<Float>(&a); }
   static Float to_floats(Int a) {
     return each<Float>([&](int i) { return static_cast<float>(a.lane[i]); });
   }
@@ -58,13 +61,19 @@ struct Portable {
   }
   static Int prepare(Int a) { return a; }
   template <int bits>
-  static Int dot(Int acc, Int codes, const int8_t* x) {
+  static Int dot(Int acc, Int codes, Int x) {
     uint8_t weights[16];
+    int8_t values[16];
     memcpy(weights, &codes, 16);
+    memcpy(values, &x, 16);
     return each<Int>([&](int i) {
-      const uint8_t* own = weights + 4 * i;
-      return acc.lane[i] + own[0] * x[0] + own[1] * x[1] + own[2] * x[2] + own[3] * x[3];
+      const uint8_t* w = weights + 4 * i;
+      const int8_t* v = values + 4 * i;
+      return acc.lane[i] + w[0] * v[0] + w[1] * v[1] + w[2] * v[2] + w[3] * v[3];
     });
+  }
+  static Int sums(Int* of) {
+    return each<Int>([&](int i) { return of[i].lane[0] + of[i].lane[1] + of[i].lane[2] + of[i].lane[3]; });
   }
   static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {
     for (int r = 0; r < 4; ++r)

@@ -36,7 +36,7 @@ struct Matrix {
 };
 
 // Rows of activations [tokens, width], each group with its own scale and the sum of its codes. For matrices of 4 bits
-// each 8 codes are stored 0 2 4 6 1 3 5 7: as the low and the high nibbles of four bytes come.
+// the codes of even and of odd columns lie in blocks of their own, as the low and the high nibbles of a vector come.
 struct Activations {
   int8_t* codes;
   float* scales;   // [tokens, groups]
@@ -46,13 +46,13 @@ struct Activations {
 
 struct Kernels {
   const char* name;
-  int64_t tile;  // rows that `multiply` computes at once
+  int64_t tile;  // rows that `multiply` computes at once for several tokens
 
   // x [width] -> row `row` of `out`. Groups that hold no finite value everywhere get the scale NaN.
   void (*quantize)(const float* x, int bits, int64_t row, const Activations& out);
 
-  // Rows `first` to `first + rows` (at most a tile) for the activations' rows index[0..count), count <= kMaxTokens:
-  // out[i * stride + r]. Null index: rows 0 to count.
+  // Rows `first` to `first + rows` for the activations' rows index[0..count), count <= kMaxTokens: out[i * stride + r].
+  // Null index: rows 0 to count. `first` is a multiple of the tile.
   void (*multiply)(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
                    int64_t count, float* out, int64_t stride);
 

@@ -12,6 +12,9 @@ namespace {
 constexpr int64_t kUnitBytes = 64 << 10;
 // Below this many bytes of work a second thread costs more than it saves.
 constexpr int64_t kAlone = 16 << 10;
+// Rows computed by one call where there is one token; several take a tile, whose weights stay in the cache for all.
+constexpr int64_t kMaxAlone = 1024;
+static_assert(kMaxAlone <= kMaxTokens * kMaxTile, "buffers hold that many");
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -56,6 +59,8 @@ struct Choices {
   int32_t* tokens;
   float* weights;
   int64_t count = 0;
+
+  bool alone(int32_t expert) const { return starts[expert + 1] - starts[expert] == 1; }
 };
 
 Choices take_choices(const Mixture& m, Blocks* blocks) {
@@ -151,8 +156,9 @@ void run_mixture(const Mixture& m, void* scratch, const Parallel& parallel) {
   const int64_t up_rows = unit_rows(*m.kernels, m.gate_up), up_blocks = divide_up(2 * m.inner, up_rows);
   parallel(s.choices.count * up_blocks, [&](int64_t unit) {
     const int64_t first = unit % up_blocks * up_rows, end = least(2 * m.inner, first + up_rows);
-    for (int64_t row = first; row < end; row += tile)
-      compute_inner(m, s, s.choices.active[unit / up_blocks], row, least(tile, end - row));
+    const int32_t expert = s.choices.active[unit / up_blocks];
+    const int64_t step = s.choices.alone(expert) ? kMaxAlone : tile;
+    for (int64_t row = first; row < end; row += step) compute_inner(m, s, expert, row, least(step, end - row));
   });
   quantize_rows(*m.kernels, s.h, m.tokens * m.choices, m.down.bits, s.inner, parallel);
 
@@ -162,9 +168,11 @@ void run_mixture(const Mixture& m, void* scratch, const Parallel& parallel) {
     const int64_t first = unit * down_rows, end = least(m.hidden, first + down_rows);
     for (int64_t token = 0; token < m.tokens; ++token)
       memset(m.y + token * m.hidden + first, 0, static_cast<size_t>(end - first) * sizeof(float));
-    for (int64_t i = 0; i < s.choices.count; ++i)
-      for (int64_t row = first; row < end; row += tile)
-        add_outputs(m, s, s.choices.active[i], row, least(tile, end - row));
+    for (int64_t i = 0; i < s.choices.count; ++i) {
+      const int32_t expert = s.choices.active[i];
+      const int64_t step = s.choices.alone(expert) ? kMaxAlone : tile;
+      for (int64_t row = first; row < end; row += step) add_outputs(m, s, expert, row, least(step, end - row));
+    }
   });
 }
 
@@ -180,9 +188,9 @@ void run_linear(const Linear& l, void* scratch, const Parallel& parallel) {
   quantize_rows(*l.kernels, l.x, l.tokens, l.matrix.bits, x, parallel);
   const int64_t tile = l.kernels->tile, rows = l.matrix.rows, some = unit_rows(*l.kernels, l.matrix);
   parallel(divide_up(rows, some), [&](int64_t unit) {
-    const int64_t end = least(rows, (unit + 1) * some);
-    for (int64_t first = unit * some; first < end; first += tile) {
-      const int64_t width = least(tile, end - first);
+    const int64_t end = least(rows, (unit + 1) * some), step = l.tokens == 1 ? some : tile;
+    for (int64_t first = unit * some; first < end; first += step) {
+      const int64_t width = least(step, end - first);
       for (int64_t at = 0; at < l.tokens; at += kMaxTokens) {
         const int64_t count = least(kMaxTokens, l.tokens - at);
         Activations part = x;

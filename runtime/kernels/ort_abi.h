@@ -132,9 +132,10 @@ struct Ort {
     return at<OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>(91)(context, index, shape,
                                                                                             rank, out);
   }
+  // As many batches as there is work, so that a thread that has done its share takes over of another's.
   OrtStatus* parallel_for(const OrtKernelContext* context, void (*body)(void*, size_t), size_t total, void* data) const {
     using Body = void (*)(void*, size_t);
-    return at<OrtStatus*(const OrtKernelContext*, Body, size_t, size_t, void*)>(274)(context, body, total, 0, data);
+    return at<OrtStatus*(const OrtKernelContext*, Body, size_t, size_t, void*)>(274)(context, body, total, total, data);
   }
   OrtStatus* allocator(const OrtKernelInfo* info, OrtAllocator** out) const {
     return at<OrtStatus*(const OrtKernelInfo*, int, OrtAllocator**)>(278)(info, kDefaultMemory, out);
