@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
+
 
 @torch.library.custom_op("moedge::experts", mutates_args=())
 def experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """x [T, H], experts int64 [T, k], weights [T, k], gate_up [E, 2I, H], down [E, H, I] -> y [T, H]."""
+    _refuse(x, experts, weights, gate_up, down)
     y = torch.zeros_like(x)
-    for expert, tokens, choices in _visit(experts):
+    for expert, tokens, choices in _visit(experts, len(down)):
         gate, up = _split(x[tokens] @ gate_up[expert].T)
         outputs = (torch.nn.functional.silu(gate) * up) @ down[expert].T
         y.index_add_(0, tokens, outputs * weights[tokens, choices].to(x.dtype).unsqueeze(-1))
@@ -31,7 +34,7 @@ def experts_backward(
     """Gradients of x, weights, gate_up and down; what the forward pass computed is computed again, not kept."""
     grad_x, grad_weights = torch.zeros_like(x), torch.zeros_like(weights)
     grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-    for expert, tokens, choices in _visit(experts):
+    for expert, tokens, choices in _visit(experts, len(down)):
         rows, grad_rows = x[tokens], grad[tokens]
         gate, up = _split(rows @ gate_up[expert].T)
         sigmoid = torch.sigmoid(gate)
@@ -47,9 +50,26 @@ def experts_backward(
     return grad_x, grad_weights, grad_gate_up, grad_down
 
 
-def _visit(experts: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each chosen expert with the places (token, choice) that chose it."""
+def _refuse(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    """Raises UsageError: the shapes do not fit each other."""
+    tokens, hidden = x.shape[0], x.shape[-1]
+    if experts.ndim != 2 or experts.shape != weights.shape or x.ndim != 2 or experts.shape[0] != tokens:
+        shapes = f"x {[*x.shape]}, experts {[*experts.shape]}, weights {[*weights.shape]}"
+        raise UsageError(f"moedge.Experts: {shapes} do not fit; use x [T, H], experts and weights [T, k]")
+    if gate_up.shape != (down.shape[0], 2 * down.shape[2], hidden) or down.shape[1] != hidden:
+        shapes = f"x {[*x.shape]}, gate_up {[*gate_up.shape]}, down {[*down.shape]}"
+        raise UsageError(f"moedge.Experts: {shapes} do not fit; use x [T, H], gate_up [E, 2I, H] and down [E, H, I]")
+
+
+def _visit(experts: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each chosen expert of `count` with the places (token, choice) that chose it.
+
+    Raises:
+        UsageError: there is no such expert.
+    """
     for expert in sorted(set(experts.flatten().tolist())):
+        if not 0 <= expert < count:
+            raise UsageError(f"moedge.Experts: expert {expert} is chosen, and there are {count}: 0 to {count - 1}")
         tokens, choices = torch.where(experts == expert)
         yield expert, tokens, choices
 
@@ -69,6 +89,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 @experts.register_fake
 def _(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    _refuse(x, experts, weights, gate_up, down)
     return torch.empty_like(x)
 
 

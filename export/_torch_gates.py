@@ -1,7 +1,8 @@
 """The gates as torch custom ops `torch.ops.moedge.*`: fake tensors for tracing, gradients through the weights.
 
 T = tokens, E = experts, k = experts per token. Each takes float32 logits and gives (experts int64 [T, k], weights
-float32 [T, k]). Experts have no gradient, nor has a correction bias: that is trained by other means (arXiv:2408.15664).
+float32 [T, k]); half precision is computed in float32, float64 stays what it is. Experts have no gradient, nor has a
+correction bias: that is trained by other means (arXiv:2408.15664).
 """
 
 from __future__ import annotations
@@ -12,16 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gating import list_gates
+from ..errors import UsageError
+from .gating import find_gates
 from .gating._checked import refuse_faults
 from .gating._flips import list_flips
 
 Choice = tuple[Tensor, Tensor]
 
 
-def _refuse(op: str, logits: Tensor, **attributes: int) -> None:
-    """Raises UsageError: the attributes contradict each other, or the logits' width."""
-    refuse_faults(op, list_gates()[op].find_fault, attributes, logits.shape[1])
+def refuse(op: str, logits: Tensor, *vectors: Tensor, **attributes: float) -> None:
+    """Raises UsageError: the attributes contradict each other or the shapes; `vectors` have a number for each logit."""
+    if logits.ndim != 2:
+        raise UsageError(f"moedge.{op}: logits of {logits.ndim} axes; flatten them to 2: [tokens, experts]")
+    for vector in vectors:
+        if vector.shape != logits.shape[1:]:
+            raise UsageError(f"moedge.{op}: {[*vector.shape]} is not a number for each of {logits.shape[1]} experts")
+    refuse_faults(op, find_gates()[op].find_fault, attributes, logits.shape[1])
+
+
+def weights_type(scores: Tensor) -> torch.dtype:
+    """What a gate computes in and gives its weights in."""
+    return torch.promote_types(scores.dtype, torch.float32)
 
 
 def _first_k(scores: Tensor, top_k: int) -> Tensor:
@@ -33,7 +45,7 @@ def _keep_best_groups(choice: Tensor, n_group: int, topk_group: int, best: int) 
     """choice [T, E] with 0 outside the best groups, a group counting as the sum of its `best` largest."""
     if topk_group == n_group:
         return choice
-    grouped = choice.view(len(choice), n_group, -1)
+    grouped = choice.view(len(choice), n_group, choice.shape[1] // n_group)
     group_scores = grouped.sort(dim=-1, descending=True).values[..., :best].sum(dim=-1)
     kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, _first_k(group_scores, topk_group), True)
     return torch.where(kept.unsqueeze(-1), grouped, grouped.new_zeros(())).view_as(choice)
@@ -46,7 +58,7 @@ def _fault_of(scores: Tensor) -> Tensor:
 
 def _fake_choice(logits: Tensor, top_k: int) -> Choice:
     shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=weights_type(logits))
 
 
 @torch.library.custom_op("moedge::softmax_topk_gate", mutates_args=())
@@ -54,8 +66,8 @@ def softmax_topk_gate(
     logits: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: int, routed_scaling_factor: float
 ) -> tuple[Tensor, Tensor]:
     """See export/gating/softmax_topk.py. logits float32 [T, E]."""
-    _refuse("SoftmaxTopKGate", logits, top_k=top_k, n_group=n_group, topk_group=topk_group)
-    scores = torch.softmax(logits, dim=-1)
+    refuse("SoftmaxTopKGate", logits, top_k=top_k, n_group=n_group, topk_group=topk_group)
+    scores = torch.softmax(logits, dim=-1, dtype=weights_type(logits))
     candidates = _keep_best_groups(scores, n_group, topk_group, best=1)
     experts = _first_k(candidates, top_k)
     picked = candidates.gather(1, experts)
@@ -75,9 +87,9 @@ def sigmoid_topk_gate(
     routed_scaling_factor: float,
 ) -> tuple[Tensor, Tensor]:
     """See export/gating/sigmoid_topk.py. logits float32 [T, E], bias float32 [E]."""
-    _refuse("SigmoidTopKGate", logits, top_k=top_k, n_group=n_group, topk_group=topk_group)
-    scores = torch.sigmoid(logits)
-    choice = scores + bias
+    refuse("SigmoidTopKGate", logits, bias, top_k=top_k, n_group=n_group, topk_group=topk_group)
+    scores = torch.sigmoid(logits.to(weights_type(logits)))
+    choice = scores + bias.to(scores.dtype)
     experts = _first_k(_keep_best_groups(choice, n_group, topk_group, best=2), top_k)
     picked = scores.gather(1, experts)
     if norm_topk_prob:
@@ -90,7 +102,7 @@ def binary_code_gate(
     logits: Tensor, top_k: int, bits: int, norm_topk_prob: int, routed_scaling_factor: float
 ) -> tuple[Tensor, Tensor]:
     """See export/gating/binary_code.py. logits float32 [T, bits]."""
-    _refuse("BinaryCodeGate", logits, top_k=top_k, bits=bits)
+    refuse("BinaryCodeGate", logits, top_k=top_k, bits=bits)
     finite = logits.double().nan_to_num(nan=0.0).clamp(-1e30, 1e30)
     powers = 1 << torch.arange(bits, device=logits.device)
     is_one = finite > 0
@@ -108,7 +120,7 @@ def binary_code_gate(
     else:
         weights = (gains + torch.nn.functional.logsigmoid(costs).sum(dim=1, keepdim=True)).exp()
     fault = (logits * 0).sum(dim=1, keepdim=True)
-    return experts, weights.float() * routed_scaling_factor + fault
+    return experts, weights.to(weights_type(logits)) * routed_scaling_factor + fault
 
 
 def _order_by(first: Tensor, then: Tensor) -> Tensor:
@@ -143,13 +155,13 @@ def _softmax_context(ctx: Any, inputs: tuple[Any, ...], output: Choice) -> None:
 
 def _softmax_backward(ctx: Any, _: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
     logits, experts, weights = ctx.saved_tensors
-    scores = torch.softmax(logits, dim=-1)
+    scores = torch.softmax(logits, dim=-1, dtype=weights.dtype)
     # A choice from outside the kept groups has weight 0 whatever its score is.
     picked = torch.where(weights != 0, scores.gather(1, experts), 0.0)
     grad_picked = torch.where(weights != 0, _grad_of_picked(weights, grad, ctx.norm, ctx.factor, picked), 0.0)
     grad_scores = torch.zeros_like(scores).scatter(1, experts, grad_picked)
     grad_logits = scores * (grad_scores - (grad_scores * scores).sum(dim=-1, keepdim=True))
-    return grad_logits, None, None, None, None, None
+    return grad_logits.to(logits.dtype), None, None, None, None, None
 
 
 def _sigmoid_context(ctx: Any, inputs: tuple[Any, ...], output: Choice) -> None:
@@ -159,10 +171,10 @@ def _sigmoid_context(ctx: Any, inputs: tuple[Any, ...], output: Choice) -> None:
 
 def _sigmoid_backward(ctx: Any, _: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
     logits, experts, weights = ctx.saved_tensors
-    picked = torch.sigmoid(logits.gather(1, experts))
+    picked = torch.sigmoid(logits.gather(1, experts).to(weights.dtype))
     grad_picked = _grad_of_picked(weights, grad, ctx.norm, ctx.factor, picked)
-    grad_logits = torch.zeros_like(logits).scatter(1, experts, grad_picked * picked * (1 - picked))
-    return grad_logits, None, None, None, None, None, None
+    grad_chosen = (grad_picked * picked * (1 - picked)).to(logits.dtype)
+    return torch.zeros_like(logits).scatter(1, experts, grad_chosen), None, None, None, None, None, None
 
 
 def _binary_context(ctx: Any, inputs: tuple[Any, ...], output: Choice) -> None:
@@ -177,8 +189,8 @@ def _binary_backward(ctx: Any, _: Tensor | None, grad: Tensor) -> tuple[Tensor |
     if ctx.norm:
         grad_logs = grad_logs - weights / ctx.factor * grad_logs.sum(dim=-1, keepdim=True) if ctx.factor else grad_logs
     codes = (experts.unsqueeze(-1) >> torch.arange(ctx.bits, device=logits.device)) & 1
-    grad_logits = (grad_logs.unsqueeze(-1) * (codes - torch.sigmoid(logits).unsqueeze(1))).sum(dim=1)
-    return grad_logits, None, None, None, None
+    likely = torch.sigmoid(logits.to(weights.dtype)).unsqueeze(1)
+    return (grad_logs.unsqueeze(-1) * (codes - likely)).sum(dim=1).to(logits.dtype), None, None, None, None
 
 
 def _register(op: Any, context: Callable[..., None], backward: Callable[..., Any], fake: Callable[..., Choice]) -> None:
@@ -187,17 +199,17 @@ def _register(op: Any, context: Callable[..., None], backward: Callable[..., Any
 
 
 def _fake_softmax(logits: Tensor, top_k: int, n_group: int, topk_group: int, *_: Any) -> Choice:
-    _refuse("SoftmaxTopKGate", logits, top_k=top_k, n_group=n_group, topk_group=topk_group)
+    refuse("SoftmaxTopKGate", logits, top_k=top_k, n_group=n_group, topk_group=topk_group)
     return _fake_choice(logits, top_k)
 
 
 def _fake_sigmoid(logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, *_: Any) -> Choice:
-    _refuse("SigmoidTopKGate", logits, top_k=top_k, n_group=n_group, topk_group=topk_group)
+    refuse("SigmoidTopKGate", logits, bias, top_k=top_k, n_group=n_group, topk_group=topk_group)
     return _fake_choice(logits, top_k)
 
 
 def _fake_binary(logits: Tensor, top_k: int, bits: int, *_: Any) -> Choice:
-    _refuse("BinaryCodeGate", logits, top_k=top_k, bits=bits)
+    refuse("BinaryCodeGate", logits, top_k=top_k, bits=bits)
     return _fake_choice(logits, top_k)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch_gates import _first_k, _grad_of_picked
+from ..errors import UsageError
+from ._torch_gates import _first_k, _grad_of_picked, refuse, weights_type
 from .gating import load_aware
 
 _LEAST, _MOST = -3e38, 3e38
@@ -31,9 +32,11 @@ def load_aware_gate(
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """scores and choice float32 [T, E], load float32 [E] -> experts int64 [T, k], weights float32 [T, k], the load."""
+    _refuse(scores, choice, load, top_k, penalty, capacity_factor, decay)
     tokens, count = scores.shape
-    total = load.sum()
-    raw = choice - load / torch.where(total > 0, total, 1.0) * count * penalty
+    wide = load.to(weights_type(load))
+    total = wide.sum()
+    raw = choice.to(weights_type(choice)) - wide / torch.where(total > 0, total, 1.0) * count * penalty
     liking = raw.nan_to_num(nan=_LEAST).clamp(_LEAST, _MOST)
     capacity = load_aware.find_capacity(tokens, top_k, count, capacity_factor)
     experts = _first_k(liking, top_k)
@@ -41,14 +44,23 @@ def load_aware_gate(
         before = torch.full_like(experts, -1)
         while not torch.equal(before, experts):
             before, experts = experts, _choose_behind(liking, experts, capacity, top_k)
-    picked = scores.gather(1, experts)
+    picked = scores.gather(1, experts).to(weights_type(scores))
     if norm_topk_prob:
         picked = picked / (picked.sum(dim=-1, keepdim=True) + 1e-20)
-    ages = torch.arange(tokens - 1, -1, -1, device=scores.device, dtype=torch.float32)
-    worth = (torch.tensor(decay, device=scores.device) ** ages).unsqueeze(1).expand(-1, top_k)
+    ages = torch.arange(tokens - 1, -1, -1, device=scores.device, dtype=load.dtype)
+    worth = (torch.tensor(decay, device=scores.device, dtype=load.dtype) ** ages).unsqueeze(1).expand(-1, top_k)
     new_load = (load * decay**tokens).index_add(0, experts.flatten(), worth.flatten())
     unknown = (raw.isnan() | scores.isnan()).any(dim=1, keepdim=True)
     return experts, (picked * routed_scaling_factor).masked_fill(unknown, torch.nan), new_load
+
+
+def _refuse(
+    scores: Tensor, choice: Tensor, load: Tensor, top_k: int, penalty: float, capacity_factor: float, decay: float
+) -> None:
+    bounds = {"penalty": penalty, "capacity_factor": capacity_factor, "decay": decay}
+    refuse(load_aware.OP, scores, load, top_k=top_k, **bounds)
+    if choice.shape != scores.shape:
+        raise UsageError(f"moedge.{load_aware.OP}: scores {[*scores.shape]} and choice {[*choice.shape]} differ")
 
 
 def _choose_behind(liking: Tensor, before: Tensor, capacity: int, top_k: int) -> Tensor:
@@ -67,9 +79,21 @@ def _choose_behind(liking: Tensor, before: Tensor, capacity: int, top_k: int) ->
 
 
 @load_aware_gate.register_fake
-def _(scores: Tensor, choice: Tensor, load: Tensor, top_k: int, *_: Any) -> State:
+def _(
+    scores: Tensor,
+    choice: Tensor,
+    load: Tensor,
+    top_k: int,
+    norm_topk_prob: int,
+    routed_scaling_factor: float,
+    penalty: float,
+    capacity_factor: float,
+    decay: float,
+) -> State:
+    _refuse(scores, choice, load, top_k, penalty, capacity_factor, decay)
     shape = (scores.shape[0], top_k)
-    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape), torch.empty_like(load)
+    weights = scores.new_empty(shape, dtype=weights_type(scores))
+    return scores.new_empty(shape, dtype=torch.int64), weights, torch.empty_like(load)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
@@ -79,7 +103,8 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
 
 def _backward(ctx: Any, _: Tensor | None, grad: Tensor, __: Tensor | None) -> tuple[Tensor | None, ...]:
     scores, experts, weights = ctx.saved_tensors
-    grad_picked = _grad_of_picked(weights, grad, ctx.norm, ctx.factor, scores.gather(1, experts))
+    picked = scores.gather(1, experts).to(weights.dtype)
+    grad_picked = _grad_of_picked(weights, grad, ctx.norm, ctx.factor, picked).to(scores.dtype)
     return (torch.zeros_like(scores).scatter(1, experts, grad_picked), *[None] * 8)
 
 

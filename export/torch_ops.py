@@ -14,6 +14,7 @@ T = tokens, E = experts, k = experts per token, H = hidden size, I = intermediat
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from inspect import Parameter, Signature
 from typing import Any, Literal, cast
@@ -70,6 +71,9 @@ class TopKGate(nn.Module):
         super().__init__()
         if scoring not in _GATES:
             raise UsageError(f"TopKGate: unknown scoring {scoring!r}; use one of {', '.join(_GATES)}")
+        _refuse_sizes("TopKGate", hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
+        if not math.isfinite(routed_scaling_factor):
+            raise UsageError(f"TopKGate: routed_scaling_factor {routed_scaling_factor} is no finite number")
         self.scoring = scoring
         self.attributes: dict[str, Any] = {"top_k": top_k}
         if scoring == "binary":
@@ -101,10 +105,15 @@ class Experts(nn.Module):
     """E experts silu(x gate^T) * (x up^T) down^T, of which each token runs those its gate chose.
 
     `gate_up` [E, 2I, H], its rows alternating between gate and up; `down` [E, H, I].
+
+    Raises:
+        UsageError: a size is no whole number of at least 1.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
+        sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        _refuse_sizes("Experts", **sizes)
         gate_up = torch.randn(num_experts, 2 * intermediate_size, hidden_size)
         self.gate_up = nn.Parameter(gate_up / hidden_size**0.5)
         self.down = nn.Parameter(torch.randn(num_experts, hidden_size, intermediate_size) / intermediate_size**0.5)
@@ -199,6 +208,13 @@ def _translate(op: str) -> Callable[..., Any]:
     parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in attributes]
     translated.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return translated
+
+
+def _refuse_sizes(module: str, **sizes: Any) -> None:
+    for name, size in sizes.items():
+        # The gates say themselves what is wrong with a top_k of 0.
+        if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and name != "top_k"):
+            raise UsageError(f"{module}: {name} {size!r} is no whole number of at least 1")
 
 
 def _check(op: str, attributes: dict[str, Any], num_experts: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +136,10 @@ def test_inspect_shows_the_gates_with_their_attributes(tiny_bundle: Path) -> Non
 def test_experts_have_a_schema_and_a_second_registration_changes_nothing() -> None:
     assert onnx.defs.has("Experts", "moedge")
     assert register_schemas() == sorted([*OPS, "Experts"])
+
+
+def test_whoever_lists_the_gates_has_their_schemas() -> None:
+    """In a process of its own, in which nothing else has registered them."""
+    code = "from moedge.export.gating import list_gates; gates = list_gates(); import onnx; "
+    code += "print(sorted(gates) == sorted(op for op in gates if onnx.defs.has(op, 'moedge')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "True"

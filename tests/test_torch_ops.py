@@ -86,6 +86,25 @@ def test_gradients_reach_the_logits_through_the_weights(op: str, width: int, att
     torch.testing.assert_close(gradient.double(), theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("op", "width", "attributes"), CASES)
+def test_every_type_of_logits_and_none(op: str, width: int, attributes: dict[str, Any]) -> None:
+    """float64 by torch's own gradcheck; half precision is computed in float32, and fake tensors say so."""
+    logits, *bias = make_inputs(op, width, tokens=6)
+    wide = (logits + torch.rand(logits.shape, generator=torch.Generator().manual_seed(3))).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: torch_op(op)(x, *bias, *attributes.values())[1], wide)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        narrow = logits.to(dtype).requires_grad_()
+        arguments = (narrow, *bias, *attributes.values())
+        torch.library.opcheck(torch_op(op).default, arguments, test_utils=("test_schema", "test_faketensor"))
+        experts, weights = torch_op(op)(*arguments)
+        expected = torch_op(op)(logits.to(dtype).float(), *bias, *attributes.values())
+        assert weights.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close((experts, weights.float()), expected)
+        assert torch.autograd.grad(weights.sum(), narrow)[0].dtype == dtype
+    nobody = torch_op(op)(logits[:0], *bias, *attributes.values())
+    assert [tuple(each.shape) for each in nobody] == [(0, attributes["top_k"])] * 2
+
+
 @pytest.mark.parametrize(("op", "width", "attributes"), [CASES[1], CASES[5], CASES[7]])
 def test_torch_finds_no_fault_in_the_registration(op: str, width: int, attributes: dict[str, Any]) -> None:
     """Schema, autograd registration, fake tensors. opcheck adds up outputs, whole numbers first, which torch refuses:
@@ -157,11 +176,35 @@ def test_experts_from_projections_that_stand_apart() -> None:
         ({"num_experts": 60, "top_k": 2, "scoring": "binary"}, "60 experts are not the 64 that codes of 6 bits name"),
         ({"num_experts": 8, "top_k": 2, "scoring": "binary", "n_group": 2}, "binary codes have no groups"),
         ({"num_experts": 8, "top_k": 2, "scoring": "cosine"}, "unknown scoring 'cosine'; use one of softmax, sigmoid"),
+        ({"num_experts": 8, "top_k": 2.5}, "TopKGate: top_k 2.5 is no whole number of at least 1"),
+        ({"num_experts": -8, "top_k": 2}, "TopKGate: num_experts -8 is no whole number of at least 1"),
+        ({"num_experts": 8, "top_k": 2, "routed_scaling_factor": float("nan")}, "routed_scaling_factor nan is no"),
     ],
 )
 def test_figures_that_contradict_are_refused_where_the_gate_is_made(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text)):
         torch_ops.TopKGate(16, **arguments)
+
+
+def test_sizes_and_shapes_that_do_not_fit_are_refused() -> None:
+    for sizes in ((0, 8, 8), (4, 8.0, 8), (4, 8, -8)):
+        with pytest.raises(UsageError, match="^Experts: .* is no whole number of at least 1$"):
+            torch_ops.Experts(*sizes)  # type: ignore[arg-type]
+    x, chosen, weights, gate_up, down = make_experts()
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        ((x[:, :5], chosen, weights), "x [9, 5], gate_up [5, 8, 6], down [5, 6, 4] do not fit; use x [T, H]"),
+        ((x, chosen[:7], weights), "x [9, 6], experts [7, 2], weights [9, 2] do not fit; use x [T, H]"),
+        ((x, chosen - 4, weights), "expert -4 is chosen, and there are 5: 0 to 4"),
+        ((x, chosen + 4, weights), "is chosen, and there are 5: 0 to 4"),
+    ]
+    for inputs, text in cases:
+        with pytest.raises(UsageError, match=re.escape(text)):
+            torch.ops.moedge.experts(*inputs, gate_up, down)
+    sigmoid, logits = torch.ops.moedge.sigmoid_topk_gate, torch.zeros(3, 8)
+    with pytest.raises(UsageError, match=r"SigmoidTopKGate: \[7\] is not a number for each of 8 experts"):
+        sigmoid(logits, torch.zeros(7), 2, 1, 1, 1, 1.0)
+    with pytest.raises(UsageError, match="SigmoidTopKGate: logits of 3 axes; flatten them to 2"):
+        sigmoid(logits.view(3, 2, 4), torch.zeros(4), 2, 1, 1, 1, 1.0)
 
 
 def blocks(language: str = "python") -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -68,10 +69,23 @@ class ScoringGate(Gate, Protocol):
 
 
 def list_gates() -> dict[str, Gate]:
-    """Every gate by the name of its op."""
+    """Every gate by the name of its op; onnx, where it is installed, has their schemas from then on."""
+    _register_schemas()
+    return dict(find_gates())
+
+
+@functools.cache
+def find_gates() -> dict[str, Gate]:
+    """`list_gates` without onnx."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     gates = (importlib.import_module(f".{name}", __name__) for name in names)
     return {gate.OP: gate for gate in gates}
+
+
+@functools.cache
+def _register_schemas() -> None:
+    if importlib.util.find_spec("onnx") is not None:
+        importlib.import_module("._schemas", __name__).register_schemas()
 
 
 def check_gate(op: str, attributes: dict[str, int | float], num_experts: int, *, where: str) -> None:
@@ -80,6 +94,6 @@ def check_gate(op: str, attributes: dict[str, int | float], num_experts: int, *,
     Raises:
         CheckpointError: says which two figures contradict.
     """
-    fault = list_gates()[op].find_fault(attributes, num_experts)
+    fault = find_gates()[op].find_fault(attributes, num_experts)
     if fault:
         raise CheckpointError(f"{where}: {fault}; correct config.json")

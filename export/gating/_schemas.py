@@ -15,7 +15,7 @@ import onnx
 from onnx.defs import OpSchema
 
 from ..functions import DOMAIN, FUNCTIONS, VERSION
-from . import Gate, list_gates
+from . import Gate, find_gates
 from ._checked import count_experts
 
 _FLOAT, _INT = "tensor(float)", "tensor(int64)"
@@ -24,7 +24,7 @@ _KINDS = {onnx.AttributeProto.INT: OpSchema.AttrType.INT, onnx.AttributeProto.FL
 
 def register_schemas() -> list[str]:
     """Make onnx know the ops; those it knows already stay. Returns the names of all."""
-    gates = list_gates()
+    gates = find_gates()
     texts = {op: gate.FUNCTION for op, gate in gates.items()} | {"Experts": FUNCTIONS["Experts"]}
     for op, text in texts.items():
         if not onnx.defs.has(op, DOMAIN):
