@@ -160,7 +160,7 @@ def estimate(
         "measured": False,
         "fits": fit.fits,
         "fit": fit.to_json(),
-        "per_op": _per_op(step, device),
+        "per_op": _per_op(step, device, itl["expected"]),
         "usd_per_million_tokens": _price(device, batch / seconds),
         "assumptions": ASSUMPTIONS[device.kind].source,
     }
@@ -306,12 +306,19 @@ def _percentiles(times: Mapping[str, float]) -> dict[str, float | None]:
     return {"p50": times["expected"], "p90": None, "p99": None, "low": times["fast"], "high": times["slow"]}
 
 
-def _per_op(step: list[Work], device: DeviceProfile) -> list[dict[str, Any]]:
-    def row(work: Work) -> dict[str, Any]:
-        milliseconds = 1e3 * _seconds(work, device, "expected")
-        return {"op": work.name, "bytes": round(work.bytes), "flops": round(work.flops), "ms": milliseconds}
-
-    return [row(work) for work in step]
+def _per_op(step: list[Work], device: DeviceProfile, itl_ms: float) -> list[dict[str, Any]]:
+    """What each kind of operation takes by itself, and what is left of the step: launches and a pass's own cost."""
+    rows: list[dict[str, Any]] = [
+        {
+            "op": work.name,
+            "bytes": round(work.bytes),
+            "flops": round(work.flops),
+            "ms": 1e3 * _seconds(work, device, "expected"),
+        }
+        for work in step
+    ]
+    rest = max(0.0, itl_ms - sum(row["ms"] for row in rows))
+    return [*rows, {"op": "launches and fixed costs", "bytes": 0, "flops": 0, "ms": rest}]
 
 
 def _price(device: DeviceProfile, tokens_per_s: float) -> float | None:

@@ -10,6 +10,7 @@ throughput. Their queries are prompts that differ; they are as many as `repeat`,
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import statistics
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle, Progress
-from ..profiles.device import load_profile
+from ..errors import ProfileError
+from ..profiles.device import load_profile, user_profiles_folder
 from ..profiles.shape import ModelShape, bytes_per_token
 from . import kernels, machine
 from .bench_runs import Case, Samples, check_fits, measure
@@ -126,24 +128,36 @@ def _bench_cases(
         results += _measure_cases(opened, profile, some, threads, samples, progress)
     if progress is not None:
         progress("measuring memory bandwidth", 0, 1)
-    limit, source = _find_limit(read_engine(opened, results[0]["profile"]), results[0]["threads"])
+    info = read_engine(opened, results[0]["profile"])
+    limit, source = _find_limit(info, results[0]["threads"])
+    price = _price_usd_per_hour(info)
     if progress is not None:
         progress("measuring memory bandwidth", 1, 1)
     for result in results:
         result["bandwidth_limit_bytes_per_s"] = limit
         result["bandwidth_limit_source"] = source
-        result["fraction_of_limit"] = result["bandwidth_bytes_per_s"] / limit
+        result["fraction_of_limit"] = None if limit is None else result["bandwidth_bytes_per_s"] / limit
+        a_million = 1e6 / (3600 * result["decode_tokens_per_s"])  # hours
+        result["usd_per_million_tokens"] = None if price is None else price * a_million
     order = [(case.batch, case.context, case.prompt_tokens) for case in cases]
     return sorted(results, key=lambda one: order.index((one["batch"], one["context_tokens"], one["prompt_tokens"])))
 
 
-def _find_limit(info: EngineInfo, threads: int) -> tuple[float, str]:
+def _find_limit(info: EngineInfo, threads: int) -> tuple[float | None, str]:
     """Bytes per second that memory gives, and who says so: measured in this run on a CPU, the data sheet's on a GPU."""
-    if info.compute_capability is not None:
-        bandwidth = load_profile(info.profile).bandwidth_bytes_per_s
-        if bandwidth is not None:
-            return bandwidth, "data sheet"
-    return machine.measure_bandwidth(threads), "measured here"
+    if info.compute_capability is None:
+        return machine.measure_bandwidth(threads), "measured here"
+    try:
+        return load_profile(info.profile).bandwidth_bytes_per_s, "data sheet"
+    except ProfileError:  # built with a file of the user's that lies elsewhere
+        return None, f"not known: no profile has the name {info.profile}; put its file into {user_profiles_folder()}"
+
+
+def _price_usd_per_hour(info: EngineInfo) -> float | None:
+    """What an hour of the device costs, by its profile."""
+    with contextlib.suppress(ProfileError):
+        return load_profile(info.profile).price_usd_per_hour
+    return None
 
 
 def _measure_cases(
@@ -227,10 +241,11 @@ def _result(
 
 
 def _spread(measured: Samples) -> dict[str, Any]:
-    """How far the repeats lie apart: the least and the most of each repeat's time to first token and median ITL."""
-    medians = [statistics.median(row) for row in measured.itl_s]
-    pairs = {"ttft_ms": measured.ttft_s, "itl_p50_ms": medians}
-    return {name: {"min": 1e3 * min(values), "max": 1e3 * max(values)} for name, values in pairs.items()}
+    """How far the repeats lie apart: the least and most of each one's TTFT and ITL percentiles."""
+    found = {"ttft_ms": [1e3 * value for value in measured.ttft_s]}
+    rows = [percentiles(row) for row in measured.itl_s]
+    found |= {f"itl_{name}_ms": [row[name] for row in rows] for name in percentiles([0.0])}
+    return {name: {"min": min(values), "max": max(values)} for name, values in found.items()}
 
 
 def _scenario(case: Case, measured: Samples) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Samples:
         return {
             "ttft_ms": [1e3 * value for value in self.ttft_s],
             "itl_ms": [[1e3 * value for value in row] for row in self.itl_s],
+            "wall_s": self.wall_s,
         }
 
 

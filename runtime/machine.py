@@ -47,6 +47,7 @@ def describe() -> dict[str, Any]:
         "last_level_cache_bytes": last_level_cache_bytes(),
         "memory_bytes": memory_bytes(),
         "frequency_governor": _read(_CPUS / "cpu0/cpufreq/scaling_governor"),
+        "frequency_hz": _frequency(),
         "max_frequency_hz": _kilohertz(_CPUS / "cpu0/cpufreq/cpuinfo_max_freq"),
         "gpus": [
             {"name": gpu.name, "compute_capability": list(gpu.compute_capability), "memory_bytes": gpu.memory_bytes}
@@ -244,6 +245,13 @@ def _board() -> str | None:
 def _cache_bytes(text: str | None) -> int | None:
     found = re.fullmatch(r"(\d+)([KM]?)", text or "")
     return int(found.group(1)) * {"": 1, "K": 1 << 10, "M": 1 << 20}[found.group(2)] if found else None
+
+
+def _frequency() -> int | None:
+    """CPU 0's clock as it is now."""
+    told = _kilohertz(_CPUS / "cpu0/cpufreq/scaling_cur_freq")
+    found = re.search(r"^cpu MHz\s*:\s*([\d.]+)$", _read(Path("/proc/cpuinfo")) or "", re.MULTILINE)
+    return told or (round(1e6 * float(found.group(1))) if found else None)
 
 
 def _kilohertz(path: Path) -> int | None:

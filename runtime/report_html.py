@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from . import report_compare, report_quality
+from . import report_breakdown, report_compare, report_quality
 from .report import Row, Times, bytes_text, headline, make_rows, number, percent
 from .report_compare import Comparison
 from .report_style import STYLE
@@ -24,7 +24,15 @@ _FIGURES = (
     ("weights", "weights"),
     ("threads", "threads"),
     ("repeat", "repeats"),
+    ("spread.ttft_ms", "TTFT of the repeats, ms"),
+    ("spread.itl_p50_ms", "ITL p50 of the repeats, ms"),
+    ("spread.itl_p90_ms", "ITL p90 of the repeats, ms"),
+    ("spread.itl_p99_ms", "ITL p99 of the repeats, ms"),
+    ("scenario", "scenario"),
+    ("query_ms.p90", "a query, p90, ms"),
+    ("queries_per_s", "queries a second"),
     ("load_s", "load, s"),
+    ("device_memory_bytes", "memory of the GPU"),
     ("bundle_bytes", "bundle"),
     ("bandwidth_bytes_per_s", "bandwidth reached"),
     ("bandwidth_limit_bytes_per_s", "bandwidth limit"),
@@ -79,6 +87,7 @@ def render_html(
         _section("Time between tokens", _times_chart([row.itl for row in rows], rows), _ITL_NOTE),
         _section("Time to first token", _times_chart([row.ttft for row in rows], rows), _TTFT_NOTE),
         _section("Tokens a second", _bars([row.decode for row in rows], rows, "tokens/s"), _DECODE_NOTE),
+        _section("Where a step's time goes", report_breakdown.render_html(rows), report_breakdown.NOTE),
         _section("Memory", _bars(*_in_binary_units([row.memory for row in rows], rows)), _MEMORY_NOTE),
         _section("Share of the bandwidth limit", _share_chart(rows), _SHARE_NOTE),
         _section("Every other figure", _figures_table(rows)),
@@ -336,10 +345,15 @@ def _figures_table(rows: Sequence[Row]) -> str:
 
 
 def _figure_text(key: str, row: Row) -> str:
-    value: Any = row.weights if key == "weights" else row.raw.get(key)
+    value: Any = row.weights if key == "weights" else row.raw
+    for name in key.split(".") if key != "weights" else ():
+        value = value.get(name) if isinstance(value, Mapping) else None
+    if key.startswith("spread.") and isinstance(value, Mapping):
+        ends = [value.get(end) for end in ("min", "max")]
+        return " to ".join(number(end) for end in ends) if all(isinstance(end, float) for end in ends) else "-"
     if value is None:
         return "-"
-    if key == "bundle_bytes":
+    if key.endswith("_bytes"):
         return bytes_text(value)
     if key.startswith("bandwidth"):
         return f"{number(value / 1e9)} GB/s"

@@ -1,4 +1,4 @@
-"""Quality beside latency and cost: results of `moedge eval` joined with those of `moedge bench` and `estimate`.
+"""Quality against latency and cost: results of `moedge eval` joined with those of `moedge bench` and `estimate`.
 
 Quality belongs to the weights, not to the device: an evaluation counts for every row of the same weights and group.
 """
@@ -136,27 +136,33 @@ def _table(evaluations: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _chart(points: Sequence[tuple[Row, Mapping[str, Any]]]) -> str:
-    """Bits per byte (fewer, so better, upwards) over the time between tokens; dots are numbered as in the legend."""
+    """Bits per byte (fewer, so better, upwards) over the time between tokens, and over the cost where one is known;
+    dots are numbered as in the legend."""
     if not points:
         return ""
+    latency = [row.itl.p50 for row, _ in points]
+    cost = [row.usd for row, _ in points]
+    charts = _scatter(points, latency, "ms", "time between tokens, ms; better leftwards")
+    if any(value is not None for value in cost):
+        charts += _scatter(points, cost, "USD", "USD a million tokens; better leftwards")
+    return f'<div class="tradeoff">{charts}</div>'
+
+
+def _scatter(
+    points: Sequence[tuple[Row, Mapping[str, Any]]], across: Sequence[float | None], unit: str, under: str
+) -> str:
     from .report_chart import Point, scatter
     from .report_html import make_scale
 
-    bits = [float(found["bits_per_byte"]) for _, found in points]
-    low, high = _range(bits)
-    dots = [
-        Point(
-            index,
-            row.itl.p50,
-            (value - low) / (high - low),
-            row.kind,
-            f"{index}: {row.device}, {number(row.itl.p50)} ms, {number(value, 5)} bits per byte",
-        )
-        for index, ((row, _), value) in enumerate(zip(points, bits, strict=True), start=1)
-    ]
+    low, high = _range([float(found["bits_per_byte"]) for _, found in points])
+    dots = []
+    for index, ((row, found), x) in enumerate(zip(points, across, strict=True), start=1):
+        if x is not None:
+            value = float(found["bits_per_byte"])
+            told = f"{index}: {row.device}, {number(x)} {unit}, {number(value, 5)} bits per byte"
+            dots.append(Point(index, x, (value - low) / (high - low), row.kind, told))
     side = (number(low, 5), "bits per byte, better upwards", number(high, 5))
-    across = make_scale(row.itl.p50 for row, _ in points)
-    return scatter(dots, across, side, "time between tokens, ms; better leftwards")
+    return scatter(dots, make_scale(dot.x for dot in dots), side, under)
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -77,6 +77,9 @@ g.measured .bar { fill: var(--measured); }
 g.predicted circle { fill: var(--card); stroke: var(--hatch); stroke-width: 3; }
 g.predicted .band { stroke: var(--hatch); stroke-width: 3; stroke-dasharray: 6 5; }
 g.predicted .bar { fill: url(#hatch); stroke: var(--hatch); stroke-width: 1.5; }
+g.part.measured rect { fill: var(--measured); }
+g.part.predicted rect { fill: var(--hatch); }
+.parts small { grid-column: 2 / -1; margin: -4px 0 8px; }
 .hatch-ground { fill: var(--predicted-ground); }
 .hatch-line { fill: var(--hatch); }
 .changes th, .changes td { min-width: 92px; }
@@ -93,6 +96,8 @@ g.predicted .bar { fill: url(#hatch); stroke: var(--hatch); stroke-width: 1.5; }
 .scatter .side, .scatter figcaption { font-size: 12.5px; color: var(--soft); }
 .scatter .side span { max-width: 9ch; }
 .scatter figcaption { text-align: center; }
+.tradeoff { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 0 28px; }
+.tradeoff .scatter { min-width: 0; }
 .scatter .grid { stroke: var(--line); stroke-width: 1; }
 .scatter .index { fill: var(--ink); font-size: 13px; font-weight: 650; }
 .quality th:nth-child(2) { text-align: left; }
@@ -103,6 +108,7 @@ g.predicted .bar { fill: url(#hatch); stroke: var(--hatch); stroke-width: 1.5; }
 .made li { margin: 8px 0; }
 
 @media (max-width: 720px) {
+  .tradeoff { grid-template-columns: minmax(0, 1fr); }
   main { padding: 18px 12px 32px; }
   h1 { font-size: 24px; }
   section { padding: 14px; margin: 12px 0; }
@@ -115,6 +121,7 @@ g.predicted .bar { fill: url(#hatch); stroke: var(--hatch); stroke-width: 1.5; }
   .devices td::before { content: attr(data-label); color: var(--soft); font-size: 14px; }
   .chart li { grid-template-columns: 1fr auto; gap: 0 12px; padding: 5px 0; }
   .chart .track, .chart .ticks { grid-column: 1 / -1; grid-row: 2; }
+  .parts small { grid-column: 1 / -1; grid-row: 3; margin: 0 0 6px; }
   .chart .axis .name { text-align: left; grid-column: 1 / -1; grid-row: 2; }
   .chart .axis .ticks { grid-row: 1; }
 }

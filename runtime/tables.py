@@ -19,6 +19,7 @@ def bench_table(result: dict[str, Any]) -> Table:
     table.add_row("load", f"{result['load_s']:.2f} s")
     table.add_row("time to first token", _percentiles(result["ttft_ms"]))
     table.add_row("inter-token latency", _percentiles(result["itl_ms"]))
+    table.add_row("over the repeats", _over_repeats(result["spread"]))
     table.add_row("prefill", f"{result['prefill_tokens_per_s']:,.1f} tokens/s")
     table.add_row("decode", f"{result['decode_tokens_per_s']:,.1f} tokens/s")
     peak = result["peak_memory_bytes"]
@@ -27,15 +28,24 @@ def bench_table(result: dict[str, Any]) -> Table:
         table.add_row("memory of the GPU", size(result["device_memory_bytes"]))
     table.add_row("bundle", size(result["bundle_bytes"]))
     table.add_row("least read for a token", size(result["bytes_per_token"]))
-    used, limit = result["bandwidth_bytes_per_s"] / 1e9, result["bandwidth_limit_bytes_per_s"] / 1e9
-    share = f"{100 * result['fraction_of_limit']:.0f}% of {limit:.1f} GB/s, {result['bandwidth_limit_source']}"
-    table.add_row("memory bandwidth", f"{used:.1f} GB/s, {share}")
+    limit, share = result["bandwidth_limit_bytes_per_s"], f"limit {result['bandwidth_limit_source']}"
+    if limit is not None:
+        told = f"{100 * result['fraction_of_limit']:.0f}% of {limit / 1e9:.1f} GB/s"
+        share = f"{told}, {result['bandwidth_limit_source']}"
+    table.add_row("memory bandwidth", f"{result['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s, {share}")
     if result["limit_note"]:
         table.add_row("", result["limit_note"])
     energy = result["energy_j_per_token"]
     told = result["energy_reason"] if energy is None else f"{energy:.3f} J/token ({result['energy_source']})"
     table.add_row("energy", told)
     return table
+
+
+def _over_repeats(spread: dict[str, dict[str, float]]) -> str:
+    """The least and the most of the repeats' own figures."""
+    names = {"ttft_ms": "first token", "itl_p50_ms": "between p50", "itl_p90_ms": "p90", "itl_p99_ms": "p99"}
+    told = [f"{name} {spread[key]['min']:.2f} to {spread[key]['max']:.2f}" for key, name in names.items()]
+    return f"{', '.join(told)} ms"
 
 
 def model_table(document: dict[str, Any]) -> Table:

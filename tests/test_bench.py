@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import fake_engine
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from moedge.bundle import Bundle
 from moedge.errors import EngineError, UsageError
@@ -19,8 +21,9 @@ from moedge.runtime import bench_runs, machine
 from moedge.runtime.bench import bench, bench_sweep
 from moedge.runtime.bench_breakdown import summarize
 from moedge.runtime.bench_commands import bench_command
-from moedge.runtime.report import check_result, load_results
+from moedge.runtime.report import check_result, load_results, write_report
 from moedge.runtime.sessions._ort_lanes import LaneRunner
+from moedge.runtime.tables import bench_table
 
 CONTRACT_KEYS = (
     "schema model profile backend device weights group_size batch prompt_tokens new_tokens threads repeat load_s "
@@ -57,6 +60,24 @@ def test_on_a_gpu_the_data_sheet_is_the_limit_and_the_gpu_has_the_name(fake_bund
     info = for_gpu(Bundle.open(fake_bundle), "cpu")
     assert machine.name_of(info.compute_capability) == "a GPU" and machine.name_of(None) == machine.cpu_name()
     assert bench_module._find_limit(info, 1) == (load_profile("rtx4090").bandwidth_bytes_per_s, "data sheet")
+    assert bench_module._price_usd_per_hour(info) == load_profile("rtx4090").price_usd_per_hour
+    elsewhere = dataclasses.replace(info, profile="my-box")
+    limit, why = bench_module._find_limit(elsewhere, 1)
+    assert limit is None and why.startswith("not known: no profile has the name my-box; put its file into ")
+    assert bench_module._price_usd_per_hour(elsewhere) is None
+
+
+def test_a_price_in_the_profile_makes_a_cost(fake_bundle, tmp_path, monkeypatch):
+    """And the table and the report do without a limit that nobody knows."""
+    monkeypatch.setattr(bench_module, "_price_usd_per_hour", lambda info: 0.36)
+    monkeypatch.setattr(bench_module, "_find_limit", lambda info, threads: (None, "not known: a test"))
+    result = bench(fake_bundle, prompt_tokens=4, new_tokens=3, repeat=1, threads=1)
+    assert result["usd_per_million_tokens"] == pytest.approx(100 / result["decode_tokens_per_s"])
+    assert result["fraction_of_limit"] is None and result["bandwidth_limit_bytes_per_s"] is None
+    out = io.StringIO()
+    Console(file=out, width=200).print(bench_table(result))
+    assert "limit not known: a test" in out.getvalue() and "over the repeats" in out.getvalue()
+    write_report([result], tmp_path / "r.html")
 
 
 def test_figures_follow_from_the_samples(result, fake_bundle):
@@ -134,8 +155,9 @@ def test_sweep(fake_bundle):
         check_result(json.loads(json.dumps(result)), "sweep")
         ttft, itl = result["samples"]["ttft_ms"], result["samples"]["itl_ms"]
         assert result["spread"]["ttft_ms"] == {"min": min(ttft), "max": max(ttft)}
-        medians = [float(np.median(row)) for row in itl]
-        np.testing.assert_allclose(list(result["spread"]["itl_p50_ms"].values()), [min(medians), max(medians)])
+        for name in (50, 90, 99):
+            each = [np.percentile(row, name) for row in itl]
+            np.testing.assert_allclose(list(result["spread"][f"itl_p{name}_ms"].values()), [min(each), max(each)])
         assert "scenario" not in result
     default = bench_sweep(fake_bundle, new_tokens=2, repeat=1, threads=1)
     assert [result["prompt_tokens"] for result in default] == [16]  # 64 and one more have no room in 64
@@ -186,6 +208,7 @@ def test_scenarios(fake_bundle, monkeypatch):
         np.testing.assert_allclose([result["query_ms"][key] for key in ("p50", "p90", "p99")], wanted)
         assert result["queries"] == 3 and result["queries_per_s"] <= 3e3 / sum(queries)
         np.testing.assert_allclose(result["output_tokens_per_s"], 4 * result["queries_per_s"])
+        np.testing.assert_allclose(result["queries_per_s"], 3 / samples["wall_s"])
         assert "3 queries, not a verified MLPerf result" in result["scenario_note"]
     prompts.clear()
     bench(fake_bundle, **options)

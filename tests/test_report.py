@@ -30,6 +30,7 @@ from moedge.runtime.report import (
     render_table,
     write_report,
 )
+from moedge.runtime.report_breakdown import parts_of
 from moedge.runtime.report_commands import report_command
 from moedge.runtime.report_html import make_scale, render_html
 
@@ -339,3 +340,18 @@ def test_a_device_with_several_weights_is_told_apart() -> None:
     rows = make_rows([changed(weights="int4"), changed(weights="int8"), changed(profile="other", device="Other")])
     assert [row.profile for row in rows] == ["cpu int4", "cpu int8", "other"]
     assert all(row.device.endswith(end) for row, end in zip(rows, ("(int4)", "(int8)", "Other"), strict=True))
+
+
+def test_where_a_steps_time_goes() -> None:
+    """Shares of the measured operations, and of a prediction's parts, which add up to its inter-token latency."""
+    decode = [{"op": "MatMul", "nodes": 2, "ms": 3.0, "share": 0.6}, {"op": "<b>", "nodes": 1, "ms": 1.0, "share": 0.2}]
+    predicted = results()[0]
+    assert sum(row["ms"] for row in predicted["per_op"]) == pytest.approx(predicted["itl_ms"]["p50"])
+    both = [changed(breakdown={"decode": decode, "prefill": []}), predicted, changed(profile="other")]
+    assert parts_of(both[0]) == [("MatMul", 0.75), ("<b>", 0.25)] and parts_of(both[2]) == []
+    text = render_html(both)
+    section = text.split("Where a step&#x27;s time goes")[1].split("</section>")[0]
+    assert "MatMul 75%, &lt;b&gt; 25%" in section and 'width="75.00%"' in section
+    assert section.count("<li") == 2 and "experts" in section and not Page(text).open
+    for broken in (3, {"decode": 3}, {"decode": [3, {"op": {}, "ms": "x"}, {"ms": -1.0}]}):
+        assert "time goes" not in render_html([changed(breakdown=broken)])

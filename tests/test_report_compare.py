@@ -140,7 +140,9 @@ def test_quality_is_joined_by_weights(tmp_path: Path) -> None:
     for told in ("0.7183", "98.77% same choice", "98.77%", "0.00123", "0.0456", "5.432", "On held.txt, compared with"):
         assert told in page.text
     assert "0.7000" in page.text  # int8 has no row in the chart, and its line in the table
-    chart = text.split('<figure class="scatter">')[1].split("</figure>")[0]
+    chart, cost = (part.split("</figure>")[0] for part in text.split('<figure class="scatter">')[1:])
+    priced = [row for row in make_rows(found) if row.usd is not None]
+    assert len(priced) == cost.count("<circle") == 3 and f"{number(priced[0].usd)} USD, 0.7183 bits per byte" in cost
     assert chart.count("<circle") == 4
     rows = make_rows(found)
     assert f"2: {rows[1].device}, {number(rows[1].itl.p50)} ms, 0.7183 bits per byte" in chart
