@@ -135,20 +135,24 @@ def _shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sweep_table(results: Sequence[dict[str, Any]]) -> Table:
+    """A row a case; 80 columns hold it."""
+    from rich import box
     from rich.table import Table
+
+    from .report import number, percent
 
     first = results[0]
     title = f"{first['model']} {first['weights']} on {first['device']} ({first['profile']}), {first['threads']} threads"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     counts = ("batch", "context", "prompt")
     headings = ("TTFT ms\np50", "\np99", "prefill\ntokens/s", "ITL ms\np50", "\np99", "decode\ntokens/s")
     for name in (*counts, *headings, "of\nlimit"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        times = [f"{result[key][name]:,.2f}" for key in ("ttft_ms", "itl_ms") for name in ("p50", "p99")]
+        times = [number(result[key][name]) for key in ("ttft_ms", "itl_ms") for name in ("p50", "p99")]
         prefill, decode = (f"{result[f'{kind}_tokens_per_s']:,.0f}" for kind in ("prefill", "decode"))
-        share = f"{100 * result['fraction_of_limit']:.0f}%"
         cells = (str(result[key]) for key in ("batch", "context_tokens", "prompt_tokens"))
+        share = percent(result["fraction_of_limit"])
         table.add_row(*cells, *times[:2], prefill, *times[2:], decode, share)
     return table
 

@@ -28,12 +28,17 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".html", ".md", ".csv", ".png")
 
+_WORKLOAD = {
+    "prompt_tokens": "prompt", "new_tokens": "new", "batch": "batch", "context_tokens": "context",
+    "scenario": "scenario", "threads": "threads",
+}  # fmt: skip
 CSV_COLUMNS = (
     "schema model profile backend device weights group_size batch prompt_tokens new_tokens threads repeat load_s "
     "ttft_ms.p50 ttft_ms.p90 ttft_ms.p99 ttft_ms.low ttft_ms.high itl_ms.p50 itl_ms.p90 itl_ms.p99 itl_ms.low "
     "itl_ms.high prefill_tokens_per_s decode_tokens_per_s peak_memory_bytes bundle_bytes bytes_per_token "
     "bandwidth_bytes_per_s "
-    "bandwidth_limit_bytes_per_s fraction_of_limit energy_j_per_token usd_per_million_tokens fits measured created"
+    "bandwidth_limit_bytes_per_s fraction_of_limit energy_j_per_token usd_per_million_tokens fits measured created "
+    "context_tokens scenario"
 ).split()
 
 
@@ -163,18 +168,34 @@ def check_suffix(path: str | os.PathLike[str], known: Sequence[str] = SUFFIXES) 
 def make_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The results as rows: measured ones first, each kind in the order given.
 
-    A device that stands there with several kinds of weights has them in its name.
+    A device that stands there with several kinds of weights, or several workloads (a sweep), has them in its name.
     """
     rows = sorted(map(_row, results), key=lambda row: not row.measured)
     kinds: dict[str, set[str]] = {}
     for row in rows:
         kinds.setdefault(row.profile, set()).add(row.weights)
-    return [_named(row) if len(kinds[row.profile]) > 1 else row for row in rows]
+    rows = [_named(row, row.weights.split(",")[0], " ({})") if len(kinds[row.profile]) > 1 else row for row in rows]
+    workloads: dict[tuple[str, bool], list[Row]] = {}
+    for row in rows:
+        workloads.setdefault((row.profile, row.measured), []).append(row)
+    alike = {key: _varying([row.raw for row in some]) for key, some in workloads.items()}
+    return [_named(row, _short(row.raw, alike[row.profile, row.measured]), ", {}") for row in rows]
 
 
-def _named(row: Row) -> Row:
-    weights = row.weights.split(",")[0]
-    return replace(row, device=f"{row.device} ({weights})", profile=f"{row.profile} {weights}")
+def _named(row: Row, told: str, form: str) -> Row:
+    if not told:
+        return row
+    return replace(row, device=row.device + form.format(told), profile=f"{row.profile} {told}")
+
+
+def _varying(results: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The counts of a workload in which these results differ."""
+    return {key for key in _WORKLOAD if len({str(result.get(key) or 0) for result in results}) > 1}
+
+
+def _short(result: Mapping[str, Any], keys: set[str]) -> str:
+    """What tells a workload from its neighbours in few words: `prompt 256, batch 8`."""
+    return ", ".join(f"{name} {result.get(key) or 0}" for key, name in _WORKLOAD.items() if key in keys)
 
 
 def render_table(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -291,7 +312,7 @@ def _row(result: Mapping[str, Any]) -> Row:
         profile=result["profile"],
         backend=result["backend"],
         weights=f"{weights}, group {group}" if group else weights,
-        workload=f"{result['prompt_tokens']} prompt and {result['new_tokens']} new tokens, batch {result['batch']}",
+        workload=_workload(result),
         measured=result["measured"],
         fits=result.get("fits") is not False,
         ttft=ttft,
@@ -305,6 +326,13 @@ def _row(result: Mapping[str, Any]) -> Row:
         usd=result.get("usd_per_million_tokens"),
         raw=result,
     )
+
+
+def _workload(result: Mapping[str, Any]) -> str:
+    behind = f" behind {result['context_tokens']:,}" if result.get("context_tokens") else ""
+    scenario = f", {result['scenario']}" if result.get("scenario") else ""
+    tokens = f"{result['prompt_tokens']} prompt and {result['new_tokens']} new tokens{behind}"
+    return f"{tokens}, batch {result['batch']}{scenario}"
 
 
 def _two_lines(times: Times) -> Text:

@@ -218,7 +218,8 @@ def _name(result: Mapping[str, Any]) -> str:
 
 def _run(result: Mapping[str, Any]) -> str:
     kind = "measured" if result["measured"] else "predicted"
-    return f"{result['prompt_tokens']}+{result['new_tokens']} tokens, batch {result['batch']}, {kind}"
+    behind = f" behind {result['context_tokens']}" if result.get("context_tokens") else ""
+    return f"{result['prompt_tokens']}+{result['new_tokens']} tokens{behind}, batch {result['batch']}, {kind}"
 
 
 def _whole(result: Mapping[str, Any]) -> str:

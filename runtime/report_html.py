@@ -18,6 +18,7 @@ from .report_compare import Comparison
 from .report_style import STYLE
 
 _LOG_FROM = 20.0  # a linear scale hides the small ones when the largest is this many times the smallest
+_COLUMNS = 6  # of "Every other figure", side by side
 _FIGURES = (
     ("profile", "profile"),
     ("backend", "backend"),
@@ -333,6 +334,11 @@ def _svg(content: str, name: str, told: str = "") -> str:
 
 
 def _figures_table(rows: Sequence[Row]) -> str:
+    """As many tables as it takes for a sheet of paper to hold each."""
+    return "".join(_figures_of(rows[start : start + _COLUMNS]) for start in range(0, len(rows), _COLUMNS))
+
+
+def _figures_of(rows: Sequence[Row]) -> str:
     head = "".join(f'<th scope="col">{escape(row.device)}<br>{_badge(row.measured)}</th>' for row in rows)
     body = []
     for key, label in _FIGURES:

@@ -255,6 +255,8 @@ def test_commands_of_sweep_scenario_and_breakdown(fake_bundle, tmp_path):
     swept = CliRunner().invoke(bench_command, [*options, "--sweep", "4,8", "--json", str(tmp_path / "s.json")])
     assert swept.exit_code == 0, swept.output
     assert [result["prompt_tokens"] for result in load_results([tmp_path / "s.json"])] == [4, 8]
+    lines = swept.stdout.splitlines()
+    assert max(map(len, lines)) <= 80 and not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)
     wrong = CliRunner().invoke(bench_command, [*options, "--sweep", "4,x"])
     assert wrong.exit_code == 2 and "'4,x' is not a whole number from 1 or a list of them" in wrong.stderr
     wrong = CliRunner().invoke(bench_command, [*options, "--batch", "1,2"])

@@ -26,6 +26,7 @@ from moedge.runtime.report import (
     load_results,
     make_rows,
     number,
+    render_csv,
     render_markdown,
     render_table,
     write_report,
@@ -340,6 +341,19 @@ def test_a_device_with_several_weights_is_told_apart() -> None:
     rows = make_rows([changed(weights="int4"), changed(weights="int8"), changed(profile="other", device="Other")])
     assert [row.profile for row in rows] == ["cpu int4", "cpu int8", "other"]
     assert all(row.device.endswith(end) for row, end in zip(rows, ("(int4)", "(int8)", "Other"), strict=True))
+
+
+def test_a_sweep_is_told_apart_by_what_differs() -> None:
+    swept = [changed(batch=batch, context_tokens=context) for batch in (1, 8) for context in (0, 4096)]
+    rows = make_rows([*swept, results()[0]])
+    assert [row.profile for row in rows] == [
+        "cpu batch 1, context 0", "cpu batch 1, context 4096", "cpu batch 8, context 0", "cpu batch 8, context 4096",
+        "rtx4090",
+    ]  # fmt: skip
+    assert rows[3].workload == "512 prompt and 64 new tokens behind 4,096, batch 8"
+    text = render_html([changed(prompt_tokens=count) for count in range(1, 14)])
+    assert text.count('<table class="figures">') == 3 and not Page(text).open  # six columns each, for paper
+    assert list(csv.DictReader(io.StringIO(render_csv(swept))))[1]["context_tokens"] == "4096"
 
 
 def test_where_a_steps_time_goes() -> None:
