@@ -142,6 +142,7 @@ class Checkpoint:
         if not root.is_dir():
             raise CheckpointError(
                 f"{root}: no such folder; a Hugging Face checkpoint folder (config.json, *.safetensors) was expected"
+                + (", or my_package.my_module:build_model of a PyTorch model" if ":" in root.name else "")
             )
         if not (root / "config.json").is_file():
             held = sorted(entry.name for entry in root.iterdir())[:5]

@@ -26,7 +26,8 @@ from .weights import Piece, Precision, Role, Weight
 _RANKS = ("head", "embedding", "router", "linear", "other")  # which role counts of a weight that has several
 Array = np.ndarray[Any, Any]
 # What may stand between a router's product and its gate.
-_BETWEEN = ("Cast", "Reshape", "Identity", "Add", "Squeeze", "Unsqueeze")
+_SAME_NUMBERS = ("Cast", "Reshape", "Identity", "Squeeze", "Unsqueeze")
+_BETWEEN = (*_SAME_NUMBERS, "Add")
 
 
 class TensorSource(Checkpoint):
@@ -154,9 +155,12 @@ def _find_layers(model: ir.Model, name: str) -> list[ExpertsCall]:
                 "keep them as the parameters that torch_ops.Experts has"
             )
         count, hidden, inner = down.shape.numpy()
-        gate = node.inputs[1].producer() if node.inputs[1] is not None else None
-        if gate is None or "top_k" not in gate.attributes:
-            raise UsageError(f"{name}: Experts number {len(layers)} is not called with what a torch_ops.TopKGate gave")
+        gate = _find_gate(node.inputs[1])
+        if gate is None:
+            raise UsageError(
+                f"{name}: Experts number {len(layers)} is not called with what a torch_ops.TopKGate gave; route with "
+                "one, or with an op of torch.ops.moedge (docs/torch.md)"
+            )
         layers.append(ExpertsCall(node, count, hidden, inner, gate.attributes["top_k"].as_int()))
     if not layers:
         raise UsageError(
@@ -291,8 +295,16 @@ def _is_turn(node: ir.Node) -> bool:
     return [*node.attributes.get_ints("perm", (1, 0))] == [1, 0]
 
 
+def _find_gate(experts: ir.Value | None) -> ir.Node | None:
+    """The gate that chose `experts`, which may have been put into another shape since."""
+    node = experts.producer() if experts is not None else None
+    while node is not None and not node.domain and node.op_type in _SAME_NUMBERS and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node if node is not None and node.domain == DOMAIN and "top_k" in node.attributes else None
+
+
 def _routers(layer: ExpertsCall) -> list[ir.Value]:
-    gate = layer.node.inputs[1].producer()  # type: ignore[union-attr]
+    gate = _find_gate(layer.node.inputs[1])
     assert gate is not None
     return [value for value in gate.inputs[:1] if value is not None]
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import difflib
 import importlib
+import inspect
 import logging
 import os
 import shutil
@@ -30,7 +32,7 @@ from .options import names_builder
 from .pipeline import check_options, check_room, describe_classes
 from .quantization import Calibrated, find_algorithm
 from .torch_graph import TorchGraph, canonicalize
-from .torch_parity import check_torch_parity
+from .torch_parity import LONGEST, check_torch_parity
 from .writer import CHUNK_BYTES, ClassError, write_weights
 
 FAMILY = "torch"
@@ -137,6 +139,7 @@ def load_model(source: Any) -> tuple[str, Any]:
         return name, found
     if not callable(found):
         raise UsageError(f"{name} is a {type(found).__name__}, not callable; name a function that returns an nn.Module")
+    _check_arguments(name, found)
     model = _call(f"{name}()", found)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name}() returned a {type(model).__name__}; a torch.nn.Module was expected")
@@ -153,30 +156,46 @@ def _import_builder(spec: str) -> Any:
     except ModuleNotFoundError as error:
         if not error.name or not f"{module_name}.".startswith(f"{error.name}."):
             raise UsageError(f"{spec}: importing {module_name} failed: {_blame(error)}") from error
+        if module_name.endswith(".py"):
+            raise UsageError(f"{spec} names a file; write the module: {module_name[:-3]}:{attributes}") from None
         raise UsageError(
             f"{spec}: there is no module {error.name!r}; the current folder ({Path.cwd()}) and the installed packages "
             "were searched: change to the folder that holds it, or install it"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{spec}: importing {module_name} failed: {_blame(error)}") from error
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
             held = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-            known = ", ".join(sorted(held)[:8]) or "nothing that can be called"
+            held.sort(key=lambda key: -difflib.SequenceMatcher(None, attribute, key).ratio())
+            known = ", ".join(held[:8]) or "nothing that can be called"
             raise UsageError(f"{spec}: {module_name} has no {attribute!r}; it has {known}")
         found = getattr(found, attribute)
     return found
+
+
+def _check_arguments(name: str, function: Callable[..., Any]) -> None:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):  # not every callable says what it takes
+        return
+    any_number = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [each.name for each in parameters if each.default is each.empty and each.kind not in any_number]
+    if needed:
+        raise UsageError(
+            f"{name} needs arguments ({', '.join(needed)}) and is called without any; name a function that sets them"
+        )
 
 
 def _call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Run the user's code; what it raises becomes one line that says where."""
     try:
         return function(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{what} failed: {_blame(error)}") from error
 
 
-def _blame(error: Exception) -> str:
+def _blame(error: BaseException) -> str:
     """An exception in one line: where it was raised, its type and the first line of its text."""
     frames = traceback.extract_tb(error.__traceback__)
     text = (str(error).strip().splitlines() or [""])[0]
@@ -211,6 +230,8 @@ def _prepare(name: str, model: Any) -> Any:
 
         def forward(self, input_ids: Tensor) -> Any:
             answer = self.model(input_ids)
+            if isinstance(answer, dict) and "logits" in answer:
+                return answer["logits"]
             return getattr(answer, "logits", answer)
 
     _call(f"{name}: model.to('cpu').float()", lambda: model.to("cpu").float())
@@ -251,6 +272,7 @@ def _find_positions(name: str, model: Any, asked: int | None) -> int:
     for holder in (getattr(model.model, "config", None), model.model):
         declared = getattr(holder, "max_position_embeddings", None)
         if isinstance(declared, int) and declared > 0:
+            _run(name, model, 1, min(declared, LONGEST))
             return declared
     length = MOST_POSITIONS
     while length > _PROBE[1]:
@@ -288,10 +310,12 @@ def trace(name: str, model: Any) -> Any:
                 custom_translation_table=table,
             )
         except Exception as error:
-            cause = error.__cause__ or error
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # torch wraps what is wrong several times
+                cause = cause.__cause__
             raise UsageError(
-                f"{name}: torch cannot export this model: {_blame(cause) if isinstance(cause, Exception) else cause}; "
-                "its forward must be traceable with a dynamic batch and sequence (see torch.export)"
+                f"{name}: torch cannot export this model: {_blame(cause)}; its forward must be traceable with a "
+                "dynamic batch and sequence (see torch.export)"
             ) from error
         finally:
             logging.disable(logging.NOTSET)

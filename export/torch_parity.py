@@ -28,6 +28,7 @@ Array = np.ndarray[Any, Any]
 _SEED = 20261122
 _SHAPES = ((1, 1), (2, 24), (1, 48))  # batch, sequence: one token, several texts, one longer text
 _TRIES = 2
+LONGEST = max(sequence for _, sequence in _SHAPES)
 
 
 def check_torch_parity(

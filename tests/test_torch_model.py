@@ -375,6 +375,24 @@ def build_uneven(): return Model(lambda logits: logits, (4, 6))
 def build_counting():
     calls = []
     return Model(lambda logits: calls.append(0) or logits * len(calls))
+def build_exiting(): raise SystemExit(0)
+def build_short():
+    model = Model(lambda logits: logits)
+    model.register_forward_pre_hook(lambda _, arguments: too_long(arguments[0]))
+    model.max_position_embeddings = 64
+    return model
+def too_long(ids): assert ids.shape[1] < 30, "too long"
+def build_own_gate():
+    model = Model(lambda logits: logits)
+    model.gates = torch.nn.ModuleList([OwnGate(), OwnGate()])
+    return model
+class OwnGate(torch.nn.Module):
+    def forward(self, x):
+        return torch.arange(2).expand(len(x.reshape(-1, x.shape[-1])), 2), x.reshape(-1, x.shape[-1])[:, :2]
+def build_flat_attention():
+    mask = torch.ones(9, 9).tril().bool()
+    attention = torch.nn.functional.scaled_dot_product_attention
+    return Model(lambda x: attention(x, x, x, attn_mask=mask[: x.shape[1], : x.shape[1]]))
 def build_nan():
     model = Model(lambda logits: logits)
     with torch.no_grad():
@@ -388,6 +406,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "faulty").mkdir()
     (tmp_path / "faulty" / "models.py").write_text(FAULTY)
     (tmp_path / "faulty" / "broken.py").write_text("import no_such_dependency\n")
+    (tmp_path / "faulty" / "leaving.py").write_text("raise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     for name in [name for name in sys.modules if name.split(".")[0] == "faulty"]:
@@ -400,11 +419,17 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("nowhere.at_all:build", r"^nowhere.at_all:build: there is no module 'nowhere'; the current folder \(.*\) and"),
         ("faulty.other:build", r"there is no module 'faulty.other'; the current folder"),
         ("faulty.broken:build", r"importing faulty.broken failed: .*broken.py:1: ModuleNotFoundError: No module named"),
-        ("faulty.models:build", r"faulty.models has no 'build'; it has Model, build_branching, build_counting"),
+        ("faulty.models:build_brnching", r"faulty.models has no 'build_brnching'; it has build_branching, build_"),
         ("faulty.models:number", r"^faulty.models:number is a int, not callable; name a function that returns"),
         ("faulty.models:build_number", r"build_number\(\) returned a int; a torch.nn.Module was expected"),
         ("faulty.models:build_failing", r"build_failing\(\) failed: .*models.py:\d+: RuntimeError: no weights here$"),
-        ("faulty.models:needs_argument", r"needs_argument\(\) failed: .*TypeError: needs_argument\(\) missing 1 req"),
+        ("faulty.models:needs_argument", r"^faulty.models:needs_argument needs arguments \(size\) and is called "),
+        ("faulty.models:build_exiting", r"build_exiting\(\) failed: .*models.py:\d+: SystemExit: 0$"),
+        ("faulty.leaving:build", r"^faulty.leaving:build: importing faulty.leaving f.*leaving.py:1: SystemExit:"),
+        ("models.py:build", r"^models.py:build names a file; write the module: models:build$"),
+        ("faulty.models:build_short", r"the model, given input_ids int64 \[1, 48\], failed: .*AssertionError: too l"),
+        ("faulty.models:build_own_gate", r"Experts number 0 is not called with what a torch_ops.TopKGate gave; route"),
+        ("faulty.models:build_flat_attention", r"cannot export this model: .*AssertionError: only 4D query, key, and"),
         ("faulty.models:build_last_token", r"for input_ids \[2, 5\] the model gave float32 \[2, 16\]; logits in"),
         ("faulty.models:build_whole_numbers", r"the model gave int64 \[2, 5\]; logits in floating point \[2, 5, vocab"),
         ("faulty.models:build_raising", r"given input_ids int64 \[2, 5\], failed: .*models.py:\d+: IndexError: ind"),

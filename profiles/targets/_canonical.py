@@ -174,8 +174,9 @@ def linear_matrix(node: ir.Node) -> Matrix:
     return find_matrix(transpose.inputs[0])
 
 
-def gate_of(experts: ir.Value) -> ir.Node:
+def gate_of(experts: ir.Value | None) -> ir.Node:
     """The gate that chose `experts`, whatever was done to their numbers since."""
+    assert experts is not None
     node = experts.producer()
     while node is not None and node.domain != DOMAIN and node.inputs[0] is not None:
         node = node.inputs[0].producer()

@@ -20,6 +20,7 @@ from ._canonical import (
     find_calls,
     find_linears,
     finish_model,
+    gate_of,
     linear_matrix,
     load_torch_graph,
     replace_each,
@@ -62,12 +63,13 @@ def lower(model: ir.Model, *, accuracy_level: int = ACCURACY_LEVEL, fused_expert
     lowering = _Lowering(model)
     rewriter = lowering.rewriter
     products = StockProducts(rewriter, accuracy_level, fused_experts)
+    calls = find_calls(model, "Experts")
+    chosen = [attributes_of(gate_of(call.inputs[1]))["top_k"] for call in calls]
     for kind, gate in list_gates().items():
         for call in find_calls(model, kind):
             rewriter.replace(call, list(gate.lower(rewriter, call.inputs, attributes_of(call))))
-    calls = find_calls(model, "Experts")
-    for layer, call in enumerate(calls):
-        _give_routes(lowering, call, layer)
+    for layer, (call, top_k) in enumerate(zip(calls, chosen, strict=True)):
+        _give_routes(lowering, call, layer, top_k)
     replace_each(rewriter, calls, products.lower_experts)
     replace_each(rewriter, [node for node in find_linears(model) if _is_coded(node)], products.lower_linear)
     _pick_rows(lowering)
@@ -83,13 +85,14 @@ def _is_coded(node: ir.Node) -> bool:
     return source.inputs[0].is_initializer() and bool(linear_matrix(node).bits)
 
 
-def _give_routes(lowering: _Lowering, call: ir.Node, layer: int) -> None:
+def _give_routes(lowering: _Lowering, call: ir.Node, layer: int, top_k: int) -> None:
     """The experts and weights of a call become outputs of the graph."""
     kinds = {"experts": ir.DataType.INT64, "weights": ir.DataType.FLOAT}
     for value, (name, dtype) in zip(call.inputs[1:3], kinds.items(), strict=True):
-        assert value is not None and value.shape is not None
+        assert value is not None
+        value.shape = ir.Shape(["S", top_k])
         route = lowering.rewriter.op("Identity", [value], name=f"{name}.{layer}")
-        route.dtype, route.shape = dtype, ir.Shape(["S", value.shape[-1]])
+        route.dtype, route.shape = dtype, value.shape
         lowering.graph.outputs.append(route)
     lowering.rewriter.insert_before(call)
 
