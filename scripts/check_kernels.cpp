@@ -8,7 +8,7 @@
 
 #include <initializer_list>
 
-#include "../runtime/kernels/kernels.h"
+#include "../runtime/kernels/attention.h"
 
 using namespace moedge;
 
@@ -94,6 +94,143 @@ uint64_t run_one(const Kernels* kernels, int64_t tokens, int64_t hidden, int64_t
   return both;
 }
 
+// --- attention -----------------------------------------------------------------------------------------------------
+
+// A cache [rows, width] of an element's type, its first `known` rows with values, the others not a number or 0.
+void* cache_of(Element element, int64_t groups, int64_t capacity, int64_t width, int64_t known) {
+  const int64_t count = groups * capacity * width;
+  float* values = floats(count, 2.0f);
+  for (int64_t i = 0; i < count; ++i)
+    if (i / width % capacity >= known) values[i] = NAN;
+  if (element == Element::kFloat) return values;
+  void* cache = nullptr;
+  if (element == Element::kHalf) {
+    cache = take<uint16_t>(count);
+    attention_kernels(find_kernels("portable"))->narrow(values, count, static_cast<uint16_t*>(cache));
+  } else {
+    int8_t* codes = take<int8_t>(count);
+    for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<int8_t>(next());
+    cache = codes;
+  }
+  free(values);
+  return cache;
+}
+
+struct Lanes {
+  Lane lane[3];
+  int64_t tokens = 0;
+
+  Lanes(Element element, int64_t groups, int64_t width, int64_t parts, bool latent, int64_t first) {
+    const int64_t lengths[3] = {130, 0, 70}, rows[3] = {first, 0, 2};
+    for (int i = 0; i < 3; ++i) {
+      const int64_t capacity = lengths[i] + rows[i];
+      void* keys = cache_of(element, groups, capacity, width, lengths[i]);
+      void* values = latent ? nullptr : cache_of(element, groups, capacity, width, lengths[i]);
+      lane[i] = {keys, values, parts ? floats(capacity * parts, 0.05f) : nullptr, capacity, lengths[i], tokens, rows[i]};
+      tokens += rows[i];
+    }
+  }
+  ~Lanes() {
+    for (Lane& each : lane) {
+      free(each.keys);
+      free(each.values);
+      free(each.scales);
+    }
+  }
+};
+
+template <typename A, typename Size, typename Run>
+uint64_t run_attention_op(const A& attention, Size size, Run run, const float* y, int64_t count) {
+  void* scratch = nullptr;
+  if (posix_memalign(&scratch, 64, size(attention))) abort();
+  run(attention, scratch, Parallel{serially, nullptr});
+  free(scratch);
+  for (int64_t i = 0; i < count; ++i)
+    if (isnan(y[i])) abort();  // something was read that nobody wrote
+  return digest(14695981039346656037u, y, count);
+}
+
+Attention core_of(const Kernels* kernels, Element element, const Lanes& lanes, int64_t heads, int64_t groups,
+                  int64_t width, int64_t value_width) {
+  Attention core{};
+  core.kernels = attention_kernels(kernels);
+  core.element = element;
+  core.tokens = lanes.tokens;
+  core.heads = heads;
+  core.groups = groups;
+  core.width = width;
+  core.value_width = value_width;
+  core.scale = 0.25f;
+  core.lanes = lanes.lane;
+  core.lane_count = 3;
+  return core;
+}
+
+uint64_t run_grouped_one(const Kernels* kernels, Element element, int64_t width, int64_t window, int64_t first) {
+  const int64_t heads = 6, groups = 2, room = (width + 7) / 8 * 8, pairs = width / 2;
+  const Lanes lanes(element, groups, room, 0, false, first);
+  GroupedAttention g{};
+  g.core = core_of(kernels, element, lanes, heads, groups, width, width);
+  g.core.room = room;
+  g.core.window = window;
+  const int64_t count = lanes.tokens * heads * width, fewer = lanes.tokens * groups * width;
+  float *q = floats(count, 2.0f), *k = floats(fewer, 2.0f), *v = floats(fewer, 2.0f), *y = take<float>(count);
+  float *cos = floats(lanes.tokens * pairs, 1.0f), *sin = floats(lanes.tokens * pairs, 1.0f);
+  float *sinks = floats(heads, 1.0f), *scales = floats(groups * room, 0.01f);
+  for (int64_t i = 0; i < groups * room; ++i) scales[i] = 0.02f + scales[i];
+  g.core.sinks = window ? sinks : nullptr;
+  g.core.out = y;
+  g.q = q;
+  g.k = k;
+  g.v = v;
+  g.rotation = {cos, sin, pairs, window == 0};
+  if (element == Element::kByte) g.key_scales = g.value_scales = scales;
+  const uint64_t found = run_attention_op(g, grouped_scratch, run_grouped, y, count);
+  for (float* block : {q, k, v, y, cos, sin, sinks, scales}) free(block);
+  return found;
+}
+
+uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, int64_t rope, int64_t first) {
+  const int64_t heads = 5, nope = 9, size = 70, width = rank + rope, parts = element == Element::kByte ? 2 : 0;
+  const Lanes lanes(element, 1, width, parts, true, first);
+  LatentAttention l{};
+  l.core = core_of(kernels, element, lanes, heads, 1, width, rank);
+  l.core.room = width;
+  l.core.parts = parts;
+  l.core.values_are_keys = true;
+  const int64_t tokens = lanes.tokens, count = tokens * heads * size;
+  float *q = floats(tokens * heads * (nope + rope), 2.0f), *latent = floats(tokens * rank, 2.0f);
+  float *k_rope = floats(tokens * rope, 2.0f), *y = take<float>(count);
+  float *cos = floats(tokens * rope / 2, 1.0f), *sin = floats(tokens * rope / 2, 1.0f);
+  float *k_up = floats(heads * nope * rank, 0.2f), *v_up = floats(heads * size * rank, 0.2f);
+  l.q = q;
+  l.latent = latent;
+  l.k_rope = k_rope;
+  l.rotation = {cos, sin, rope / 2, true};
+  l.k_up = k_up;
+  l.v_up = v_up;
+  l.nope = nope;
+  l.rope = rope;
+  l.rank = rank;
+  l.value_size = size;
+  l.y = y;
+  const uint64_t found = run_attention_op(l, latent_scratch, run_latent, y, count);
+  for (float* block : {q, latent, k_rope, y, cos, sin, k_up, v_up}) free(block);
+  return found;
+}
+
+uint64_t attention_digest(const Kernels* kernels) {
+  uint64_t all = 0;
+  for (Element element : {Element::kFloat, Element::kHalf, Element::kByte})
+    for (int64_t first : {1, 40, 150}) {
+      all = all * 31 + run_grouped_one(kernels, element, 32, 0, first);
+      all = all * 31 + run_grouped_one(kernels, element, 21, 50, first);
+      all = all * 31 + run_latent_one(kernels, element, 64, 16, first);
+      all = all * 31 + run_latent_one(kernels, element, 26, 6, first);
+    }
+  return all;
+}
+
 }  // namespace
 
 int main() {
@@ -111,6 +248,7 @@ int main() {
           all = all * 31 + run_one(kernels, tokens, 128, 640, 128, bits, full);
           all = all * 31 + run_one(kernels, tokens, 512, 256, 256, bits, full);
         }
+    all = all * 31 + attention_digest(kernels);
     printf("%s %016llx\n", name, static_cast<unsigned long long>(all));
   }
   return 0;

@@ -53,8 +53,9 @@ def main() -> int:
 
 def compile_program(folder: Path, compiler: list[str], sets: dict[str, str], extra: tuple[str, ...]) -> Path:
     folder.mkdir()
-    flags = {f"isa_{name}": own.split() for name, own in sets.items()}
-    flags |= {"mixture": [], "dispatch": [f"-DMOEDGE_HAS_{name.upper()}" for name in sets]}
+    flags = {file: own.split() for name, own in sets.items() for file in compiling.files_of(name)}
+    flags |= {name: [] for name in compiling.COMMON if not name.endswith("ops")}
+    flags["dispatch"] = [f"-DMOEDGE_HAS_{name.upper()}" for name in sets]
     sources = {compiling.FOLDER / f"{name}.cpp": own for name, own in flags.items()}
     sources[Path(__file__).with_suffix(".cpp")] = []
     objects = []

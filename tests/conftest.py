@@ -59,3 +59,17 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     moedge.export(tiny_checkpoint, folder, weights="int4", group_size=32)
     moedge.build(folder, "cpu")
     return folder
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled kernels: what the install made, or made now where it did not."""
+    from moedge.runtime import kernels
+    from moedge.runtime.kernels import compiling
+
+    installed = kernels.library()
+    if installed is not None:
+        return installed
+    if compiling.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    return compiling.compile_library(tmp_path_factory.mktemp("kernels"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,13 @@ def linear_model(matrix: Stack) -> bytes:
         "bias": None if matrix.bias is None else matrix.bias[0],
     }
     return make_model("Linear", {"x": TensorProto.FLOAT}, constants, bits=matrix.bits)
+
+
+def instruction_sets(library: Path) -> list[str]:
+    """Those of this machine, the best first."""
+    function = ctypes.CDLL(str(library)).moedge_kernels_available
+    function.restype = ctypes.c_char_p
+    return list(function().decode().split())
 
 
 def open_model(model: bytes | onnx.ModelProto, library: Path, threads: int = 1) -> ort.InferenceSession:

@@ -1,6 +1,6 @@
-"""Custom ops of our own for onnxruntime on the CPU, where they are compiled: quantized experts and linears.
+"""Custom ops of our own for onnxruntime on the CPU, where they are compiled: experts, linears, attention.
 
-They read the weights as they lie in weights.bin, so that loading maps the file and repacks nothing, and a token's
+Quantized weights are read as they lie in weights.bin, so that loading maps the file and repacks nothing, and a token's
 result does not depend, to the bit, on what else is computed with it. An engine of target `onnxruntime` has each graph
 twice, with these ops and with onnxruntime's own; which is loaded is decided here, on the machine that runs it.
 
@@ -23,6 +23,7 @@ DOMAIN = "moedge.cpu"
 VARIABLE = "MOEDGE_KERNELS"
 STOCK = "stock"
 COMPILE = "python -m moedge.runtime.kernels"
+IN_PLACE = "moedge.in_place"  # metadata of a graph whose KV caches are inputs that its ops change
 
 
 def library() -> Path | None:
@@ -82,7 +83,7 @@ def register(settings: Any, session: Mapping[str, Any], graph: str) -> str:
 
 
 def describe(session: Mapping[str, Any]) -> str | None:
-    """What computes experts and linears of an engine here: "moedge.cpu (avx512)", "onnxruntime"; None: another backend.
+    """What computes an engine's layers here: "moedge.cpu (avx512)", "onnxruntime"; None: another backend.
 
     Raises:
         EngineError: as `register`.

@@ -20,17 +20,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-COMMON = ("mixture", "ops")
+COMMON = ("mixture", "ops", "attention", "attention_rows", "attention_ops")
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno "
     # No fused multiply-add but where the code says so: results must not depend on the compiler.
     "-ffp-contract=off"
 ).split()
-# File -> the flags it is compiled with, by processor. What a compiler does not know is left out.
+# Instruction set -> the flags of its files (isa_NAME, attention_NAME), by processor. What a compiler does not know is
+# left out.
 X86 = {
     "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512vnni -mprefer-vector-width=512",
     "avxvnni": "-mavx2 -mfma -mavxvnni",
-    "avx2": "-mavx2 -mfma",
+    "avx2": "-mavx2 -mfma -mf16c",
     "portable": "",
 }
 ARM = {"neon": "-march=armv8.2-a+dotprod", "portable": ""}
@@ -66,6 +67,12 @@ def instruction_sets() -> dict[str, str]:
     return INSTRUCTION_SETS.get(platform.machine().lower(), {"portable": ""})
 
 
+def files_of(instruction_set: str) -> list[str]:
+    """The sources that are compiled for it, without their suffix."""
+    names = (f"isa_{instruction_set}", f"attention_{instruction_set}")
+    return [name for name in names if (FOLDER / f"{name}.cpp").is_file()]
+
+
 def compile_library(folder: Path, extra: tuple[str, ...] = ()) -> Path:
     """Compile into `folder`; `extra` are further flags for compiler and linker. Returns the library.
 
@@ -88,11 +95,13 @@ def compile_library(folder: Path, extra: tuple[str, ...] = ()) -> Path:
 
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             sets = {
-                name: pool.submit(compile_one, f"isa_{name}", flags.split()) for name, flags in processor.items()
+                name: [pool.submit(compile_one, file, flags.split()) for file in files_of(name)]
+                for name, flags in processor.items()
             }
             common = [pool.submit(compile_one, name, []) for name in COMMON]
-        known = [name for name, work in sets.items() if name == "portable" or work.exception() is None]
-        made = [sets[name].result() for name in known] + [work.result() for work in common]
+        failed = {name for name, work in sets.items() if any(each.exception() for each in work)} - {"portable"}
+        known = [name for name in sets if name not in failed]
+        made = [each.result() for work in [*(sets[name] for name in known), common] for each in work]
         made.append(compile_one("dispatch", [f"-DMOEDGE_HAS_{name.upper()}" for name in known]))
         library = objects / library_name()
         # The code uses nothing of the C++ library, which need not be where the engine runs.

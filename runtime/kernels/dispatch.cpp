@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "attention.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -17,9 +17,14 @@ namespace moedge {
 namespace {
 
 #if defined(__x86_64__)
+bool runs_avx2() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool halves = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);  // F16C, which not every compiler can ask for
+  return halves && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 bool runs_avxvnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  return runs_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 bool runs_avx512() {
   return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -37,11 +42,11 @@ const Find* available() {
 #ifdef MOEDGE_HAS_AVX512
   if (runs_avx512()) found[count++] = avx512_kernels;
 #endif
-#ifdef MOEDGE_HAS_AVXVNNI
+#if defined(MOEDGE_HAS_AVXVNNI) && defined(MOEDGE_HAS_AVX2)
   if (runs_avxvnni()) found[count++] = avxvnni_kernels;
 #endif
 #ifdef MOEDGE_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = avx2_kernels;
+  if (runs_avx2()) found[count++] = avx2_kernels;
 #endif
 #endif
 #ifdef MOEDGE_HAS_NEON
@@ -67,6 +72,31 @@ const Kernels* find_kernels(const char* name) {
 const Kernels* default_kernels() {
   const char* asked = getenv("MOEDGE_KERNELS");
   return asked && *asked ? find_kernels(asked) : available()[0]();
+}
+
+const AttentionKernels* attention_kernels(const Kernels* kernels) {
+  struct Pair {
+    Find products;
+    const AttentionKernels* (*attention)();
+  };
+  static constexpr Pair pairs[] = {
+#ifdef MOEDGE_HAS_AVX512
+      {avx512_kernels, avx512_attention},
+#endif
+#if defined(MOEDGE_HAS_AVXVNNI) && defined(MOEDGE_HAS_AVX2)
+      {avxvnni_kernels, avx2_attention},
+#endif
+#ifdef MOEDGE_HAS_AVX2
+      {avx2_kernels, avx2_attention},
+#endif
+#ifdef MOEDGE_HAS_NEON
+      {neon_kernels, neon_attention},
+#endif
+      {portable_kernels, portable_attention},
+  };
+  for (const Pair& pair : pairs)
+    if (pair.products() == kernels) return pair.attention();
+  return portable_attention();
 }
 
 }  // namespace moedge

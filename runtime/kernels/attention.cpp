@@ -1,0 +1,283 @@
+// How attention is shared among threads: rows of queries in tiles, keys in blocks.
+
+#include <string.h>
+
+#include "attention_share.h"
+
+namespace moedge {
+
+namespace {
+
+constexpr int64_t kStep = 24;          // rows that share one look at which keys they see
+constexpr int64_t kMostValues = 24576; // of a tile: its results stay in a second-level cache
+// From this many tiles on each goes through its keys by itself; below, threads share out the blocks of a tile.
+constexpr int64_t kManyTiles = 16;
+constexpr int64_t kUnits = 64;         // units of such a round: bounds the memory for what they give
+// Below this many multiplications a second thread costs more than it saves.
+constexpr int64_t kAlone = 1 << 16;
+
+// Rows of queries of one group of heads; a row is a token and a head, heads side by side.
+struct Tile {
+  const Lane* lane;
+  int64_t group, row, rows;
+
+  int64_t position(const Attention& a, int64_t r) const { return lane->past + (row + r) / a.heads_a_group(); }
+  int64_t first_block(const Attention& a) const {
+    return a.window ? most(0, position(a, 0) - a.window + 1) / kBlock : 0;
+  }
+  int64_t end_block(const Attention& a) const { return position(a, rows - 1) / kBlock + 1; }
+};
+
+int64_t tile_rows(const Attention& a) {
+  const int64_t rows = kMostValues / vectors_up(a.value_width) / kStep * kStep;
+  return rows < kStep ? kStep : least(rows, 4 * kStep);
+}
+
+int64_t lane_tiles(const Attention& a, const Lane& lane) {
+  return divide_up(lane.rows * a.heads_a_group(), tile_rows(a)) * a.groups;
+}
+
+Tile tile_at(const Attention& a, int64_t index) {
+  const Lane* lane = a.lanes;
+  for (; index >= lane_tiles(a, *lane); ++lane) index -= lane_tiles(a, *lane);
+  const int64_t row = index / a.groups * tile_rows(a);
+  return {lane, index % a.groups, row, least(tile_rows(a), lane->rows * a.heads_a_group() - row)};
+}
+
+// What there is to do: tiles, the most rows of one, blocks of keys, multiplications.
+struct Extent {
+  int64_t tiles = 0, rows = 0, blocks = 0, work = 0;
+};
+
+Extent extent_of(const Attention& a) {
+  Extent all;
+  for (int64_t i = 0; i < a.lane_count; ++i) {
+    const Lane& lane = a.lanes[i];
+    const int64_t rows = lane.rows * a.heads_a_group();
+    if (rows == 0) continue;
+    all.tiles += lane_tiles(a, lane);
+    all.rows = most(all.rows, least(rows, tile_rows(a)));
+    const int64_t end = lane.past + lane.rows;
+    const int64_t begin = a.window ? most(0, lane.past - a.window + 1) : 0;
+    all.blocks = most(all.blocks, divide_up(end, kBlock) - begin / kBlock);
+    all.work += lane.rows * a.heads * (end - begin) * (a.width + a.value_width);
+  }
+  return all;
+}
+
+Part take_part(const Attention& a, int64_t rows, Memory* memory) {
+  const int64_t columns = vectors_up(a.value_width);
+  float* largest = memory->take<float>(rows);
+  float* sums = memory->take<float>(rows);
+  return {largest, sums, memory->take<float>(rows * columns), columns};
+}
+
+// Keys and values as rows of fp32 that can be read by whole vectors, as they lie where they are that already.
+bool keys_as_they_lie(const Attention& a) { return a.element == Element::kFloat && a.width % kVector == 0; }
+bool values_as_they_lie(const Attention& a) {
+  return a.values_are_keys ? keys_as_they_lie(a) : a.element == Element::kFloat && a.value_width % kVector == 0;
+}
+
+// One worker's memory.
+struct Work {
+  float* panel;   // [width, kBlock], in halves of kPanelKeys
+  float* keys;    // [kBlock, vectors_up(width)], null where they are read as they lie
+  float* values;  // [kBlock, vectors_up(value_width)], likewise
+  float* scores;  // [rows, kBlock]
+  Part part, state;
+};
+
+Work take_work(const Attention& a, int64_t rows, Memory* memory) {
+  Work work{};
+  work.panel = memory->take<float>(a.width * kBlock);
+  if (!keys_as_they_lie(a)) work.keys = memory->take<float>(vectors_up(a.width) * kBlock);
+  if (!values_as_they_lie(a) && !a.values_are_keys)
+    work.values = memory->take<float>(vectors_up(a.value_width) * kBlock);
+  work.scores = memory->take<float>(rows * kBlock);
+  work.part = take_part(a, rows, memory);
+  work.state = take_part(a, rows, memory);
+  return work;
+}
+
+struct Rows {
+  const float* from;
+  int64_t stride;
+};
+
+size_t element_size(Element element) { return element == Element::kFloat ? 4 : element == Element::kHalf ? 2 : 1; }
+
+// Rows `start` to `start + count` of a cache [groups, capacity, room], the first `width` words of each.
+Rows read_rows(const Attention& a, const Lane& lane, const void* cache, int64_t group, int64_t start, int64_t count,
+               int64_t width, float* room) {
+  const int64_t at = (group * lane.capacity + start) * a.room;
+  if (!room) return {static_cast<const float*>(cache) + at, a.room};
+  const int64_t stride = vectors_up(width);
+  const char* from = static_cast<const char*>(cache) + static_cast<size_t>(at) * element_size(a.element);
+  for (int64_t j = 0; j < count; ++j, from += static_cast<size_t>(a.room) * element_size(a.element)) {
+    float* row = room + j * stride;
+    if (a.element == Element::kFloat)
+      memcpy(row, from, static_cast<size_t>(width) * sizeof(float));
+    else
+      a.kernels->widen(a.element, from, width, row);
+    for (int64_t i = width; i < stride; ++i) row[i] = 0.0f;
+    if (!a.parts) continue;
+    const float* scales = lane.scales + (start + j) * a.parts;
+    const int64_t block = width / a.parts;
+    for (int64_t p = 0; p < a.parts; ++p)
+      for (int64_t i = p * block; i < (p + 1) * block; ++i) row[i] *= scales[p];
+  }
+  return {room, stride};
+}
+
+// `n` rows of a tile from `r` on, over the `count` keys of a block that starts at `start`.
+void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int64_t start, int64_t count,
+                 const Rows& values, const Work& work, const Part& part) {
+  const int64_t end = least(count, tile.position(a, r + n - 1) + 1 - start);
+  const int64_t begin = a.window ? most(0, tile.position(a, r) - a.window + 1 - start) : 0;
+  memset(part.sums, 0, static_cast<size_t>(n) * sizeof(float));
+  if (begin >= end) return;
+  const int64_t first = begin / kPanelKeys * kPanelKeys, columns = vectors_up(end - first);
+  const int64_t row = (tile.group * a.tokens + tile.lane->first) * a.heads_a_group() + tile.row + r;
+  float* scores = work.scores + r * kBlock;
+  for (int64_t at = first; at < end; at += kPanelKeys)
+    a.kernels->multiply(a.queries + row * a.width, a.width, n, work.panel + at * a.width, kPanelKeys, a.width,
+                        least(kPanelKeys, vectors_up(end - at)), scores + at, kBlock);
+  scores += first;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t position = tile.position(a, r + i);
+    const int64_t from = a.window ? most(first, position - a.window + 1 - start) : first;
+    const int64_t to = least(end, position + 1 - start);
+    if (from < to)
+      a.kernels->soften(scores + i * kBlock, columns, from - first, to - first, a.scale, part.largest + i,
+                        part.sums + i);
+    else
+      memset(scores + i * kBlock, 0, static_cast<size_t>(columns) * sizeof(float));
+  }
+  a.kernels->multiply(scores, kBlock, n, values.from + first * values.stride, values.stride, end - first, part.columns,
+                      part.values, part.columns);
+}
+
+// What one block of keys gives to a tile's rows.
+void attend_block(const Attention& a, const Tile& tile, int64_t block, const Work& work, const Part& part) {
+  const Lane& lane = *tile.lane;
+  const int64_t start = block * kBlock, count = least(kBlock, tile.position(a, tile.rows - 1) + 1 - start);
+  const Rows keys = read_rows(a, lane, lane.keys, tile.group, start, count, a.width, work.keys);
+  for (int64_t at = 0; at < count; at += kPanelKeys)
+    a.kernels->transpose(keys.from + at * keys.stride, keys.stride, least(kPanelKeys, count - at), a.width,
+                         work.panel + at * a.width);
+  const Rows values = a.values_are_keys ? keys
+                                        : read_rows(a, lane, lane.values, tile.group, start, count, a.value_width,
+                                                    work.values);
+  for (int64_t r = 0; r < tile.rows; r += kStep)
+    attend_rows(a, tile, r, least(kStep, tile.rows - r), start, count, values, work, part.from(r));
+}
+
+// A tile's rows, all keys seen, to where the results go.
+void finish_tile(const Attention& a, const Tile& tile, const Part& state, const Part& sinks) {
+  const int64_t heads = a.heads_a_group();
+  if (a.sinks) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      sinks.largest[r] = a.sinks[tile.group * heads + (tile.row + r) % heads];
+      sinks.sums[r] = 1.0f;
+    }
+    a.kernels->merge(state, {sinks.largest, sinks.sums, nullptr, 0}, tile.rows);
+  }
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t token = tile.lane->first + (tile.row + r) / heads;
+    const int64_t head = tile.group * heads + (tile.row + r) % heads;
+    float* out = a.out + (token * a.heads + head) * a.value_width;
+    const float* values = state.values + r * state.columns;
+    const float share = 1.0f / state.sums[r];
+    for (int64_t i = 0; i < a.value_width; ++i) out[i] = values[i] * share;
+  }
+}
+
+void run_tile(const Attention& a, const Tile& tile, const Work& work) {
+  memset(work.state.sums, 0, static_cast<size_t>(tile.rows) * sizeof(float));
+  for (int64_t block = tile.first_block(a); block < tile.end_block(a); ++block) {
+    attend_block(a, tile, block, work, work.part);
+    a.kernels->merge(work.state, work.part, tile.rows);
+  }
+  finish_tile(a, tile, work.state, work.part);
+}
+
+// How a run is shared out.
+struct Plan {
+  Extent extent;
+  bool split;         // blocks of a tile are shared out
+  int64_t round;      // blocks of a tile in one round
+  int64_t workers;
+};
+
+Plan make_plan(const Attention& a) {
+  Plan plan{extent_of(a), false, 1, 1};
+  const Extent& all = plan.extent;
+  plan.split = all.tiles < kManyTiles && all.blocks > 1;
+  if (plan.split && all.tiles > 0) plan.round = least(all.blocks, divide_up(kUnits, all.tiles));
+  if (all.work > kAlone) plan.workers = count_workers(all.tiles * plan.round);
+  return plan;
+}
+
+struct Scratch {
+  Work* works;   // [workers]
+  Part* parts;   // [tiles, round], of a split
+  Part* states;  // [tiles]
+};
+
+Scratch take_scratch(const Attention& a, const Plan& plan, Memory* memory) {
+  Scratch scratch{memory->take<Work>(plan.workers), nullptr, nullptr};
+  for (int64_t i = 0; i < plan.workers; ++i) {
+    const Work work = take_work(a, plan.extent.rows, memory);
+    if (memory->base) scratch.works[i] = work;
+  }
+  if (!plan.split) return scratch;
+  const int64_t tiles = plan.extent.tiles;
+  scratch.parts = memory->take<Part>(tiles * plan.round);
+  scratch.states = memory->take<Part>(tiles);
+  for (int64_t i = 0; i < tiles * plan.round + tiles; ++i) {
+    const Part part = take_part(a, plan.extent.rows, memory);
+    if (memory->base) (i < tiles ? scratch.states[i] : scratch.parts[i - tiles]) = part;
+  }
+  return scratch;
+}
+
+// Rounds of some blocks of every tile, each block by itself; then each tile's are merged in order.
+void run_split(const Attention& a, const Plan& plan, const Scratch& s, const Parallel& parallel) {
+  const int64_t tiles = plan.extent.tiles, round = plan.round;
+  for (int64_t i = 0; i < tiles; ++i)
+    memset(s.states[i].sums, 0, static_cast<size_t>(plan.extent.rows) * sizeof(float));
+  for (int64_t at = 0; at < plan.extent.blocks; at += round) {
+    share(parallel, tiles * round, plan.workers, [&](int64_t unit, int64_t worker) {
+      const Tile tile = tile_at(a, unit % tiles);
+      const int64_t block = tile.first_block(a) + at + unit / tiles;
+      if (block < tile.end_block(a)) attend_block(a, tile, block, s.works[worker], s.parts[unit]);
+    });
+    share(parallel, tiles, plan.workers, [&](int64_t unit, int64_t worker) {
+      const Tile tile = tile_at(a, unit);
+      const int64_t first = tile.first_block(a) + at, end = tile.end_block(a);
+      for (int64_t i = 0; i < round && first + i < end; ++i)
+        a.kernels->merge(s.states[unit], s.parts[i * tiles + unit], tile.rows);
+      if (first + round >= end && first < end) finish_tile(a, tile, s.states[unit], s.works[worker].part);
+    });
+  }
+}
+
+}  // namespace
+
+size_t attention_scratch(const Attention& attention) {
+  Memory memory{nullptr};
+  take_scratch(attention, make_plan(attention), &memory);
+  return memory.used;
+}
+
+void run_attention(const Attention& a, void* scratch, const Parallel& parallel) {
+  const Plan plan = make_plan(a);
+  if (plan.extent.tiles == 0) return;
+  Memory memory{static_cast<char*>(scratch)};
+  const Scratch s = take_scratch(a, plan, &memory);
+  if (plan.split) return run_split(a, plan, s, parallel);
+  share(parallel, plan.extent.tiles, plan.workers,
+        [&](int64_t unit, int64_t worker) { run_tile(a, tile_at(a, unit), s.works[worker]); });
+}
+
+}  // namespace moedge

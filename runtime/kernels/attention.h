@@ -1,0 +1,133 @@
+// Attention over a KV cache: what each instruction set implements, and who uses it.
+//
+// The keys of a sequence are taken in blocks of kBlock, by their place in the cache. In a block a score is a chain of
+// fused multiply-adds over the key's words; its share is e^(scale * score - the row's largest in this block); shares are
+// added in kVector sums (by place modulo kVector), which a tree adds; an output is a chain of fused multiply-adds over
+// the keys. Blocks are merged in order. That is the whole of the arithmetic: it names no vector width, no number of
+// rows and no thread, so a row has the same bits alone and among others, on every path.
+
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace moedge {
+
+constexpr int64_t kVector = 16;  // floats: the columns of a product are a multiple of it
+constexpr int64_t kPanelKeys = 64;
+constexpr int64_t kBlock = 2 * kPanelKeys;
+
+enum class Element { kFloat, kHalf, kByte };  // of a cache: fp32, fp16, int8
+
+// What some keys give to some rows: the largest score, the sum of the shares, and the values by their shares.
+struct Part {
+  float* largest;  // [rows]
+  float* sums;     // [rows]
+  float* values;   // [rows, columns]; null: nothing but zeros
+  int64_t columns;
+
+  Part from(int64_t row) const {
+    return {largest + row, sums + row, values ? values + row * columns : nullptr, columns};
+  }
+};
+
+struct AttentionKernels {
+  // fp16 or int8 -> fp32, exact.
+  void (*widen)(Element element, const void* from, int64_t count, float* to);
+  // fp32 -> fp16, to the nearest, ties to even.
+  void (*narrow)(const float* from, int64_t count, uint16_t* to);
+  // Rows [rows, width], `stride` floats apart, rows <= kPanelKeys -> panel [width, kPanelKeys]. Rows are read up to a
+  // multiple of kVector words; columns beyond the last row hold what nobody takes.
+  void (*transpose)(const float* from, int64_t stride, int64_t rows, int64_t width, float* panel);
+  // c [rows, columns] = a [rows, depth] b [depth, columns], each a chain from 0 in the order of depth.
+  void (*multiply)(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
+                   int64_t columns, float* c, int64_t c_stride);
+  // Scores [count] -> shares, 0 outside of [from, to), with the largest of scale * score and the sum of the shares.
+  // `count` is a multiple of kVector.
+  void (*soften)(float* scores, int64_t count, int64_t from, int64_t to, float scale, float* largest, float* sum);
+  // Rows of `part` joined to those of `into`. A row whose sum is 0 holds nothing.
+  void (*merge)(const Part& into, const Part& part, int64_t rows);
+};
+
+const AttentionKernels* attention_kernels(const Kernels* kernels);  // of the same instruction set
+
+const AttentionKernels* portable_attention();
+const AttentionKernels* avx2_attention();
+const AttentionKernels* avx512_attention();
+const AttentionKernels* neon_attention();
+
+// A sequence: its caches, and its rows of the run, which follow what is in the caches.
+struct Lane {
+  void* keys;        // [groups, capacity, room]
+  void* values;      // likewise; of a latent the keys
+  float* scales;     // of a latent in int8 [capacity, parts]
+  int64_t capacity;
+  int64_t past;      // rows in the caches before the run
+  int64_t first, rows;  // of the run
+};
+
+// What grouped and latent attention share, once queries are rotated and the run's own rows lie in the caches.
+struct Attention {
+  const AttentionKernels* kernels;
+  Element element;
+  int64_t tokens, heads, groups;
+  int64_t width, value_width;  // of a key and a value
+  int64_t room;                // of a cache's row
+  int64_t parts;               // scales of a cache's row: of a latent in int8; 0: none
+  bool values_are_keys;        // a latent's values are the first words of its keys
+  int64_t window;              // tokens that a row sees, itself included; 0: all
+  float scale;
+  const float* sinks;          // [heads] or null
+  const Lane* lanes;
+  int64_t lane_count;
+  const float* queries;        // [groups, tokens, heads / groups, width]
+  float* out;                  // [tokens, heads, value_width]
+
+  int64_t heads_a_group() const { return heads / groups; }
+};
+
+size_t attention_scratch(const Attention& attention);
+void run_attention(const Attention& attention, void* scratch, const Parallel& parallel);
+
+// Rotation of the first 2 * pairs words of a head by cos and sin [tokens, pairs].
+struct Rotation {
+  const float* cos;
+  const float* sin;
+  int64_t pairs;
+  bool interleaved;
+};
+
+// q [tokens, heads * width], k and v [tokens, groups * width].
+struct GroupedAttention {
+  Attention core;  // queries and scratch are set by the run
+  const float* q;
+  const float* k;
+  const float* v;
+  Rotation rotation;
+  const float* key_scales;    // of int8: [groups, room]
+  const float* value_scales;  // likewise
+};
+
+size_t grouped_scratch(const GroupedAttention& attention);
+void run_grouped(const GroupedAttention& attention, void* scratch, const Parallel& parallel);
+
+// q [tokens, heads * (nope + rope)], latent [tokens, rank], k_rope [tokens, rope], k_up [heads, nope, rank], v_up
+// [heads, value_size, rank] -> y [tokens, heads * value_size].
+struct LatentAttention {
+  Attention core;
+  const float* q;
+  const float* latent;
+  const float* k_rope;
+  Rotation rotation;
+  const float* k_up;
+  const float* v_up;
+  int64_t nope, rope, rank, value_size;
+  float* y;
+};
+
+size_t latent_scratch(const LatentAttention& attention);
+void run_latent(const LatentAttention& attention, void* scratch, const Parallel& parallel);
+
+}  // namespace moedge

@@ -1,0 +1,229 @@
+// The kernels of attention, written once over an instruction set S. Each attention_*.cpp includes this with its own
+// compiler flags.
+//
+// S gives  lanes            floats of a vector
+//          rows, vectors    of a tile of a product: its sums stay in registers
+//          few, wide        rows up to which a tile is `wide` vectors, so that a matrix streams by once
+//          Float            a vector of floats
+//          larger, smaller  a if it is larger (smaller) than b, else b: of a NaN in b, b
+//          power            2^n for what adding kRound made of n
+//          load_half, load_bytes, store_half, transpose (a square of vectors, in place)
+
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "attention.h"
+
+namespace {
+
+using moedge::Element;
+using moedge::kPanelKeys;
+using moedge::kVector;
+using moedge::Part;
+
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a rounded integer in the low bits
+constexpr int32_t kRoundBits = 0x4b400000;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// --- products ----------------------------------------------------------------------------------------------------
+
+template <class S, int M, int N>
+__attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                                             int64_t depth, float* c, int64_t c_stride) {
+  typename S::Float sum[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) sum[m][n] = S::floats(0.0f);
+  for (int64_t k = 0; k < depth; ++k) {
+    typename S::Float column[N];
+    for (int n = 0; n < N; ++n) column[n] = S::load(b + k * b_stride + n * S::lanes);
+    for (int m = 0; m < M; ++m) {
+      const typename S::Float one = S::floats(a[m * a_stride + k]);
+      for (int n = 0; n < N; ++n) sum[m][n] = S::fused(one, column[n], sum[m][n]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) S::store(c + m * c_stride + n * S::lanes, sum[m][n]);
+}
+
+// `rows` of 1 to M.
+template <class S, int M, int N>
+void multiply_rows(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
+                   float* c, int64_t c_stride) {
+  if constexpr (M > 1)
+    if (rows < M) return multiply_rows<S, M - 1, N>(a, a_stride, rows, b, b_stride, depth, c, c_stride);
+  multiply_tile<S, M, N>(a, a_stride, b, b_stride, depth, c, c_stride);
+}
+
+// Columns in tiles of N vectors, what is left in narrower ones; rows in tiles of at most M, alike in size.
+template <class S, int M, int N>
+void multiply_columns(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
+                      int64_t columns, float* c, int64_t c_stride) {
+  constexpr int64_t wide = N * S::lanes;
+  const int64_t tiles = (rows + M - 1) / M, some = (rows + tiles - 1) / tiles;
+  int64_t at = 0;
+  for (; at + wide <= columns; at += wide)
+    for (int64_t r = 0; r < rows; r += some)
+      multiply_rows<S, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b + at, b_stride, depth,
+                             c + r * c_stride + at, c_stride);
+  if constexpr (wide > kVector)
+    if (at < columns)
+      multiply_columns<S, M, N / 2>(a, a_stride, rows, b + at, b_stride, depth, columns - at, c + at, c_stride);
+}
+
+template <class S>
+void multiply_floats(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
+                     int64_t columns, float* c, int64_t c_stride) {
+  if (rows == 1)
+    multiply_columns<S, 1, 2 * S::wide>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
+  else if (rows <= S::few)
+    multiply_columns<S, S::few, S::wide>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
+  else if (rows > 0)
+    multiply_columns<S, S::rows, S::vectors>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
+}
+
+// --- blocks of a cache ---------------------------------------------------------------------------------------------
+
+template <class S>
+void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t width, float* panel) {
+  constexpr int64_t lanes = S::lanes;
+  for (int64_t r = 0; r < rows; r += lanes) {
+    const float* sources[lanes];
+    for (int64_t i = 0; i < lanes; ++i) sources[i] = from + least(r + i, rows - 1) * stride;
+    for (int64_t w = 0; w < width; w += lanes) {
+      typename S::Float square[lanes];
+      for (int64_t i = 0; i < lanes; ++i) square[i] = S::load(sources[i] + w);
+      for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[i] + lanes * stride + w);  // the next rows
+      S::transpose(square);
+      for (int64_t i = 0; i < least(lanes, width - w); ++i) S::store(panel + (w + i) * kPanelKeys + r, square[i]);
+    }
+  }
+}
+
+template <class S>
+void widen(Element element, const void* from, int64_t count, float* to) {
+  constexpr int64_t lanes = S::lanes;
+  const uint16_t* halves = static_cast<const uint16_t*>(from);
+  const int8_t* bytes = static_cast<const int8_t*>(from);
+  const bool half = element == Element::kHalf;
+  int64_t at = 0;
+  for (; at + lanes <= count; at += lanes) S::store(to + at, half ? S::load_half(halves + at) : S::load_bytes(bytes + at));
+  if (at == count) return;
+  uint16_t last_halves[lanes] = {};
+  int8_t last_bytes[lanes] = {};
+  float last[lanes];
+  const size_t left = static_cast<size_t>(count - at);
+  if (half)
+    memcpy(last_halves, halves + at, left * 2);
+  else
+    memcpy(last_bytes, bytes + at, left);
+  S::store(last, half ? S::load_half(last_halves) : S::load_bytes(last_bytes));
+  memcpy(to + at, last, left * sizeof(float));
+}
+
+template <class S>
+void narrow(const float* from, int64_t count, uint16_t* to) {
+  constexpr int64_t lanes = S::lanes;
+  int64_t at = 0;
+  for (; at + lanes <= count; at += lanes) S::store_half(to + at, S::load(from + at));
+  if (at == count) return;
+  float last[lanes] = {};
+  uint16_t last_halves[lanes];
+  memcpy(last, from + at, static_cast<size_t>(count - at) * sizeof(float));
+  S::store_half(last_halves, S::load(last));
+  memcpy(to + at, last_halves, static_cast<size_t>(count - at) * 2);
+}
+
+// --- softmax -------------------------------------------------------------------------------------------------------
+
+// e^x by a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]; relative error below 2e-7, the same on every machine.
+template <class S>
+inline typename S::Float exponential(typename S::Float x) {
+  using Float = typename S::Float;
+  x = S::smaller(S::floats(88.0f), S::larger(S::floats(-87.0f), x));
+  const Float shifted = S::fused(x, S::floats(1.44269504f), S::floats(kRound));
+  const Float times = S::subtract(shifted, S::floats(kRound));
+  Float r = S::fused(times, S::floats(-0.693359375f), x);
+  r = S::fused(times, S::floats(2.12194440e-4f), r);
+  Float p = S::floats(1.9875691500e-4f);
+  p = S::fused(p, r, S::floats(1.3981999507e-3f));
+  p = S::fused(p, r, S::floats(8.3334519073e-3f));
+  p = S::fused(p, r, S::floats(4.1665795894e-2f));
+  p = S::fused(p, r, S::floats(1.6666665459e-1f));
+  p = S::fused(p, r, S::floats(5.0000001201e-1f));
+  p = S::add(S::fused(p, S::multiply(r, r), r), S::floats(1.0f));
+  return S::multiply(p, S::power(shifted));
+}
+
+template <class S>
+void soften(float* scores, int64_t count, int64_t from, int64_t to, float scale, float* largest, float* sum) {
+  constexpr int64_t lanes = S::lanes, vectors = kVector / lanes;
+  using Float = typename S::Float;
+  for (int64_t i = 0; i < from; ++i) scores[i] = -INFINITY;
+  for (int64_t i = to; i < count; ++i) scores[i] = -INFINITY;
+  const Float factor = S::floats(scale);
+  float parts[kVector];
+  Float most[vectors];
+  for (int64_t v = 0; v < vectors; ++v) most[v] = S::floats(-INFINITY);
+  for (int64_t i = 0; i < count; i += kVector)
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Float score = S::multiply(S::load(scores + i + v * lanes), factor);
+      S::store(scores + i + v * lanes, score);
+      most[v] = S::larger(most[v], score);
+    }
+  for (int64_t v = 0; v < vectors; ++v) S::store(parts + v * lanes, most[v]);
+  for (int64_t half = kVector / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) parts[i] = parts[i] > parts[i + half] ? parts[i] : parts[i + half];
+  *largest = parts[0];
+  const Float top = S::floats(parts[0]);
+  for (int64_t i = 0; i < count; i += lanes)
+    S::store(scores + i, exponential<S>(S::subtract(S::load(scores + i), top)));
+  for (int64_t i = 0; i < from; ++i) scores[i] = 0.0f;
+  for (int64_t i = to; i < count; ++i) scores[i] = 0.0f;
+  Float sums[vectors];
+  for (int64_t v = 0; v < vectors; ++v) sums[v] = S::floats(0.0f);
+  for (int64_t i = 0; i < count; i += kVector)
+    for (int64_t v = 0; v < vectors; ++v) sums[v] = S::add(sums[v], S::load(scores + i + v * lanes));
+  for (int64_t v = 0; v < vectors; ++v) S::store(parts + v * lanes, sums[v]);
+  for (int64_t half = kVector / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
+  *sum = parts[0];
+}
+
+// One of the two shares of a row is e^0, which is 1 exactly.
+template <class S>
+void merge(const Part& into, const Part& part, int64_t rows) {
+  using Float = typename S::Float;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (part.sums[r] == 0.0f) continue;
+    float* values = into.values + r * into.columns;
+    const float* more = part.values ? part.values + r * part.columns : nullptr;
+    if (into.sums[r] == 0.0f) {
+      into.largest[r] = part.largest[r];
+      into.sums[r] = part.sums[r];
+      for (int64_t i = 0; i < into.columns; ++i) values[i] = more ? more[i] : 0.0f;
+      continue;
+    }
+    const float before = into.largest[r], largest = part.largest[r];
+    into.largest[r] = before > largest ? before : largest;
+    const Float keep = exponential<S>(S::floats(before - into.largest[r]));
+    const Float add = exponential<S>(S::floats(largest - into.largest[r]));
+    float sums[S::lanes];
+    S::store(sums, S::fused(add, S::floats(part.sums[r]), S::multiply(keep, S::floats(into.sums[r]))));
+    into.sums[r] = sums[0];
+    for (int64_t i = 0; i < into.columns; i += S::lanes) {
+      const Float kept = S::multiply(keep, S::load(values + i));
+      S::store(values + i, more ? S::fused(add, S::load(more + i), kept) : kept);
+    }
+  }
+}
+
+template <class S>
+constexpr moedge::AttentionKernels make_attention() {
+  static_assert(kVector % S::lanes == 0 && S::vectors * S::lanes >= kVector, "columns are multiples of kVector");
+  return {widen<S>, narrow<S>, transpose_rows<S>, multiply_floats<S>, soften<S>, merge<S>};
+}
+
+}  // namespace

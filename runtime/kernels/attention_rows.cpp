@@ -1,0 +1,284 @@
+// What comes before attention over a cache, and after: rotation, the run's own rows written to the caches, and for a
+// latent the products that take queries to its space and results out of it (arXiv:2405.04434, section 2.1.2).
+
+#include <math.h>
+#include <string.h>
+
+#include "attention_share.h"
+
+namespace moedge {
+
+namespace {
+
+constexpr int64_t kSome = 16 << 10;     // elements of rows for which a second thread is worth while
+constexpr int64_t kAlone = 1 << 16;     // multiplications, likewise
+constexpr int64_t kRowsATime = 96;      // tokens that share one pass over a head's matrix
+constexpr float kRound = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer
+constexpr float kLeastScale = 1e-30f;   // a scale of 0 would divide by it
+constexpr float kLargestFloat = 3.4028234e38f;
+
+// Runs body(first, end) over parts of the tokens.
+template <typename Body>
+void share_tokens(const Parallel& parallel, int64_t tokens, int64_t width, const Body& body) {
+  const int64_t some = divide_up(kSome, width);
+  parallel(divide_up(tokens, some), [&](int64_t part) { body(part * some, least(tokens, (part + 1) * some)); });
+}
+
+const Lane* lane_of(const Attention& a, int64_t token) {
+  for (int64_t i = 0; i < a.lane_count; ++i)
+    if (token >= a.lanes[i].first && token < a.lanes[i].first + a.lanes[i].rows) return a.lanes + i;
+  return nullptr;  // a row of no sequence
+}
+
+// One head [width] of a token, its first 2 * pairs words rotated.
+void rotate(const Rotation& rotation, int64_t token, const float* from, int64_t width, float* to) {
+  const float* cos = rotation.cos + token * rotation.pairs;
+  const float* sin = rotation.sin + token * rotation.pairs;
+  const int64_t pairs = rotation.pairs;
+  if (rotation.interleaved) {
+    for (int64_t i = 0; i < pairs; ++i) {
+      const float x = from[2 * i], y = from[2 * i + 1];
+      to[2 * i] = x * cos[i] - y * sin[i];
+      to[2 * i + 1] = x * sin[i] + y * cos[i];
+    }
+  } else {
+    for (int64_t i = 0; i < pairs; ++i) to[i] = from[i] * cos[i] - from[pairs + i] * sin[i];
+    for (int64_t i = 0; i < pairs; ++i) to[pairs + i] = from[i] * sin[i] + from[pairs + i] * cos[i];
+  }
+  memcpy(to + 2 * pairs, from + 2 * pairs, static_cast<size_t>(width - 2 * pairs) * sizeof(float));
+}
+
+int8_t to_byte(float value) {
+  value = value < -128.0f ? -128.0f : value;
+  value = value > 127.0f ? 127.0f : value;
+  if (!(value >= -128.0f)) return 0;  // no number
+  return static_cast<int8_t>(static_cast<int32_t>((value + kRound) - kRound));
+}
+
+// A row [width] into a cache's row [room], zeros behind it; `scales` [width] are those of int8.
+void store_row(const Attention& a, const float* row, int64_t width, const float* scales, void* cache, int64_t place) {
+  const size_t behind = static_cast<size_t>(a.room - width);
+  if (a.element == Element::kFloat) {
+    float* to = static_cast<float*>(cache) + place * a.room;
+    memcpy(to, row, static_cast<size_t>(width) * sizeof(float));
+    memset(to + width, 0, behind * sizeof(float));
+  } else if (a.element == Element::kHalf) {
+    uint16_t* to = static_cast<uint16_t*>(cache) + place * a.room;
+    a.kernels->narrow(row, width, to);
+    memset(to + width, 0, behind * sizeof(uint16_t));
+  } else {
+    int8_t* to = static_cast<int8_t*>(cache) + place * a.room;
+    for (int64_t i = 0; i < width; ++i) to[i] = to_byte(row[i] / scales[i]);
+    memset(to + width, 0, behind);
+  }
+}
+
+// --- grouped -------------------------------------------------------------------------------------------------------
+
+struct GroupedScratch {
+  float* queries;
+  float* heads;  // [tokens, width]: a rotated head of keys
+};
+
+GroupedScratch take_grouped(const GroupedAttention& g, Memory* memory) {
+  float* queries = memory->take<float>(g.core.tokens * g.core.heads * g.core.width);
+  return {queries, memory->take<float>(g.core.tokens * g.core.width)};
+}
+
+void prepare_token(const GroupedAttention& g, const GroupedScratch& s, int64_t token) {
+  const Attention& a = g.core;
+  const Lane* lane = lane_of(a, token);
+  if (!lane) {
+    memset(a.out + token * a.heads * a.value_width, 0, static_cast<size_t>(a.heads * a.value_width) * sizeof(float));
+    return;
+  }
+  const int64_t width = a.width, heads = a.heads_a_group(), place = lane->past + token - lane->first;
+  for (int64_t group = 0; group < a.groups; ++group) {
+    const float* key_scales = g.key_scales ? g.key_scales + group * a.room : nullptr;
+    const float* value_scales = g.value_scales ? g.value_scales + group * a.room : nullptr;
+    for (int64_t h = 0; h < heads; ++h) {
+      float* query = s.queries + ((group * a.tokens + token) * heads + h) * width;
+      rotate(g.rotation, token, g.q + (token * a.heads + group * heads + h) * width, width, query);
+      for (int64_t i = 0; key_scales && i < width; ++i) query[i] *= key_scales[i];
+    }
+    const int64_t row = token * a.groups + group;
+    float* key = s.heads + token * width;
+    rotate(g.rotation, token, g.k + row * width, width, key);
+    store_row(a, key, width, key_scales, lane->keys, group * lane->capacity + place);
+    store_row(a, g.v + row * width, width, value_scales, lane->values, group * lane->capacity + place);
+  }
+}
+
+// --- latent --------------------------------------------------------------------------------------------------------
+
+// One worker's memory.
+struct HeadWork {
+  float* matrix;  // rows of a head's matrix, padded to whole vectors where they are not
+  float* panel;   // [rank, kPanelKeys]
+  float* some;    // [kRowsATime, ...]: a product's result
+};
+
+struct LatentScratch {
+  float* queries;  // [tokens, heads, rank + rope]
+  float* mixed;    // [tokens, heads, rank]
+  float* rows;     // [tokens, rank + rope]: what goes into the cache
+  HeadWork* works;
+  int64_t workers;
+};
+
+int64_t head_units(const LatentAttention& l) { return l.core.heads * divide_up(l.core.tokens, kRowsATime); }
+
+LatentScratch take_latent(const LatentAttention& l, Memory* memory) {
+  const Attention& a = l.core;
+  const int64_t rank = vectors_up(l.rank);
+  LatentScratch s{};
+  s.queries = memory->take<float>(a.tokens * a.heads * a.width);
+  s.mixed = memory->take<float>(a.tokens * a.heads * l.rank);
+  s.rows = memory->take<float>(a.tokens * a.width);
+  const bool small = a.tokens * a.heads * l.rank * (l.nope + l.value_size) < kAlone;
+  s.workers = small ? 1 : count_workers(head_units(l));
+  s.works = memory->take<HeadWork>(s.workers);
+  for (int64_t i = 0; i < s.workers; ++i) {
+    float* matrix = memory->take<float>(most(l.nope, kPanelKeys) * rank);
+    float* panel = memory->take<float>(l.rank * kPanelKeys);
+    float* some = memory->take<float>(least(a.tokens, kRowsATime) * most(rank, kPanelKeys));
+    if (memory->base) s.works[i] = {matrix, panel, some};
+  }
+  return s;
+}
+
+// `rows` of a matrix [.., rank], to be read by whole vectors; `stride` is set to theirs.
+const float* whole_vectors(const float* from, int64_t rows, int64_t rank, float* room, int64_t* stride) {
+  *stride = vectors_up(rank);
+  if (*stride == rank) return from;
+  for (int64_t i = 0; i < rows; ++i) {
+    memcpy(room + i * *stride, from + i * rank, static_cast<size_t>(rank) * sizeof(float));
+    memset(room + i * *stride + rank, 0, static_cast<size_t>(*stride - rank) * sizeof(float));
+  }
+  return room;
+}
+
+// The queries of one head: [q_nope k_up, q_rope rotated].
+void absorb_queries(const LatentAttention& l, const LatentScratch& s, int64_t head, int64_t first, int64_t count,
+                    const HeadWork& work) {
+  const Attention& a = l.core;
+  const int64_t size = l.nope + l.rope;
+  int64_t stride = 0;
+  const float* matrix = whole_vectors(l.k_up + head * l.nope * l.rank, l.nope, l.rank, work.matrix, &stride);
+  const float* q = l.q + (first * a.heads + head) * size;
+  a.kernels->multiply(q, a.heads * size, count, matrix, stride, l.nope, stride, work.some, stride);
+  for (int64_t i = 0; i < count; ++i) {
+    float* query = s.queries + ((first + i) * a.heads + head) * a.width;
+    memcpy(query, work.some + i * stride, static_cast<size_t>(l.rank) * sizeof(float));
+    rotate(l.rotation, first + i, q + i * a.heads * size + l.nope, l.rope, query + l.rank);
+  }
+}
+
+// The results of one head: mixed v_up, transposed.
+void expand_values(const LatentAttention& l, const LatentScratch& s, int64_t head, int64_t first, int64_t count,
+                   const HeadWork& work) {
+  const Attention& a = l.core;
+  const float* mixed = s.mixed + (first * a.heads + head) * l.rank;
+  for (int64_t at = 0; at < l.value_size; at += kPanelKeys) {
+    const int64_t rows = least(kPanelKeys, l.value_size - at);
+    int64_t stride = 0;
+    const float* matrix =
+        whole_vectors(l.v_up + (head * l.value_size + at) * l.rank, rows, l.rank, work.matrix, &stride);
+    a.kernels->transpose(matrix, stride, rows, l.rank, work.panel);
+    a.kernels->multiply(mixed, a.heads * l.rank, count, work.panel, kPanelKeys, l.rank, vectors_up(rows), work.some,
+                        kPanelKeys);
+    for (int64_t i = 0; i < count; ++i)
+      memcpy(l.y + ((first + i) * a.heads + head) * l.value_size + at, work.some + i * kPanelKeys,
+             static_cast<size_t>(rows) * sizeof(float));
+  }
+}
+
+// A row of the cache in int8: each block of words has a scale of its own; NaN where a word is no number.
+void store_blocks(const Attention& a, const float* row, const Lane& lane, int64_t place) {
+  const int64_t block = a.width / a.parts;
+  int8_t* codes = static_cast<int8_t*>(lane.keys) + place * a.room;
+  for (int64_t p = 0; p < a.parts; ++p) {
+    const float* words = row + p * block;
+    float largest = 0.0f;
+    bool finite = true;
+    for (int64_t i = 0; i < block; ++i) {
+      largest = fabsf(words[i]) > largest ? fabsf(words[i]) : largest;
+      finite = finite && fabsf(words[i]) <= kLargestFloat;
+    }
+    const float least_scale = largest * (1.0f / 127.0f);
+    const float scale = least_scale > kLeastScale ? least_scale : kLeastScale;
+    for (int64_t i = 0; i < block; ++i) codes[p * block + i] = to_byte(words[i] / scale);
+    lane.scales[place * a.parts + p] = finite ? scale : NAN;
+  }
+}
+
+void write_latent(const LatentAttention& l, const LatentScratch& s, int64_t token) {
+  const Attention& a = l.core;
+  const Lane* lane = lane_of(a, token);
+  if (!lane) {
+    memset(s.mixed + token * a.heads * l.rank, 0, static_cast<size_t>(a.heads * l.rank) * sizeof(float));
+    return;
+  }
+  float* row = s.rows + token * a.width;
+  memcpy(row, l.latent + token * l.rank, static_cast<size_t>(l.rank) * sizeof(float));
+  rotate(l.rotation, token, l.k_rope + token * l.rope, l.rope, row + l.rank);
+  const int64_t place = lane->past + token - lane->first;
+  if (a.parts)
+    store_blocks(a, row, *lane, place);
+  else
+    store_row(a, row, a.width, nullptr, lane->keys, place);
+}
+
+}  // namespace
+
+size_t grouped_scratch(const GroupedAttention& attention) {
+  Memory memory{nullptr};
+  take_grouped(attention, &memory);
+  return memory.used + attention_scratch(attention.core);
+}
+
+void run_grouped(const GroupedAttention& g, void* scratch, const Parallel& parallel) {
+  Memory memory{static_cast<char*>(scratch)};
+  const GroupedScratch s = take_grouped(g, &memory);
+  const int64_t tokens = g.core.tokens, width = (g.core.heads + 2 * g.core.groups) * g.core.width;
+  share_tokens(parallel, tokens, width, [&](int64_t first, int64_t end) {
+    for (int64_t token = first; token < end; ++token) prepare_token(g, s, token);
+  });
+  Attention core = g.core;
+  core.queries = s.queries;
+  run_attention(core, memory.base + memory.used, parallel);
+  if (!g.value_scales) return;
+  for (int64_t row = 0; row < tokens * core.heads; ++row) {
+    const float* scales = g.value_scales + row % core.heads / core.heads_a_group() * core.room;
+    for (int64_t i = 0; i < core.value_width; ++i) core.out[row * core.value_width + i] *= scales[i];
+  }
+}
+
+size_t latent_scratch(const LatentAttention& attention) {
+  Memory memory{nullptr};
+  take_latent(attention, &memory);
+  return memory.used + attention_scratch(attention.core);
+}
+
+void run_latent(const LatentAttention& l, void* scratch, const Parallel& parallel) {
+  Memory memory{static_cast<char*>(scratch)};
+  const LatentScratch s = take_latent(l, &memory);
+  const int64_t tokens = l.core.tokens, heads = l.core.heads, units = head_units(l);
+  share_tokens(parallel, tokens, l.core.width, [&](int64_t first, int64_t end) {
+    for (int64_t token = first; token < end; ++token) write_latent(l, s, token);
+  });
+  const auto by_head = [&](auto work) {
+    share(parallel, units, s.workers, [&](int64_t unit, int64_t worker) {
+      const int64_t first = unit / heads * kRowsATime;
+      work(l, s, unit % heads, first, least(kRowsATime, tokens - first), s.works[worker]);
+    });
+  };
+  by_head(absorb_queries);
+  Attention core = l.core;
+  core.queries = s.queries;
+  core.out = s.mixed;
+  run_attention(core, memory.base + memory.used, parallel);
+  by_head(expand_values);
+}
+
+}  // namespace moedge

@@ -1,0 +1,49 @@
+// What the two halves of attention share: memory, and threads.
+
+#pragma once
+
+#include <unistd.h>
+
+#include "attention.h"
+
+namespace moedge {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t vectors_up(int64_t a) { return divide_up(a, kVector) * kVector; }
+
+// Takes blocks off one piece of memory; without memory it counts what they would take.
+struct Memory {
+  char* base;
+  size_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* block = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return block;
+  }
+};
+
+// How many may work at once on `units`, each with memory of its own.
+inline int64_t count_workers(int64_t units) {
+  constexpr int64_t kMost = 64;
+  const int64_t processors = sysconf(_SC_NPROCESSORS_ONLN);
+  return most(1, least(least(units, kMost), processors));
+}
+
+// Calls body(unit, worker) for every unit; a worker has one unit at a time.
+template <typename Body>
+void share(const Parallel& parallel, int64_t units, int64_t workers, const Body& body) {
+  int64_t next = 0;
+  parallel(least(workers, units), [&](int64_t worker) {
+    for (;;) {
+      const int64_t unit = __atomic_fetch_add(&next, int64_t{1}, __ATOMIC_RELAXED);
+      if (unit >= units) return;
+      body(unit, worker);
+    }
+  });
+}
+
+}  // namespace moedge

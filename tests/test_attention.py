@@ -1,0 +1,204 @@
+"""Attention by the ops of `moedge.cpu`: against numpy over random shapes, to the bit among themselves, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from attention_cases import (
+    Grouped,
+    Latent,
+    Run,
+    grouped_model,
+    latent_model,
+    make_run,
+    open_case,
+    reference,
+    run_model,
+)
+from kernel_cases import instruction_sets, open_model
+
+from moedge.runtime import kernels
+
+CASES: list[Grouped | Latent] = [
+    Grouped(8, 2, 64, 32),
+    Grouped(3, 3, 128, 64, interleaved=True),
+    Grouped(6, 3, 20, 10, window=7, sinks=True),
+    Grouped(5, 1, 9, 2, window=300),
+    Grouped(8, 1, 24, 4, window=130, sinks=True, interleaved=True, kind="fp16"),
+    Grouped(4, 2, 32, 16, kind="fp16"),
+    Grouped(4, 2, 40, 20, kind="int8"),
+    Grouped(8, 2, 12, 6, sinks=True, kind="int8"),
+    Latent(4, 16, 8, 32, 16),
+    Latent(3, 24, 16, 40, 20, interleaved=False),
+    Latent(2, 5, 2, 7, 3, kind="fp16"),
+    Latent(16, 32, 32, 128, 80, kind="fp16"),
+    Latent(4, 32, 32, 128, 64, kind="int8", parts=5),
+    Latent(3, 8, 4, 12, 70, kind="int8", parts=4),
+]
+# Rows in the caches, rows of the run: by lane. Blocks are of 128 keys, panels of 64.
+RUNS = [
+    ([0], [1]),
+    ([0], [70]),
+    ([63], [1]),
+    ([127], [1]),
+    ([128], [1]),
+    ([250], [133]),
+    ([900], [9]),
+    ([3, 0, 128, 700], [1, 0, 1, 1]),
+    ([40, 5], [33, 0]),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+
+
+def spread(value: np.ndarray) -> float:
+    return float(np.abs(value).max())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equal_to_numpy_and_to_the_bit_on_every_path(
+    case: Grouped | Latent, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every instruction set and number of threads; what is in the caches is what numpy puts there."""
+    generator = np.random.default_rng(CASES.index(case))
+    paths = [(instruction_sets(library)[0], 1), *((name, 3) for name in instruction_sets(library))]
+    for lengths, sizes in RUNS:
+        rows = sum(sizes) + (1 if len(sizes) > 2 else 0)
+        run = make_run(case, lengths, sizes, generator, capacity=max(lengths) + max(sizes), rows=rows)
+        wanted = run.copy()
+        y = reference(case, wanted)
+        first: tuple[Any, Run] | None = None
+        for name, threads in paths:
+            monkeypatch.setenv(kernels.VARIABLE, name)
+            own = run.copy()
+            found = run_model(open_case(case, own, library, threads), own)
+            if first is None:
+                first = found, own
+                assert np.abs(found - y).max() < (2e-4 if case.kind == "int8" else 4e-6) * spread(y)
+                check_caches(case, own, wanted)
+            np.testing.assert_array_equal(found, first[0])
+            for lane, same in zip(own.caches, first[1].caches, strict=True):
+                for cache, other in zip(lane, same, strict=True):
+                    np.testing.assert_array_equal(cache, other)
+
+
+def check_caches(case: Grouped | Latent, run: Run, wanted: Run) -> None:
+    """Nothing is written but the run's rows, and those as numpy rounds them, or one step off where it lies between."""
+    off = {"fp32": 1e-5, "fp16": 4e-3, "int8": 1.0}[case.kind]
+    for lane, expected in zip(run.caches, wanted.caches, strict=True):
+        for cache, other in zip(lane, expected, strict=True):
+            np.testing.assert_array_equal(np.isnan(cache), np.isnan(other))
+            apart = np.abs(np.nan_to_num(cache.astype(np.float64)) - np.nan_to_num(other.astype(np.float64)))
+            assert apart.max() <= off and (apart > 0.5 * off).mean() < 0.01
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_row_has_its_bits_whoever_else_is_in_the_run(case: Grouped | Latent, library: Path) -> None:
+    """A chunk's rows one by one and in parts; lanes each alone."""
+    generator = np.random.default_rng(50 + CASES.index(case))
+    chunk = make_run(case, [120], [75], generator)
+    session = open_case(case, chunk, library, 2)
+    whole = chunk.copy()
+    y = run_model(session, whole)
+    for step in (1, 16, 50):
+        parts = chunk.copy()
+        found = [run_model(session, parts.only(0, at, min(step, 75 - at))) for at in range(0, 75, step)]
+        np.testing.assert_array_equal(np.concatenate(found), y)
+        for cache, other in zip(parts.caches[0], whole.caches[0], strict=True):
+            np.testing.assert_array_equal(cache, other)
+    lanes = make_run(case, [500, 3, 0, 127, 300], [1, 1, 1, 1, 1], generator)
+    together = run_model(open_case(case, lanes, library, 2), lanes)
+    for lane in range(5):
+        np.testing.assert_array_equal(run_model(session_of_one(case, lanes, library), lanes.only(lane, 0, 1)),
+                                      together[lane : lane + 1])  # fmt: skip
+
+
+def session_of_one(case: Grouped | Latent, run: Run, library: Path) -> Any:
+    return open_case(case, run.only(0, 0, 1), library)
+
+
+def test_one_lane_needs_no_sizes(library: Path) -> None:
+    generator = np.random.default_rng(3)
+    for case in (CASES[0], CASES[8]):
+        run = make_run(case, [5], [4], generator)
+        make: Any = grouped_model if isinstance(case, Grouped) else latent_model
+        short = open_model(make(case, 1, run.constants, sizes=False), library)
+        np.testing.assert_array_equal(run_model(short, run.copy()), run_model(open_case(case, run, library), run))
+
+
+def test_what_is_no_number_stays_with_those_who_see_it(library: Path) -> None:
+    generator = np.random.default_rng(4)
+    for case in (CASES[0], CASES[8]):
+        run = make_run(case, [10], [3], generator)
+        session = open_case(case, run, library)
+        clean = run_model(session, run.copy())
+        run.inputs["q"][1, 0] = np.nan
+        y = run_model(session, run.copy())
+        assert np.isnan(y[1]).any() and not np.isnan(y[[0, 2]]).any()
+        np.testing.assert_array_equal(y[[0, 2]], clean[[0, 2]])
+
+
+def change(name: str, array: Any) -> Any:
+    return lambda run: run.inputs.update({name: array(run.inputs[name])})
+
+
+def shrink(run: Run) -> None:
+    run.caches[0] = [np.ascontiguousarray(cache[..., :-1, :]) for cache in run.caches[0]]
+
+
+def narrow(run: Run) -> None:
+    run.caches[1] = [np.ascontiguousarray(cache[..., :-1]) for cache in run.caches[1]]
+
+
+FIT, CACHE = "the inputs' shapes do not fit each other", "a KV cache is of another shape or type"
+WRONG: list[tuple[Any, str]] = [
+    (lambda run: run.lengths.__setitem__(0, -1), "2 rows after -1 do not fit a KV cache of 8, or the run of 3"),
+    (lambda run: run.lengths.__setitem__(0, 7), "2 rows after 7 do not fit a KV cache of 8"),
+    (lambda run: run.lengths.__setitem__(1, 2**62), f"1 rows after {2**62} do not fit a KV cache of 7"),
+    (lambda run: run.sizes.__setitem__(1, 2), "2 rows after 6 do not fit a KV cache of 7, or the run of 3"),
+    (lambda run: run.sizes.__setitem__(1, -1), "-1 rows after 6 do not fit"),
+    (shrink, "2 rows after 6 do not fit a KV cache of 7"),
+    (lambda run: run.sizes.append(0), "lengths, sizes and KV caches are not of as many lanes"),
+    (lambda run: (run.sizes.pop(), run.lengths.pop()), "lengths, sizes and KV caches are not of as many lanes"),
+    (change("q", lambda a: a[:, :-1]), FIT),
+    (change("cos", lambda a: a[:, :2]), FIT),
+    (change("sin", lambda a: a[0]), FIT),
+]
+
+
+@pytest.mark.parametrize("case", [Grouped(4, 2, 16, 8), Latent(4, 16, 8, 32, 16)], ids=["grouped", "latent"])
+@pytest.mark.parametrize(("spoil", "text"), WRONG)
+def test_inputs_that_do_not_fit_are_refused(case: Grouped | Latent, spoil: Any, text: str, library: Path) -> None:
+    run = make_run(case, [6, 6], [2, 1], np.random.default_rng(5))
+    session = open_case(case, run, library)
+    spoil(run)
+    with pytest.raises(Exception, match=text):
+        run_model(session, run)
+
+
+def test_caches_of_another_kind_are_refused(library: Path) -> None:
+    generator = np.random.default_rng(6)
+    for case, change_cache in ((CASES[0], narrow), (CASES[8], narrow)):
+        run = make_run(case, [6, 6], [2, 1], generator)
+        session = open_case(case, run, library)
+        change_cache(run)
+        with pytest.raises(Exception, match=CACHE):
+            run_model(session, run)
+    grouped = Grouped(4, 2, 16, 8, kind="int8")
+    run = make_run(grouped, [6], [1], generator)
+    run.constants["key_scales"] = None
+    with pytest.raises(Exception, match=FIT):
+        run_model(open_case(grouped, run, library), run)
+    latent = Latent(4, 16, 8, 32, 16, kind="int8", parts=5)
+    run = make_run(latent, [6], [1], generator)
+    run.caches[0][1] = np.ascontiguousarray(run.caches[0][1][:, :3])
+    with pytest.raises(Exception, match="the scales of a row are not of blocks of one size"):
+        run_model(open_case(latent, run, library), run)
+    with pytest.raises(Exception, match="num_heads must be a multiple of num_key_value_heads"):
+        open_case(Grouped(3, 2, 16, 8), make_run(Grouped(4, 2, 16, 8), [1], [1], generator), library)
