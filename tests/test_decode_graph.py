@@ -29,8 +29,8 @@ MOST_NODES = {
     "qwen2_moe": 37,
     "qwen3_moe": 41,
 }
-# What may take a cache: products with it and the kernel that updates it in place. Shapes read nothing.
-READERS = {"FusedMatMul", "MatMul", "GroupQueryAttention", "Shape"}
+# What may take a cache: products with it and the kernels that update it in place. Shapes read nothing.
+READERS = {"FusedMatMul", "MatMul", "GroupQueryAttention", "Shape", "GroupedAttention", "LatentAttention"}
 
 
 @pytest.fixture(scope="module", params=sorted(MOST_NODES))

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from kernel_cases import (
     Stack,
     experts_model,
+    instruction_sets,
     linear_model,
     make_stack,
     multiply,
@@ -30,23 +32,6 @@ from moedge.runtime.kernels import compiling
 
 PLAIN = {"alpha": 1.0, "limit": float("inf"), "offset": 0.0}
 CLAMPED = {"alpha": 1.702, "limit": 0.7, "offset": 1.0}
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the install compiled; compiled now where it did not."""
-    installed = kernels.library()
-    if installed is not None:
-        return installed
-    if compiling.find_compiler() is None:
-        pytest.skip("no C++ compiler")
-    return compiling.compile_library(tmp_path_factory.mktemp("kernels"))
-
-
-def instruction_sets(library: Path) -> list[str]:
-    function = ctypes.CDLL(str(library)).moedge_kernels_available
-    function.restype = ctypes.c_char_p
-    return list(function().decode().split())
 
 
 def feed(generator: np.random.Generator, tokens: int, experts: int, top_k: int, hidden: int) -> dict[str, Any]:
@@ -285,11 +270,14 @@ def test_an_onnxruntime_that_refuses_the_library_runs_the_stock_ops() -> None:
     assert kernels.register(ort.SessionOptions(), {"own_kernels": False}, MODEL) == MODEL
 
 
-def test_floating_point_bundles_have_no_graph_with_the_ops(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("compiled")
+def test_floating_point_bundles_have_the_ops_for_attention(tiny_checkpoint: Path, tmp_path: Path) -> None:
     moedge.export(tiny_checkpoint, tmp_path / "b", weights="fp16", verify=False)
     engine = moedge.build(tmp_path / "b", "cpu")
-    assert (engine / MODEL).is_file() and not list(engine.glob("*moedge_cpu*"))
-    assert kernels.describe(json.loads((engine / "engine.json").read_text())["session"]) == "onnxruntime"
+    graph = onnx.load(engine / kernels.own_name(MODEL), load_external_data=False).graph
+    assert {node.op_type for node in graph.node if node.domain == kernels.DOMAIN} == {"LatentAttention"}
+    session = json.loads((engine / "engine.json").read_text())["session"]
+    assert kernels.describe(session) == f"moedge.cpu ({kernels.instruction_set()})"
 
 
 # Compiling

@@ -18,19 +18,19 @@ from ._canonical import Array, Rewriter, attributes_of, find_calls
 from ._ort_kv import CacheEntry, GroupedCache, LatentCache
 
 MS = "com.microsoft"
-_GROUPED = ("GroupedAttention", "SinkAttention")
+GROUPED = ("GroupedAttention", "SinkAttention")
 
 
 class Lanes:
     """How the rows of a run belong to sequences.
 
     With more than one lane these inputs say it: places int64 [1, S], each row's position; lengths int64 [lanes], what
-    each cache holds before the run; sizes int64 [lanes], rows of each; take int64 [all of sizes], the run's row for
-    each of theirs, and give int64 [S], the way back. A run may hold a row twice: products over an even number of rows
-    round alike.
+    each cache holds before the run; sizes int64 [lanes], rows of each; where rows are dealt out by nodes of the graph,
+    take int64 [all of sizes], the run's row for each of theirs, and give int64 [S], the way back. A run may hold a row
+    twice: products over an even number of rows round alike.
     """
 
-    def __init__(self, rewriter: Rewriter, count: int) -> None:
+    def __init__(self, rewriter: Rewriter, count: int, deals: bool) -> None:
         self.rewriter = rewriter
         self.count = count
         if count == 1:
@@ -38,15 +38,16 @@ class Lanes:
         self.positions = self._input("places", [1, "S"])
         self.lengths = self._input("lengths", [count])
         self.sizes = self._input("sizes", [count])
-        self.take = self._input("take", ["K"])
-        self.give = self._input("give", ["S"])
         op, ints = rewriter.op, rewriter.ints
-        self.other_sizes = op("Slice", [self.sizes, ints(1), ints(count), ints(0)], name="other_sizes")
+        if deals:
+            self.take = self._input("take", ["K"])
+            self.give = self._input("give", ["S"])
+            self.other_sizes = op("Slice", [self.sizes, ints(1), ints(count), ints(0)], name="other_sizes")
         # Rows of which the rounding depends on how many are multiplied together go piece by piece: each for itself
         # where lanes are stepped together, and the whole of a prompt's chunk, which is the first lane's.
         first = op("Slice", [self.sizes, ints(0), ints(1), ints(0)])
         together = op("Greater", [first, ints(1)])
-        self.pieces = op("Where", [together, ints(1), op("Shape", [self.give])], name="pieces")
+        self.pieces = op("Where", [together, ints(1), op("Shape", [self.positions], start=1)], name="pieces")
 
     def name(self, kind: str, entry: str, lane: int) -> str:
         """What a lane's tensor of the cache is called in the graph."""
@@ -106,6 +107,8 @@ class AttentionLowering:
     entry, float32 [width].
     """
 
+    deals = True  # whether nodes of the graph deal a run's rows out to the lanes
+
     def __init__(
         self,
         rewriter: Rewriter,
@@ -125,14 +128,14 @@ class AttentionLowering:
         tokens = ir.val("input_ids", ir.DataType.INT64, ["S"])
         self.graph.inputs[0].replace_all_uses_with(tokens)
         self.graph.inputs[0] = self.tokens = tokens
-        self.lanes = Lanes(rewriter, lanes)
+        self.lanes = Lanes(rewriter, lanes, self.deals)
         self.kv_cache = kv_cache
         self.grouped = GroupedCache(rewriter, kv_cache, scales or {})
 
     def lower(self) -> None:
         """All of it; the graph's first input becomes flat, and the cache's inputs and outputs are added."""
         latent = find_calls(self.model, "LatentAttention")
-        grouped = [call for kind in _GROUPED for call in find_calls(self.model, kind)]
+        grouped = [call for kind in GROUPED for call in find_calls(self.model, kind)]
         (call,) = find_calls(self.model, "Positions")
         op, ints = self.rewriter.op, self.rewriter.ints
         caches = [self._latent_cache(each) for each in latent]

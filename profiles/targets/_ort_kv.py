@@ -148,3 +148,9 @@ class GroupedCache:
             self.rewriter.constant(f"scale.{name}", self.scales[name].astype(np.float32).reshape(1, groups, 1, -1))
             for name in names
         ]
+
+    def flat_scales(self, names: list[str]) -> list[ir.Value | None]:
+        """As `scale_inputs`, float32 [width] each; None where there are none."""
+        if self.kind != "int8":
+            return [None for _ in names]
+        return [self.rewriter.constant(f"scale.{name}", self.scales[name].astype(np.float32)) for name in names]

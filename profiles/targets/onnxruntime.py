@@ -37,6 +37,7 @@ from ._canonical import (
 from ._ort_attention import MS, AttentionLowering, layer_of
 from ._ort_calibration import find_scales
 from ._ort_kv import CacheEntry
+from ._ort_own_attention import OwnAttentionLowering
 from ._ort_products import OwnProducts, StockProducts
 from ._ort_rows import split_rows
 from ._routes import trace_session
@@ -56,7 +57,7 @@ trace_routes = trace_session
 def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dict[str, Any]:
     """Write the lowered graph into `folder`; the engine is this graph over the bundle's own weights.
 
-    Quantized models get a second one with the ops of runtime/kernels; whoever loads the engine takes what it can run.
+    Beside it lies one with the ops of runtime/kernels; whoever loads the engine takes what it can run.
     """
     ort = require("onnxruntime", purpose="build an engine for it")
     if holds_torch_graph(request.bundle):
@@ -73,7 +74,6 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     quantization = request.bundle.manifest["quantization"]
     graphs = {MODEL: 1, **({LANES_MODEL: lanes} if lanes > 1 else {})}
     wanted = [(name, count, ours) for name, count in graphs.items() for ours in (False, True)]
-    own = False
     for place, (name, count, ours) in enumerate(wanted):
         if progress is not None:
             progress("lowering to onnxruntime", place, len(wanted))
@@ -81,10 +81,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         products: dict[str, Any] = {"accuracy_level": ACCURACY_LEVEL, "fused_experts": fused, "own_kernels": ours}
         sizes: dict[str, Any] = {"max_seq_len": request.max_seq_len, "lanes": count}
         cache = lower(model, kv_cache=kv_cache, scales=scales, **products, **sizes)
-        if ours and not any(node.domain == kernels.DOMAIN for node in model.graph):
-            continue  # nothing is quantized
         (folder / (kernels.own_name(name) if ours else name)).write_bytes(ir.to_proto(model).SerializeToString())
-        own = ours
     write_genai(request, folder, fused_experts=fused)
     if progress is not None:
         progress("lowering to onnxruntime", len(wanted), len(wanted))
@@ -103,7 +100,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
             "moe_layers": list(config.moe.layers),
             "fused_experts": fused,
             "lanes": lanes,
-            "own_kernels": own,
+            "own_kernels": True,
             **describe_load(config),
         },
     }
@@ -166,11 +163,13 @@ def lower(
     [1, heads, capacity, width / heads], one buffer, and an input length int64 [1], the rows before the run.
     `kv_cache` gives the caches another type (_ort_kv.py), int8 keys and values with `scales` (_ort_calibration.py).
     With more than one lane each has tensors of its own (cache.NAME.LANE ...), and `Lanes` says what else goes in.
-    A load-aware gate has an input load.LAYER float32 [E].
+    A load-aware gate has an input load.LAYER float32 [E]. `own_kernels`: every cache is an input past.NAME, whole, that
+    the graph changes (_ort_own_attention.py), and nothing of it comes out.
     """
     loads = take_loads(model)
     lowering = _Lowering(model)
-    attention = AttentionLowering(lowering.rewriter, max_seq_len, lanes, kv_cache, scales)
+    form = OwnAttentionLowering if own_kernels else AttentionLowering
+    attention = form(lowering.rewriter, max_seq_len, lanes, kv_cache, scales)
     attention.lower()
     lowering.lower_gates()
     products = (OwnProducts if own_kernels else StockProducts)(lowering.rewriter, accuracy_level, fused_experts)

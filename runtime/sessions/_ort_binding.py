@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import EngineError
+from ..kernels import IN_PLACE
 from . import Routing
 
 if TYPE_CHECKING:
@@ -41,6 +42,17 @@ def bind_buffer(binding: Any, buffer: Buffer, name: str) -> None:
     binding.bind_output(f"new.{name}", *place)
 
 
+def bind_whole(binding: Any, buffers: Iterable[Buffer], of_lane: Callable[[str], str]) -> None:
+    """Bind caches to a graph that changes them."""
+    for buffer in buffers:
+        binding.bind_input(of_lane(f"past.{buffer.name}"), *CPU, buffer.kind, buffer.shape, buffer.address)
+
+
+def changes_caches(session: Any) -> bool:
+    """Whether the graph's own ops write the caches, which it then takes whole."""
+    return bool(session.get_modelmeta().custom_metadata_map.get(IN_PLACE) == "1")
+
+
 def empty_routing(info: EngineInfo, tokens: int) -> Routing:
     shape = (len(info.moe_layers), tokens, info.num_experts_per_tok)
     return Routing(np.empty(shape, np.int64), np.empty(shape, np.float32))
@@ -62,7 +74,11 @@ def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str
     has = {value.name: value for value in [*session.get_inputs(), *session.get_outputs()]}
     routes = [f"{kind}.{layer}" for kind in ("experts", "weights") for layer in info.moe_layers]
     widths = dict.fromkeys(routes, info.num_experts_per_tok) | {"logits": info.vocab_size}
+    in_place = changes_caches(session)
     for entry in info.cache:
+        if in_place:
+            widths[of_lane(f"past.{entry.name}")] = entry.width // (entry.heads or 1)
+            continue
         for kind in ("past" if entry.heads else "cache", "new"):
             cut = entry.heads or (entry.parts if kind == "cache" else 1)
             widths[of_lane(f"{kind}.{entry.name}")] = entry.width // cut

@@ -3,7 +3,7 @@
 Most of it are buffers [capacity, width]: the graph is given a view of the rows so far, those of the run included, and
 writes the run's own rows to the view's end. So a step writes S rows and copies none, and rewinding is a smaller view.
 Attention with key and value heads has its cache by heads instead, [1, heads, capacity, head size]: one buffer that is
-the kernel's input and its output.
+the kernel's input and its output. A graph with our own attention takes every buffer whole and changes it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class View(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """A buffer by heads, bound once."""
+    """A buffer that is bound once, whole."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,13 +61,15 @@ class SequenceCache:
         self._capacity = capacity
         self._cache: dict[str, NDArray[Any]] = {}
         self.views: list[View] = []
-        self.buffers: list[Buffer] = []
+        self.buffers: list[Buffer] = []  # those by heads
+        self.whole: list[Buffer] = []  # all of them, for a graph that changes them itself
         for entry in info.cache:
             array = aligned_empty(_shape(entry, capacity), np.dtype(entry.dtype))
             self._cache[entry.name] = array
             kind, address = array.dtype.type, array.ctypes.data
+            self.whole.append(Buffer(entry.name, array.shape, kind, address))
             if entry.heads:
-                self.buffers.append(Buffer(entry.name, array.shape, kind, address))
+                self.buffers.append(self.whole[-1])
             else:
                 row = entry.width * array.itemsize
                 self.views.append(View(entry.name, entry.width, kind, address, row, entry.parts))
@@ -113,6 +115,7 @@ class SequenceCache:
         self._cache.clear()
         self.views.clear()
         self.buffers.clear()
+        self.whole.clear()
 
     def _rows(self, start: int, stop: int) -> list[NDArray[Any]]:
         """Views of each cache tensor's tokens: [tokens, width], or [1, heads, tokens, head size]."""

@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import Routing, check_room, check_routing
-from ._ort_binding import CPU, bind_buffer, bind_routing, check_interface, empty_routing, run_bound
+from ._ort_binding import (
+    CPU,
+    bind_buffer,
+    bind_routing,
+    bind_whole,
+    changes_caches,
+    check_interface,
+    empty_routing,
+    run_bound,
+)
 from ._ort_cache import SequenceCache, aligned_empty
 
 if TYPE_CHECKING:
@@ -58,9 +67,11 @@ class LaneRunner:
         self._binding.bind_input("lengths", *CPU, np.int64, (lanes,), self._lengths.ctypes.data)
         self._frames: dict[int, _Frame] = {}
         self._frame: object = None  # the bound one
-        # A kernel over a cache by heads cannot do without a row: idle lanes take the run's first, and a cache of one.
+        self._in_place = changes_caches(session)
+        # onnxruntime's kernel over a cache by heads cannot do without a row: idle lanes take the run's first, and a
+        # cache of one.
         self._idle = SequenceCache(info, 1)
-        self._idle_rows = 1 if self._idle.buffers else 0
+        self._idle_rows = 1 if self._idle.buffers and not self._in_place else 0
         self._bound: list[SequenceCache | None] = [None] * lanes
 
     def run_chunk(
@@ -105,6 +116,8 @@ class LaneRunner:
 
     def _bind(self, arrays: dict[str, NDArray[np.int64]], logits: NDArray[np.float32], routing: Routing) -> None:
         for name, array in arrays.items():
+            if self._in_place and name in ("take", "give"):
+                continue
             self._binding.bind_input(name, *CPU, np.int64, array.shape, array.ctypes.data)
         self._binding.bind_output("logits", *CPU, np.float32, logits.shape, logits.ctypes.data)
         bind_routing(self._binding, self.info, routing)
@@ -112,20 +125,24 @@ class LaneRunner:
     def _run(self, caches: Sequence[SequenceCache], count: int) -> None:
         """Run with `caches` in the first lanes, `count` new rows in each."""
         for lane in range(self.lanes):
-            if lane < len(caches):
-                cache = caches[lane]
-                self._lengths[lane] = cache.length
-                self._bind_views(lane, cache, cache.length, count)
-            else:
-                cache = self._idle
-                self._lengths[lane] = 0
-                if self._bound[lane] is not cache:
-                    self._bind_views(lane, cache, 0, 0)
-            if self._bound[lane] is not cache:
-                for buffer in cache.buffers:
-                    bind_buffer(self._binding, buffer, f"{buffer.name}.{lane}")
-                self._bound[lane] = cache
+            cache = caches[lane] if lane < len(caches) else self._idle
+            busy = cache is not self._idle
+            self._lengths[lane] = cache.length if busy else 0
+            bound = self._bound[lane] is cache
+            if not self._in_place and (busy or not bound):
+                self._bind_views(lane, cache, int(self._lengths[lane]), count if busy else 0)
+            if not bound:
+                self._bind_buffers(lane, cache)
         run_bound(self.session, self._binding)
+
+    def _bind_buffers(self, lane: int, cache: SequenceCache) -> None:
+        """What stays bound while a sequence keeps its lane."""
+        if self._in_place:
+            bind_whole(self._binding, cache.whole, lambda name: f"{name}.{lane}")
+        else:
+            for buffer in cache.buffers:
+                bind_buffer(self._binding, buffer, f"{buffer.name}.{lane}")
+        self._bound[lane] = cache
 
     def _bind_views(self, lane: int, cache: SequenceCache, past: int, count: int) -> None:
         bind_input, bind_output = self._binding.bind_input, self._binding.bind_output
@@ -139,10 +156,9 @@ class LaneRunner:
         with self._lock:
             for lane, bound in enumerate(self._bound):
                 if bound is cache:
-                    self._bind_views(lane, self._idle, 0, 0)
-                    for buffer in self._idle.buffers:
-                        bind_buffer(self._binding, buffer, f"{buffer.name}.{lane}")
-                    self._bound[lane] = self._idle
+                    if not self._in_place:
+                        self._bind_views(lane, self._idle, 0, 0)
+                    self._bind_buffers(lane, self._idle)
 
     def close(self) -> None:
         """Free the weights."""

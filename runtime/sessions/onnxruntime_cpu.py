@@ -18,8 +18,17 @@ from ...errors import EngineError, require
 from .. import kernels
 from ..machine import default_threads
 from . import Findings, OneLane, Routing, Session, SessionOptions, check_room, check_routing
-from ._ort_binding import CPU, bind_buffer, bind_routing, check_interface, empty_routing, run_bound
-from ._ort_cache import SequenceCache, aligned_empty
+from ._ort_binding import (
+    CPU,
+    bind_buffer,
+    bind_routing,
+    bind_whole,
+    changes_caches,
+    check_interface,
+    empty_routing,
+    run_bound,
+)
+from ._ort_cache import SequenceCache, View, aligned_empty
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
@@ -114,10 +123,16 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
         self._vocab = info.vocab_size
         self._threads = threads
         self._past = np.zeros(1, np.int64)  # for graphs that cannot see the length in a cache's shape
-        self._bound_views = [(f"cache.{view.name}", f"new.{view.name}", view) for view in self.views]
-        for buffer in self.buffers:
-            bind_buffer(self._binding, buffer, buffer.name)
-        if self.buffers:
+        self._in_place = changes_caches(session)
+        self._place = np.zeros((1, 1), np.int64)
+        self._bound_views: list[tuple[str, str, View]] = []
+        if self._in_place:
+            bind_whole(self._binding, self.whole, lambda name: name)
+        else:
+            self._bound_views = [(f"cache.{view.name}", f"new.{view.name}", view) for view in self.views]
+            for buffer in self.buffers:
+                bind_buffer(self._binding, buffer, buffer.name)
+        if self._in_place or self.buffers:
             self._binding.bind_input("length", *CPU, np.int64, (1,), self._past.ctypes.data)
         if self.load is not None:
             for layer, load in zip(info.moe_layers, self.load.load, strict=True):
@@ -151,6 +166,7 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
         else:
             logits = self._bind_many(input_ids, rows, out)
         self._past[0] = past
+        self._place[0] = np.arange(past, past + count)
         bind_input, bind_output = self._binding.bind_input, self._binding.bind_output
         for cache, new, view in self._bound_views:
             bind_input(cache, *CPU, view.kind, view.shape(past + count), view.address)
@@ -194,9 +210,13 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
         return logits
 
     def _bind_inputs(self, input_ids: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        if self._place.shape[1] != len(input_ids):
+            self._place = np.zeros((1, len(input_ids)), np.int64)
         self._inputs = (input_ids, rows)  # the binding holds their addresses only
         self._binding.bind_input("input_ids", *CPU, np.int64, input_ids.shape, input_ids.ctypes.data)
         self._binding.bind_input("rows", *CPU, np.int64, rows.shape, rows.ctypes.data)
+        if self._in_place:
+            self._binding.bind_input("places", *CPU, np.int64, self._place.shape, self._place.ctypes.data)
 
     def _bind_logits(self, logits: NDArray[np.float32]) -> None:
         self._bound_logits = logits

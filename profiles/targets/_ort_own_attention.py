@@ -1,0 +1,87 @@
+"""Attention by the ops of runtime/kernels: one node a layer for any number of lanes, which writes the caches itself.
+
+The canonical call's own inputs go in, with each lane's caches, whole: they are inputs that the op changes, so nothing
+comes out again, nothing is bound anew from step to step, and no order of nodes has to be kept up.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ...runtime.kernels import DOMAIN, IN_PLACE
+from ._canonical import attributes_of, find_calls
+from ._ort_attention import GROUPED, AttentionLowering, kernel_head_size, layer_of
+from ._ort_kv import CacheEntry
+
+
+class OwnAttentionLowering(AttentionLowering):
+    """As `AttentionLowering`; inputs are places int64 [1, S] and length int64 [1] with one lane too."""
+
+    deals = False
+
+    def lower(self) -> None:
+        (call,) = find_calls(self.model, "Positions")
+        self.sizes: ir.Value | None = None
+        if self.lanes.count > 1:
+            self.places, self.lengths, self.sizes = self.lanes.positions, self.lanes.lengths, self.lanes.sizes
+        else:
+            self.places = ir.val("places", ir.DataType.INT64, [1, "S"])
+            self.lengths = ir.val("length", ir.DataType.INT64, [1])
+            self.graph.inputs.extend([self.places, self.lengths])
+        # Replaced by a node and not by the input itself, which keeps its name.
+        self.rewriter.replace(call, [self.rewriter.op("Identity", [self.places])])
+        for each in find_calls(self.model, "LatentAttention"):
+            self._lower_latent_call(each)
+        for each in [call for kind in GROUPED for call in find_calls(self.model, kind)]:
+            self._lower_grouped_call(each)
+        self.model.metadata_props[IN_PLACE] = "1"
+
+    def _lower_latent_call(self, call: ir.Node) -> None:
+        a, cache = attributes_of(call), self._latent_cache(call)
+        entries = cache.entries(layer_of(call))
+        caches = self._take_caches(entries)
+        attended = self.rewriter.op(
+            "LatentAttention",
+            [*call.inputs, self.lengths, self.sizes, *caches],
+            domain=DOMAIN,
+            scale=float(a["scale"]),
+            interleaved=a["interleaved"],
+            scaled=int(len(entries) > 1),
+        )
+        self.rewriter.replace(call, [attended])
+
+    def _lower_grouped_call(self, call: ir.Node) -> None:
+        a, layer = attributes_of(call), layer_of(call)
+        groups, room = a["num_key_value_heads"], kernel_head_size(a["head_dim"])
+        entries = [
+            CacheEntry(f"{kind}.{layer}", groups * room, groups, self.grouped.dtype) for kind in ("key", "value")
+        ]
+        q, k, v, cos, sin, *sinks = call.inputs
+        caches = self._take_caches(entries)
+        rows = [q, k, v, cos, sin, self.lengths, self.sizes, *(sinks or [None])]
+        window = a["window"] if self.max_seq_len is None or a["window"] < self.max_seq_len else 0
+        attended = self.rewriter.op(
+            "GroupedAttention",
+            [*rows, *self.grouped.flat_scales([entry.name for entry in entries]), *caches],
+            domain=DOMAIN,
+            num_heads=a["num_heads"],
+            num_key_value_heads=groups,
+            head_dim=a["head_dim"],
+            scale=float(a["scale"]),
+            interleaved=a["interleaved"],
+            window=window,
+        )
+        self.rewriter.replace(call, [attended])
+
+    def _take_caches(self, entries: list[CacheEntry]) -> list[ir.Value]:
+        """The graph's inputs for them: of each lane in turn all entries."""
+        self.cache += entries
+        found = []
+        for lane in range(self.lanes.count):
+            for entry in entries:
+                shape: list[int | str] = ["capacity", entry.width]
+                if entry.heads:
+                    shape = [1, entry.heads, "capacity", entry.width // entry.heads]
+                found.append(ir.val(self.lanes.name("past", entry.name, lane), entry.onnx_type, shape))
+        self.graph.inputs.extend(found)
+        return found
