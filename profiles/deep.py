@@ -179,7 +179,12 @@ def _compare_layer(
 
 
 def _drift(logits: Any, canonical: Any) -> float:
-    """Root mean square difference of a token's logits over their spread, median over tokens; NaN counts as infinite."""
+    """Root mean square difference of a token's logits over their spread, median over tokens; NaN counts as infinite.
+
+    0 of a single logit, which has no spread: it chooses nothing.
+    """
+    if canonical.shape[1] == 1:
+        return 0.0
     spread = np.maximum(canonical.std(axis=1), 1e-6)
     moved = np.sqrt(np.square(logits - canonical).mean(axis=1)) / spread
     return float(np.median(np.nan_to_num(moved, nan=np.inf)))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import edit_tensors
+from checkpoints import edit_tensors, make_model, save_model
 from click.testing import CliRunner, Result
 from onnx import helper, numpy_helper
 
@@ -241,6 +241,20 @@ def test_the_network_for_tensorrt_is_compared_and_says_where_it_is_dense(prepare
     tokens = np.arange(12)
     again = _routes._trace_parts(Bundle.open(prepared_bundle), info, [_routes.Part(0, 3, 3)], tokens, 2, None)
     assert again.how == "the network lowered again (2 of 3 layers), on onnxruntime" and set(again.routes) == {1}
+
+
+@pytest.mark.parametrize("experts", [1, 7])
+def test_any_number_of_experts_is_compared(experts: int, tmp_path: Path) -> None:
+    """Where TensorRT's router has rows of padding, and where a single logit has no spread."""
+    changes = {"n_routed_experts": experts, "num_experts_per_tok": 1, "n_group": 1, "num_hidden_layers": 2}
+    checkpoint = save_model(make_model(seed=4, **changes), tmp_path / "checkpoint")
+    moedge.export(checkpoint, tmp_path / "b", weights="int8", group_size=32, verify=False)
+    for profile in ("cpu", "jetson-agx-orin-64gb"):
+        moedge.build(tmp_path / "b", profile, max_seq_len=48)
+    result = run_deep(tmp_path / "b", "--json")
+    assert result.exit_code == 0, result.output
+    for found in json.loads(result.stdout)["deep"]["engines"].values():
+        assert [layer["compared"] for layer in found["layers"]] == ["on its own logits"]
 
 
 @pytest.mark.parametrize("lanes", [1, 3])

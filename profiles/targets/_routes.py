@@ -210,7 +210,8 @@ def _constants_of(model: ir.Model) -> set[ir.Value]:
 
 
 def find_logits(model: ir.Model, layer: int, constants: set[ir.Value]) -> ir.Value | None:
-    """What a layer's router gives, its bias added: the first value behind its weights that is no constant."""
+    """What a layer's router gives, its bias added: the first value behind its weights that is no constant, less the
+    columns that rows of padding gave."""
     waiting = [value for value in constants if str(value.name).startswith(f"layers.{layer}.router.weight")]
     found = None
     while waiting and found is None:
@@ -219,6 +220,8 @@ def find_logits(model: ir.Model, layer: int, constants: set[ir.Value]) -> ir.Val
                 waiting += use.node.outputs
             else:
                 found = use.node.outputs[0]
+    cut = [use.node for use in found.uses() if use.node.op_type == "Slice"] if found is not None else []
+    found = cut[0].outputs[0] if cut else found
     for use in found.uses() if found is not None else ():
         other = use.node.inputs[1 - use.idx] if use.node.op_type == "Add" else None
         if other is not None and str(other.name).startswith(f"layers.{layer}.router.logits_bias"):
