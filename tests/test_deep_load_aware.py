@@ -82,6 +82,17 @@ def test_a_network_that_needs_more_rounds_is_compared_in_halves(
     assert len(followed(bundle, JETSON)["layers"]) == 2
 
 
+def test_a_number_of_experts_that_is_a_layers_too(tmp_path: Path) -> None:
+    """Two experts and a layer 2: once a constant and an output of that name."""
+    model = make_model(n_routed_experts=2, num_experts_per_tok=1, n_group=1)
+    folder = save_model(model, tmp_path / "checkpoint").parent
+    options: dict[str, Any] = {"weights": "fp16", "load_aware": LoadAware(penalty=0.3), "verify": False}
+    made = moedge.export(tmp_path / "checkpoint", folder / "b", **options).path
+    build_again(made, "cpu")
+    build(made, JETSON, max_seq_len=48, expert_buckets=True, prefill_chunk=16)
+    assert [len(followed(made, profile)["layers"]) for profile in ("cpu", JETSON)] == [2, 2]
+
+
 # planted
 
 

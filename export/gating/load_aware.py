@@ -359,7 +359,7 @@ def _choose_behind(
 
 def _mark(build: GraphBuilder, chosen: Any, count: int) -> Any:
     """int64 [T, E]: 1 where an expert is among the chosen [T, k]."""
-    ids = build.constant(f"experts.{count}", np.arange(count, dtype=np.int64))
+    ids = build.constant(f"gate.experts.{count}", np.arange(count, dtype=np.int64))
     hits = build.op("Cast", [build.op("Equal", [build.op("Unsqueeze", [chosen, build.ints(2)]), ids])], to=7)
     return build.op("ReduceSum", [hits, build.ints(1)], keepdims=0)
 

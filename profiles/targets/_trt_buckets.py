@@ -87,7 +87,7 @@ def _assign(
     fills it, counted from 1, [E * C], 0 where none does."""
     op, ints, rewriter = lowering.rewriter.op, lowering.rewriter.ints, lowering.rewriter
     zero, one = (rewriter.constant(f"int.{value}", np.array(value, np.int64)) for value in (0, 1))
-    ids = rewriter.constant(f"experts.{count}", np.arange(count, dtype=np.int64))
+    ids = rewriter.constant(f"gate.experts.{count}", np.arange(count, dtype=np.int64))
     is_chosen = op("Equal", [op("Unsqueeze", [experts, ints(2)]), ids])
     marks = op("ReduceSum", [op("Cast", [is_chosen], to=int(ir.DataType.INT64)), ints(1)], keepdims=0)  # [T, E]
     places = op("GatherElements", [op("CumSum", [marks, zero], exclusive=1), experts], axis=1)
