@@ -38,7 +38,8 @@ class DeviceProfile:
 
     `memory_reserved_bytes`: what the driver and the operating system keep. `memory_shared`: the CPU lives in the same
     memory. `flops`: dense operations per second by precision. `launch_overhead_us`: the fixed cost of one kernel (GPU)
-    or graph node (CPU). `this_machine`: cores, memory and flops were read from the machine that loaded the profile.
+    or graph node (CPU). `cache_bytes`: the last cache before memory, where a small model's weights stay.
+    `this_machine`: cores, cache, memory and flops were read from the machine that loaded the profile.
     """
 
     name: str
@@ -56,6 +57,7 @@ class DeviceProfile:
     memory_shared: bool = False
     this_machine: bool = False
     cores: int | None = None
+    cache_bytes: int | None = None
     power_w: float | None = None
     price_usd_per_hour: float | None = None
     notes: str = ""
@@ -74,7 +76,7 @@ class DeviceProfile:
     def figures(self) -> dict[str, Any]:
         """Every figure that is known, by the name it has in `sources`."""
         keys = (
-            "compute_capability cores memory_bytes memory_reserved_bytes bandwidth_bytes_per_s power_w "
+            "compute_capability cores cache_bytes memory_bytes memory_reserved_bytes bandwidth_bytes_per_s power_w "
             "price_usd_per_hour launch_overhead_us"
         ).split()
         known = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
@@ -180,8 +182,12 @@ def _fill_from_machine(profile: DeviceProfile) -> DeviceProfile:
     sources = {**profile.sources, "cores": "read from this machine"}
     if memory is not None:
         sources["memory_bytes"] = "read from this machine"
+    cache = machine.last_level_cache_bytes()
+    if cache is not None:
+        sources["cache_bytes"] = "read from this machine"
     return dataclasses.replace(
         profile,
+        cache_bytes=cache,
         title=machine.cpu_name(),
         cores=cores,
         memory_bytes=memory if memory is not None else profile.memory_bytes,
@@ -204,6 +210,7 @@ class _Range:
 
 _RANGES = {
     "cores": _Range(1, 4096, "cores", whole=True),
+    "cache_bytes": _Range(2**16, 2**34, "bytes", whole=True),
     "memory_bytes": _Range(2**26, 2**44, "bytes", whole=True),
     "memory_reserved_bytes": _Range(0, 2**42, "bytes", whole=True),
     "bandwidth_bytes_per_s": _Range(1e8, 1e14, "bytes/s"),

@@ -182,7 +182,7 @@ def _print_profile(profile: DeviceProfile) -> None:
 def _readable(key: str, value: Any) -> str:
     if key == "compute_capability":
         return f"{value[0]}.{value[1]}"
-    if key.startswith("memory"):
+    if key.startswith("memory") or key == "cache_bytes":
         return size(value)
     if key.startswith("bandwidth"):
         return f"{value / 1e9:,.6g} GB/s"

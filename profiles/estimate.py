@@ -1,100 +1,26 @@
-"""Predicted latency of a model on a device that is not here: a roofline for each kind of operation.
+"""Predicted latency of a model on a device that is not here: what there is to read and to compute, kind by kind.
 
-Each takes the longer of its bytes over the bandwidth and its operations over the arithmetic (Williams, Waterman and
-Patterson, Roofline, CACM 52(4), 2009). On top come what bounds small models: a gap between kernels that depend on one
-another; where no CUDA graph is captured the host's pace of launching them, a floor per layer; and a fixed cost of every
-pass over the layers, whether it decodes or takes a chunk of a prompt. What share of a device's figures is reached is
-assumed, once, in ASSUMPTIONS, with a band; the low and high ends of every predicted time come from that band.
+How long it takes is a roofline's to say (roofline.py, roofline_cpu.py), which also has what comes on top and the band
+that the low and high ends of every predicted time come from.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import BundleError, UsageError
 from .device import DeviceProfile
 from .fit import PREFILL_CHUNK, check_fit
+from .roofline import ENDS, GPU, JETSON, Pass, Roofline, Work
+from .roofline_cpu import load_fit
 from .shape import CACHE_ELEMENT_BYTES, KV_CACHES, READ_IN_FULL, ModelShape, kv_element_bytes
 from .shape import bytes_per_token as bytes_per_token
 
 SCHEMA = 1
-ENDS = ("slow", "expected", "fast")
 PROMPT_TOKENS = 512  # where nothing else is asked for
 CPU_PREFILL_CHUNK = 64  # runtime.engine.PREFILL_CHUNK, which a CPU engine's prompt goes through in
-
-
-@dataclass(frozen=True)
-class Band:
-    """An assumed figure: what is expected, and the ends between which the truth is thought to lie (slow to fast)."""
-
-    slow: float
-    expected: float
-    fast: float
-
-    def at(self, end: str) -> float:
-        value: float = getattr(self, end)
-        return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assumptions:
-    """What share of its bandwidth and arithmetic a kind of device reaches, and what its kernels cost beside them.
-
-    `host_launch_us`: the host's time for one launch, which passes unseen while the device is busy; 0 where the launches
-    are captured in a CUDA graph, or run on the host itself. `pass_overhead_us`: binding, synchronizing, copying logits.
-    `latent_kernels`: so many more a layer where the attention is latent and made of plain operations.
-    `unpack_ops_per_byte`: to bring a byte of quantized weights into registers costs as much arithmetic as so many int8
-    operations, however many tokens then use it: what bounds one token's product on a core with bandwidth to spare.
-    """
-
-    bandwidth_share: Band
-    flops_share: Band
-    kernels_per_layer: Band
-    host_launch_us: Band
-    pass_overhead_us: Band
-    source: str
-    latent_kernels: float = 0
-    unpack_ops_per_byte: float = 0
-
-
-_GPU = Assumptions(
-    bandwidth_share=Band(0.30, 0.60, 0.85),
-    flops_share=Band(0.15, 0.40, 0.70),
-    kernels_per_layer=Band(28, 14, 10),
-    host_launch_us=Band(10, 5, 0),
-    pass_overhead_us=Band(200, 60, 20),
-    source="assumed, not measured: chosen so that published decode rates (tokens/s) of Qwen3-30B-A3B on an RTX 4090 "
-    "(196), on Jetson Thor (81) and of DeepSeek-V2-Lite on an RTX 3090 (180) lie in the band; those are other engines",
-)
-ASSUMPTIONS: dict[str, Assumptions] = {
-    "gpu": _GPU,
-    # The same chips in small, behind a processor that launches at half the pace.
-    "jetson": replace(_GPU, host_launch_us=Band(20, 10, 0), pass_overhead_us=Band(500, 150, 50)),
-    "cpu": Assumptions(
-        bandwidth_share=Band(0.60, 0.90, 1.00),
-        flops_share=Band(0.40, 0.80, 1.20),
-        kernels_per_layer=Band(56, 28, 20),
-        host_launch_us=Band(0, 0, 0),
-        pass_overhead_us=Band(200, 60, 20),
-        latent_kernels=20,
-        unpack_ops_per_byte=7,
-        source="fitted to onnxruntime 1.31 on a core of an EPYC with AVX-512 (docs/estimates.md says how well it then "
-        "predicts other shapes); nodes a layer are those of the lowered graphs",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Work:
-    """One kind of operation over all layers: bytes read, operations done, and the precision they are done in."""
-
-    name: str
-    bytes: float
-    flops: float
-    precision: str
 
 
 def estimate(
@@ -130,11 +56,13 @@ def estimate(
     _check_counts(shape, prompt_tokens, new_tokens, batch, length)
     context = prompt_tokens + new_tokens // 2
     element = cache_element_bytes(manifest["config"], device, kv_cache)
-    quantized = _is_quantized(manifest)
-    step = decode_work(shape, device, batch, context, quantized, element)
-    prefill = prefill_work(shape, device, prompt_tokens, quantized, element)
-    itl = {end: 1e3 * step_seconds(step, shape, device, end) for end in ENDS}
-    ttft = {end: 1e3 * batch * sum(step_seconds(chunk, shape, device, end) for chunk in prefill) for end in ENDS}
+    bits = _integer_bits(manifest)
+    step = decode_work(shape, device, batch, context, bits, element)
+    prefill = prefill_work(shape, device, prompt_tokens, bits, element)
+    roofline = find_roofline(device)
+    itl = {end: 1e3 * roofline.pass_seconds(step, shape, device, end) for end in ENDS}
+    chunks = {end: [roofline.pass_seconds(chunk, shape, device, end) for chunk in prefill] for end in ENDS}
+    ttft = {end: 1e3 * batch * sum(seconds) for end, seconds in chunks.items()}
     count = bytes_per_token(manifest, context, batch, element)
     seconds = itl["expected"] / 1e3
     fit = check_fit(manifest, device, batch, length, cache_bytes_per_element=element)
@@ -160,9 +88,9 @@ def estimate(
         "measured": False,
         "fits": fit.fits,
         "fit": fit.to_json(),
-        "per_op": _per_op(step, device, itl["expected"]),
+        "per_op": _per_op(step, shape, device, itl["expected"]),
         "usd_per_million_tokens": _price(device, batch / seconds),
-        "assumptions": ASSUMPTIONS[device.kind].source,
+        "assumptions": roofline.source,
     }
 
 
@@ -182,32 +110,37 @@ def cache_element_bytes(config: Mapping[str, Any], device: DeviceProfile, kv_cac
 
 
 def decode_work(
-    shape: ModelShape, device: DeviceProfile, batch: int, context: int, quantized: bool, element: float
-) -> list[Work]:
-    """One decode step: a token for each of `batch` sequences with `context` tokens in the cache."""
-    linear, attention = _precisions(device, quantized)
-    return [
+    shape: ModelShape, device: DeviceProfile, batch: int, context: int, bits: int, element: float
+) -> Pass:
+    """One decode step: a token for each of `batch` sequences with `context` tokens in the cache.
+
+    `bits`: of the weights' integers, 0 where they are none.
+    """
+    linear, attention = _precisions(device, bits)
+    experts = _expert_flops(shape, batch, shape.experts_per_token)
+    work = [
         Work("embedding", batch * shape.embedding_row_bytes, 0, linear),
-        *_dense_work(shape, batch, linear),
+        *_dense_work(shape, batch, linear, bits),
         Work(
             "attention over the cache",
             batch * shape.cache_bytes(context, element),
             batch * context * shape.layers * shape.attention_flops_per_row,
             attention,
         ),
-        Work("experts", shape.expert_bytes(batch), _expert_flops(shape, batch, shape.experts_per_token), linear),
-        Work("head", shape.sizes.get("head", 0), 2 * batch * shape.vocab_size * shape.hidden_size, linear),
+        Work("experts", shape.expert_bytes(batch), experts, linear, bits),
+        _head_work(shape, batch, linear, bits),
     ]
+    return Pass(work, batch, batch)
 
 
 def prefill_work(
-    shape: ModelShape, device: DeviceProfile, prompt_tokens: int, quantized: bool, element: float
-) -> list[list[Work]]:
+    shape: ModelShape, device: DeviceProfile, prompt_tokens: int, bits: int, element: float
+) -> list[Pass]:
     """One sequence's prompt, in chunks one after the other; only its last token takes the head.
 
     TensorRT's prompt form evaluates every expert for every token; onnxruntime's the chosen ones.
     """
-    linear, attention = _precisions(device, quantized)
+    linear, attention = _precisions(device, bits)
     dense_experts = not device.target.startswith("onnxruntime")
     length = CPU_PREFILL_CHUNK if device.target == "onnxruntime" else PREFILL_CHUNK
     chunks = []
@@ -216,44 +149,31 @@ def prefill_work(
         pairs = tokens * start + tokens * (tokens + 1) / 2  # (query, key) pairs that a causal mask leaves
         evaluated = shape.experts if dense_experts else shape.experts_per_token
         read = float(shape.sizes.get("experts", 0)) if dense_experts else shape.expert_bytes(tokens)
-        chunks.append(
-            [
-                Work("embedding", tokens * shape.embedding_row_bytes, 0, linear),
-                *_dense_work(shape, tokens, linear),
-                Work(
-                    "attention over the cache",
-                    shape.cache_bytes(start + tokens, element),
-                    pairs * shape.layers * shape.attention_flops_per_row,
-                    attention,
-                ),
-                Work("experts", read, _expert_flops(shape, tokens, evaluated), linear),
-            ]
-        )
-    chunks[-1].append(Work("head", shape.sizes.get("head", 0), 2 * shape.vocab_size * shape.hidden_size, linear))
+        work = [
+            Work("embedding", tokens * shape.embedding_row_bytes, 0, linear),
+            *_dense_work(shape, tokens, linear, bits),
+            Work(
+                "attention over the cache",
+                shape.cache_bytes(start + tokens, element),
+                pairs * shape.layers * shape.attention_flops_per_row,
+                attention,
+            ),
+            Work("experts", read, _expert_flops(shape, tokens, evaluated), linear, bits),
+        ]
+        if start + tokens == prompt_tokens:
+            work.append(_head_work(shape, 1, linear, bits))
+        chunks.append(Pass(work, tokens))
     return chunks
 
 
-def step_seconds(work: list[Work], shape: ModelShape, device: DeviceProfile, end: str = "expected") -> float:
-    """Seconds of one pass over the layers, at one end of the assumed band (`slow`, `expected`, `fast`)."""
-    assumed = ASSUMPTIONS[device.kind]
-    a_layer = assumed.kernels_per_layer.at(end) + (assumed.latent_kernels if shape.latent_attention else 0)
-    kernels = a_layer * shape.layers
-    busy = sum(_seconds(each, device, end) for each in work) + kernels * device.launch_overhead_us * 1e-6
-    launching = kernels * assumed.host_launch_us.at(end) * 1e-6
-    return max(busy, launching) + assumed.pass_overhead_us.at(end) * 1e-6
+def find_roofline(device: DeviceProfile) -> Roofline:
+    """How long work takes on this kind of device."""
+    if device.kind == "cpu":
+        return load_fit()
+    return {"gpu": GPU, "jetson": JETSON}[device.kind]
 
 
-def _seconds(work: Work, device: DeviceProfile, end: str) -> float:
-    assumed = ASSUMPTIONS[device.kind]
-    peak = device.flops.get(work.precision, device.flops["fp32"])
-    operations = work.flops + (assumed.unpack_ops_per_byte * work.bytes if work.precision == "int8" else 0)
-    return max(
-        work.bytes / (device.bandwidth_bytes_per_s * assumed.bandwidth_share.at(end)),
-        operations / (peak * assumed.flops_share.at(end)),
-    )
-
-
-def _dense_work(shape: ModelShape, tokens: int, precision: str) -> list[Work]:
+def _dense_work(shape: ModelShape, tokens: int, precision: str, bits: int) -> list[Work]:
     """What every token goes through, apart from the attention's cache, the experts and the head."""
     hidden, sizes = shape.hidden_size, shape.sizes
     parameters = {
@@ -264,25 +184,34 @@ def _dense_work(shape: ModelShape, tokens: int, precision: str) -> list[Work]:
         "shared_experts": shape.moe_layers * 3 * hidden * shape.shared_width,
     }
     assert set(parameters) | {"head"} == set(READ_IN_FULL)
+    plain = ("norm", "router")  # never quantized
     return [
-        Work(name, sizes.get(name, 0), 2 * tokens * count, "fp32" if name == "router" else precision)
+        Work(name, sizes.get(name, 0), 2 * tokens * count, *(("fp32", 0) if name in plain else (precision, bits)))
         for name, count in parameters.items()
     ]
+
+
+def _head_work(shape: ModelShape, rows: int, precision: str, bits: int) -> Work:
+    """The head, which integers of 4 bits stop at 8 for."""
+    return Work(
+        "head", shape.sizes.get("head", 0), 2 * rows * shape.vocab_size * shape.hidden_size, precision, 8 if bits else 0
+    )
 
 
 def _expert_flops(shape: ModelShape, tokens: int, experts: int) -> float:
     return 2.0 * tokens * shape.moe_layers * experts * 3 * shape.hidden_size * shape.expert_width
 
 
-def _precisions(device: DeviceProfile, quantized: bool) -> tuple[str, str]:
+def _precisions(device: DeviceProfile, bits: int) -> tuple[str, str]:
     """(linear layers, attention): int8 dot products on a CPU with quantized weights, fp16 tensor cores on a GPU."""
     if device.target == "onnxruntime":
-        return ("int8" if quantized else "fp32"), "fp32"
+        return ("int8" if bits else "fp32"), "fp32"
     return "fp16", "fp16"
 
 
-def _is_quantized(manifest: Mapping[str, Any]) -> bool:
-    return str((manifest.get("quantization") or {}).get("weights", "")).startswith("int")
+def _integer_bits(manifest: Mapping[str, Any]) -> int:
+    """4 or 8 where the weights are integers, else 0."""
+    return {"int4": 4, "int8": 8}.get(str((manifest.get("quantization") or {}).get("weights")), 0)
 
 
 def _check_counts(shape: ModelShape, prompt_tokens: int, new_tokens: int, batch: int, length: int) -> None:
@@ -306,16 +235,16 @@ def _percentiles(times: Mapping[str, float]) -> dict[str, float | None]:
     return {"p50": times["expected"], "p90": None, "p99": None, "low": times["fast"], "high": times["slow"]}
 
 
-def _per_op(step: list[Work], device: DeviceProfile, itl_ms: float) -> list[dict[str, Any]]:
+def _per_op(step: Pass, shape: ModelShape, device: DeviceProfile, itl_ms: float) -> list[dict[str, Any]]:
     """What each kind of operation takes by itself, and what is left of the step: launches and a pass's own cost."""
     rows: list[dict[str, Any]] = [
         {
             "op": work.name,
             "bytes": round(work.bytes),
             "flops": round(work.flops),
-            "ms": 1e3 * _seconds(work, device, "expected"),
+            "ms": 1e3 * find_roofline(device).work_seconds(work, device, shape),
         }
-        for work in step
+        for work in step.work
     ]
     rest = max(0.0, itl_ms - sum(row["ms"] for row in rows))
     return [*rows, {"op": "launches and fixed costs", "bytes": 0, "flops": 0, "ms": rest}]

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .device import DeviceProfile
-from .estimate import Band, estimate
+from .estimate import estimate
 from .fit import PREFILL_CHUNK, check_fit
+from .roofline import Band
 from .shape import ModelShape
 
 # Between neighbours: a latency, and activations in fp16 over PCI Express 4.0 x8. Assumptions.

@@ -1,10 +1,16 @@
-"""Compare this machine's CPU engine with llama.cpp, shape by shape: python scripts/bench_peers.py --work FOLDER
+"""Compare this machine's CPU engine with others, shape by shape: python scripts/bench_peers.py --work FOLDER
 
 For each shape a random checkpoint is written, exported at int4 and built for the CPU, and a random GGUF file of the
 same shape in Q4_0 is written. Every engine is a process of its own (scripts/peers_worker.py), all of them loaded; in
 each round every one gets its turn while the others are stopped, and so does a measurement of the memory's bandwidth.
-Ratios are of one round. What was measured goes to docs/performance.json; docs/performance.md and its chart are made of
-all of it.
+Ratios are of one round. The parts of a shape, each to be run alone with --part:
+
+    llama.cpp   prefill, decode, decode at a long context
+    genai       onnxruntime-genai over the same bundle: prefill and decode
+    batch       our engine with eight sequences a step
+    optimum     what optimum-onnx makes of a small checkpoint of the family (scripts/peers_optimum.py)
+
+What was measured goes to docs/performance.json after each part, of which docs/performance.md and its chart are made.
 
 Needs llama-cpp-python (built on the machine with its native flags) and gguf: in this environment, or in the one whose
 Python --peer-python names. FOLDER takes 31 GB for the largest shape's checkpoint while it is exported, 9 GB afterwards.
@@ -21,6 +27,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,22 +38,30 @@ from synthetic_checkpoint import SHAPES, read_shape, write_checkpoint
 
 import moedge
 from moedge.bundle import Bundle, write_json
-from moedge.profiles.shape import bytes_per_token
+from moedge.profiles.shape import ModelShape, bytes_per_token
 from moedge.runtime import machine
-from moedge.runtime.preflight import read_engine
+from moedge.runtime.preflight import EngineInfo, read_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "performance.json"
 DEFAULT = ("olmoe-1b-7b", "deepseek-v2-lite", "qwen3-30b-a3b:12")
+PARTS = ("llama.cpp", "genai", "batch", "optimum")
 PROMPT, NEW, LONG = 512, 32, 4096
+BATCH_STEPS, OPTIMUM_SECONDS = 16, 240
+FEWER_ROUNDS = 3  # where the question is not a goal's
+
+
+class WorkerError(Exception):
+    """A worker ended before it answered; the text is the last that it said."""
 
 
 class Worker:
     """An engine's process, stopped but when it is its turn."""
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
+        self._said = tempfile.TemporaryFile("w+", errors="replace")
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, **pipes)
+        self._process = subprocess.Popen(command, stderr=self._said, **pipes)
         self.about = self._read()
         self._process.send_signal(signal.SIGSTOP)
 
@@ -68,7 +83,10 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit("error: a worker ended; what it said stands above")
+            code = self._process.wait()
+            self._said.seek(0)
+            said = [line.strip() for line in self._said.read().splitlines() if line.strip()]
+            raise WorkerError(said[-1][:300] if said else f"it ended with exit code {code}")
         return dict(json.loads(line))
 
 
@@ -102,59 +120,64 @@ def room(config: dict[str, Any]) -> int:
 
 
 @contextmanager
-def open_workers(bundle: Path, other: Path, context: int, args: argparse.Namespace) -> Iterator[dict[str, Worker]]:
-    """All engines, loaded one after the other."""
+def open_workers(kinds: dict[str, Path], context: int, args: argparse.Namespace) -> Iterator[dict[str, Worker]]:
+    """Engines by their kind and file, loaded one after the other."""
     script = str(Path(__file__).with_name("peers_worker.py"))
-    numbers = [str(args.threads), str(context)]
     with ExitStack() as stack:
         workers = {}
-        commands = {
-            "moedge": [sys.executable, script, "moedge", str(bundle), *numbers],
-            "llama.cpp": [args.peer_python, script, "llama.cpp", str(other), *numbers],
-        }
-        for name, command in commands.items():
-            say(f"  loading {name}")
-            workers[name] = Worker(command)
-            stack.callback(workers[name].close)
+        for kind, path in kinds.items():
+            say(f"  loading {kind}")
+            python = args.peer_python if kind == "llama.cpp" else sys.executable
+            workers[kind] = Worker([python, script, kind, str(path), str(args.threads), str(context)])
+            stack.callback(workers[kind].close)
         yield workers
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One shape, `args.rounds` rounds after one to warm up."""
-    bundle_path, other = prepare(name, args.work, args.peer_python)
-    bundle = Bundle.open(bundle_path)
-    context = room(bundle.config)
-    filling = context - NEW
-    load = os.getloadavg()[0]
+def race(kinds: dict[str, Path], context: int, filling: int, rounds: int, args: argparse.Namespace) -> dict[str, Any]:
+    """`rounds` rounds of the engines after one to warm up; `filling`: tokens of the long context, 0 for none."""
     found: dict[str, Any] = {}
-    with open_workers(bundle_path, other, context, args) as workers:
+    bandwidth = []
+    with open_workers(kinds, context, args) as workers:
         for peer, worker in workers.items():
-            say(f"  {peer}: filling a context of {filling}")
-            filled = worker.ask("fill", filling)
-            found[peer] = {"about": worker.about, "memory": filled}
-            found[peer] |= {key: [] for key in ("prefill_s", "decode_s", "decode_long_s")}
-        bandwidth = []
-        for turn in range(args.rounds + 1):
-            say(f"  round {turn} of {args.rounds}" if turn else "  warming up")
+            say(f"  {peer}: filling a context of {filling}" if filling else f"  {peer}: warming up")
+            filled = worker.ask("fill", filling) if filling else worker.ask("prefill", PROMPT)
+            found[peer] = {"about": worker.about, "memory": filled if filling else worker.about}
+            found[peer] |= {key: [] for key in ("prefill_s", "decode_s", *(["decode_long_s"] if filling else []))}
+        for turn in range(rounds + 1):
+            say(f"  round {turn} of {rounds}" if turn else "  warming up")
             for peer, worker in workers.items():
-                prefill = worker.ask("prefill", PROMPT)["seconds"]
-                decode = worker.ask("decode", NEW)["seconds"]
-                long = worker.ask("decode_long", NEW)["seconds"]
-                if turn:
-                    found[peer]["prefill_s"].append(prefill)
-                    found[peer]["decode_s"].append(statistics.median(decode))
-                    found[peer]["decode_long_s"].append(statistics.median(long))
+                times = {"prefill_s": worker.ask("prefill", PROMPT)["seconds"]}
+                times["decode_s"] = statistics.median(worker.ask("decode", NEW)["seconds"])
+                if filling:
+                    times["decode_long_s"] = statistics.median(worker.ask("decode_long", NEW)["seconds"])
+                for key, seconds in times.items() if turn else ():
+                    found[peer][key].append(seconds)
             if turn:
                 bandwidth.append(machine.measure_bandwidth(args.threads))
+    return {"peers": found, "bandwidth_bytes_per_s": bandwidth}
+
+
+def measure_llama(name: str, bundle: Bundle, other: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Beside llama.cpp: what the shape's result is of."""
+    context = room(bundle.config)
+    filling = context - NEW
+    kinds = {"moedge": bundle.path, "llama.cpp": other}
+    try:
+        return describe(bundle, filling, args) | race(kinds, context, filling, args.rounds, args)
+    except WorkerError as error:
+        raise SystemExit(f"error: {name}: an engine ended: {error}") from None
+
+
+def describe(bundle: Bundle, filling: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The machine, the shape and what a token has to read."""
     engine = read_engine(bundle, "cpu")
-    element = {"float32": 4, "float16": 2, "int8": 1}[engine.cache[0].dtype]
+    element = cache_element(engine)
     contexts = {"decode": PROMPT + NEW // 2, "decode_long": filling + NEW // 2}
     return {
-        "shape": name,
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(),
         "threads": args.threads,
-        "load_before": load,
+        "load_before": os.getloadavg()[0],
         "parameters": bundle.manifest["model"]["parameters"],
         "active_parameters": bundle.manifest["model"]["active_parameters"],
         "prompt_tokens": PROMPT,
@@ -164,9 +187,98 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_token": {
             what: bytes_per_token(bundle.manifest, context, 1, element) for what, context in contexts.items()
         },
-        "bandwidth_bytes_per_s": bandwidth,
-        "peers": found,
     }
+
+
+def cache_element(engine: EngineInfo) -> float:
+    """Bytes of an element of the engine's cache."""
+    return {"float32": 4, "float16": 2, "int8": 1}[engine.cache[0].dtype]
+
+
+def measure_genai(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
+    """onnxruntime-genai over the engine's own folder, beside our engine; or the reason why not."""
+    folder = bundle.engine_dir("cpu")
+    if not (folder / "genai_config.json").exists():
+        return {"reason": "the engine's folder has no genai_config.json"}
+    context = PROMPT + 2 * NEW
+    try:
+        kinds = {"moedge": bundle.path, "genai": folder}
+        return race(kinds, context, 0, min(FEWER_ROUNDS, args.rounds), args) | {"date": today()}
+    except WorkerError as error:
+        return {"reason": str(error), "date": today()}
+
+
+def measure_batch(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
+    """Eight sequences a step, each behind PROMPT tokens, beside one, in turns."""
+    engine, shape = read_engine(bundle, "cpu"), ModelShape.from_manifest(bundle.manifest)
+    context = PROMPT + 2 * NEW
+    one, several, bandwidth = [], [], []
+    with open_workers({"moedge": bundle.path, "moedge-lanes": bundle.path}, context, args) as workers:
+        lanes = workers["moedge-lanes"].about["lanes"]
+        workers["moedge-lanes"].ask("fill", PROMPT)
+        for turn in range(args.rounds + 1):
+            say(f"  round {turn} of {args.rounds}" if turn else "  warming up")
+            workers["moedge"].ask("prefill", PROMPT)
+            alone = statistics.median(workers["moedge"].ask("decode", BATCH_STEPS)["seconds"])
+            together = statistics.median(workers["moedge-lanes"].ask("decode_batch", BATCH_STEPS)["seconds"])
+            if turn:
+                one.append(alone)
+                several.append(together)
+                bandwidth.append(machine.measure_bandwidth(args.threads))
+    read = bytes_per_token(bundle.manifest, PROMPT + BATCH_STEPS // 2, lanes, cache_element(engine))
+    return {
+        "date": today(),
+        "lanes": lanes,
+        "expected_distinct_experts": shape.distinct_experts(lanes),
+        "experts": shape.experts,
+        "bytes_per_step": read,
+        "decode_s": one,
+        "step_s": several,
+        "bandwidth_bytes_per_s": bandwidth,
+    }
+
+
+def measure_optimum(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What optimum-onnx makes of a small checkpoint of the shape's family, tried in a process of its own."""
+    shape, _, layers = name.partition(":")
+    folder = args.work / "optimum"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", read_shape(shape, int(layers) if layers else None))
+    script = Path(__file__).with_name("peers_optimum.py")
+    command = [sys.executable, script, folder / "config.json", folder / "work"]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=OPTIMUM_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"exported": False, "reason": f"not done in {OPTIMUM_SECONDS} s", "date": today()}
+    if done.returncode:
+        return {"exported": False, "reason": f"its process ended with exit code {done.returncode}", "date": today()}
+    return dict(json.loads(done.stdout)) | {"date": today()}
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def measure_part(part: str, name: str, bundle: Bundle, other: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What a part adds to the shape's result."""
+    if part == "llama.cpp":
+        return measure_llama(name, bundle, other, args)
+    if part == "genai":
+        return {"genai": measure_genai(bundle, args)}
+    if part == "batch":
+        return {"batch": measure_batch(bundle, args)}
+    return {"optimum": measure_optimum(name, args)}
+
+
+def keep(path: Path, name: str, found: dict[str, Any]) -> None:
+    """Write what was found into the shape's result, and the page of all results."""
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    own = next((each for each in results if each["shape"] == name), {"shape": name})
+    results = [*(each for each in results if each["shape"] != name), own | found]
+    results.sort(key=lambda each: str(each["shape"]))
+    write_json(path, results)
+    if all("peers" in each for each in results):
+        write_page(results, path.with_suffix(".md"))
 
 
 def say(text: str) -> None:
@@ -177,6 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for bundles and GGUF files; kept between runs")
     parser.add_argument("--shape", action="append", metavar="NAME[:LAYERS]", help=f"default: {', '.join(DEFAULT)}")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this; default: all of them")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=machine.default_threads())
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that has llama-cpp-python")
@@ -188,14 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name.partition(":")[0] not in known:
             parser.error(f"no shape {name!r}; there are {', '.join(known)}")
         say(name)
-        if args.prepare_only:
-            prepare(name, args.work, args.peer_python)
-            continue
-        result = measure(name, args)
-        results = json.loads(args.results.read_text()) if args.results.exists() else []
-        results = [*(each for each in results if each["shape"] != name), result]
-        write_json(args.results, sorted(results, key=lambda each: str(each["shape"])))
-        write_page(results, args.results.with_suffix(".md"))
+        bundle, other = prepare(name, args.work, args.peer_python)
+        for part in () if args.prepare_only else args.part or PARTS:
+            say(f" {part}")
+            keep(args.results, name, measure_part(part, name, Bundle.open(bundle), other, args))
     return 0
 
 

@@ -59,7 +59,15 @@ def render(results: Sequence[dict[str, Any]], chart: str | None) -> str:
     ]
     for title, key, tokens, goal in WHAT:
         lines += [f"## {title[0].upper()}{title[1:]}", "", *_table(results, key, tokens, goal), ""]
-    lines += ["## Loading and memory", "", *_memory(results), "", "## Machine", ""]
+    lines += ["## Loading and memory", "", *_memory(results), ""]
+    for title, key, section in (
+        ("Beside onnxruntime-genai", "genai", _genai),
+        ("Eight sequences a step", "batch", _batch),
+        ("Beside optimum", "optimum", _optimum),
+    ):
+        known = [result for result in results if key in result]
+        lines += [f"## {title}", "", *section(known), ""] if known else []
+    lines += ["## Machine", ""]
     lines += [f"- {each}" for each in dict.fromkeys(_machine(result) for result in results)]
     return "\n".join(lines) + "\n"
 
@@ -88,6 +96,82 @@ def _memory(results: Sequence[dict[str, Any]]) -> list[str]:
             size = [f"{found['memory'].get(key, 0) / 2**30:.1f} GiB" for key in ("resident_bytes", "private_bytes")]
             lines.append(f"| {result['shape']} | {peer} | {found['about']['load_s']:.1f} s | {' | '.join(size)} |")
     return lines
+
+
+def _genai(results: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "onnxruntime-genai runs the same int4 weights, out of the engine's folder, with onnxruntime's own operators;",
+        "rounds as above, at the short context. A ratio above 1 is in moedge's favour.",
+        "",
+        "| shape | | moedge tokens/s | genai tokens/s | ratio | least to most | genai loads in | of it private |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for result in results:
+        found = result["genai"]
+        if "reason" in found:
+            lines.append(f"| {result['shape']} | does not run: {_plain(found['reason'])} | | | | | | |")
+            continue
+        ours, theirs = found["peers"][OURS], found["peers"]["genai"]
+        load = f"{theirs['about']['load_s']:.1f} s | {theirs['memory'].get('private_bytes', 0) / 2**30:.1f} GiB"
+        for title, key, count in (("prefill", "prefill_s", result["prompt_tokens"]), ("decode", "decode_s", 1)):
+            times = [slow / fast for slow, fast in zip(theirs[key], ours[key], strict=True)]
+            middle = [count / statistics.median(each[key]) for each in (ours, theirs)]
+            cells = [result["shape"], title, *(f"{rate:.1f}" for rate in middle), f"{statistics.median(times):.2f}"]
+            lines.append(f"| {' | '.join(cells)} | {min(times):.2f} to {max(times):.2f} | {load} |")
+    ran = [result["genai"]["peers"]["genai"]["about"] for result in results if "peers" in result["genai"]]
+    versions = {about["version"] for about in ran}
+    return [*lines, *(["", f"Versions: {', '.join(sorted(versions))}."] if versions else [])]
+
+
+def _batch(results: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "Each sequence brings experts of its own: a step must read as many distinct ones as eight even choices are",
+        "expected to call on. The limit is what the memory allows when those are read once.",
+        "",
+        "| shape | sequences | tokens/s of one | tokens/s of all | ratio | distinct experts, expected | read a step | "
+        "of the memory limit | goal 80% |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for result in results:
+        found = result["batch"]
+        one, step = statistics.median(found["decode_s"]), statistics.median(found["step_s"])
+        share = found["bytes_per_step"] / step / statistics.median(found["bandwidth_bytes_per_s"])
+        distinct = f"{found['expected_distinct_experts']:.1f} of {found['experts']}"
+        pairs = zip(found["decode_s"], found["step_s"], strict=True)
+        times = statistics.median(found["lanes"] * alone / together for alone, together in pairs)
+        cells = [result["shape"], str(found["lanes"]), f"{1 / one:.1f}", f"{found['lanes'] / step:.1f}", f"{times:.2f}"]
+        cells += [distinct, f"{found['bytes_per_step'] / 2**30:.2f} GiB", f"{share:.0%}"]
+        lines.append(f"| {' | '.join([*cells, 'met' if share >= 0.8 else 'not met'])} |")
+    return lines
+
+
+def _optimum(results: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "What optimum-onnx makes of each family, tried on a small random checkpoint of it; where its graph gives",
+        "transformers' logits, that checkpoint is measured: tokens a second in fp32, and moedge's of the same weights.",
+        "",
+        "| family | exported | largest difference of a logit | | optimum | moedge, fp32 | moedge, int4 |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for result in {each["optimum"].get("family", each["shape"]): each for each in results}.values():
+        found = result["optimum"]
+        family = found.get("family", result["shape"])
+        exported = f"in {found['export_s']:.0f} s" if found["exported"] else "no"
+        off = f"{found['largest_difference']:.1e}" if "largest_difference" in found else ""
+        if "peers" not in found:
+            lines.append(f"| {family} | {exported} | {off} | {_plain(found['reason'])} | | | |")
+            continue
+        for title, key, count in (("prefill", "prefill_s", found["prompt_tokens"]), ("decode", "decode_s", 1)):
+            cells = [f"{count / statistics.median(each[key]):.1f}" for each in found["peers"].values()]
+            lines.append(f"| {family} | {exported} | {off} | {title} | {' | '.join(cells)} |")
+    known = [result["optimum"]["versions"] for result in results if "versions" in result["optimum"]]
+    told = dict.fromkeys(f"{name} {version}" for versions in known for name, version in versions.items())
+    return [*lines, "", f"Versions: {', '.join(told)}."] if told else lines
+
+
+def _plain(text: str) -> str:
+    """Text that ends no cell."""
+    return " ".join(text.replace("|", "/").split())
 
 
 def _machine(result: dict[str, Any]) -> str:

@@ -1,11 +1,15 @@
 """One engine in a process of its own, told what to run on stdin, a JSON line each; answers on stdout likewise.
 
-    python peers_worker.py moedge BUNDLE THREADS CONTEXT      python peers_worker.py llama.cpp FILE.gguf THREADS CONTEXT
+    python peers_worker.py moedge BUNDLE THREADS CONTEXT
+    python peers_worker.py moedge-lanes BUNDLE THREADS CONTEXT     several sequences a step
+    python peers_worker.py llama.cpp FILE.gguf THREADS CONTEXT
+    python peers_worker.py genai ENGINE_FOLDER THREADS CONTEXT     onnxruntime-genai over the engine's folder
 
 {"run": "prefill", "tokens": n}             a prompt of n random tokens from nothing: {"seconds": s}
 {"run": "decode", "tokens": n}              n more, one at a time, each the most likely: {"seconds": [s, ...]}
 {"run": "fill", "tokens": n}                the long context, once
 {"run": "decode_long", "tokens": n}         n tokens behind it; it is then what it was
+{"run": "decode_batch", "tokens": n}        n steps of moedge-lanes' sequences together, each behind a prompt of its own
 The first answer tells how loading went. llama.cpp runs without mmap, its caches in half precision, its default.
 """
 
@@ -118,7 +122,82 @@ class LlamaCpp:
         return {"name": "llama.cpp", "version": f"llama-cpp-python {self._lib.__version__}", "system": system}
 
 
-PEERS = {"moedge": Moedge, "llama.cpp": LlamaCpp}
+class Genai:
+    """onnxruntime-genai over an engine's folder, which is a model folder of its; one generator for each sequence."""
+
+    def __init__(self, path: str, threads: int, context: int) -> None:
+        import onnxruntime_genai as og
+
+        self._lib, self._context = og, context
+        config = og.Config(path)
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        self._model = og.Model(config)
+        self.vocab = int(json.loads((Path(path) / "genai_config.json").read_text())["model"]["vocab_size"])
+        self._generators = {False: self._open()}
+
+    def _open(self) -> Any:
+        parameters = self._lib.GeneratorParams(self._model)
+        # As long as there is room: random weights may choose the end-of-text token.
+        parameters.set_search_options(max_length=self._context, min_length=self._context, do_sample=False)
+        return self._lib.Generator(self._model, parameters)
+
+    def feed(self, tokens: NDArray[np.int64], long: bool) -> int:
+        if long not in self._generators:
+            self._generators[long] = self._open()
+        generator = self._generators[long]
+        if len(tokens) == 1 and generator.token_count():  # the token that it chose itself is in the text already
+            generator.generate_next_token()
+        else:
+            generator.append_tokens(tokens.astype(np.int32))
+            generator.generate_next_token()
+        return int(generator.get_next_tokens()[0])
+
+    def cut(self, length: int, long: bool) -> None:
+        if long in self._generators:
+            self._generators[long].rewind_to(length)
+
+    def about(self) -> dict[str, Any]:
+        from importlib.metadata import version
+
+        return {"name": "onnxruntime-genai", "version": f"onnxruntime-genai {version('onnxruntime-genai')}"}
+
+
+class MoedgeLanes:
+    """Our engine with LANES sequences a step."""
+
+    LANES = 8
+
+    def __init__(self, path: str, threads: int, context: int) -> None:
+        import moedge
+
+        options = {"lanes": self.LANES, "max_seq_len": context, "lock_weights": True}
+        self._engine = moedge.load(path, "cpu", threads=threads, **options)  # type: ignore[arg-type]
+        self.vocab = self._engine.info.vocab_size
+        own = self._engine.begin()
+        self._sessions = [own, *(own.another() for _ in range(self.LANES - 1))]
+
+    def fill(self, prompts: NDArray[np.int64]) -> None:
+        for session, prompt in zip(self._sessions, prompts, strict=True):
+            session.truncate(0)
+            self._engine.prefill(prompt, session)
+
+    def steps(self, count: int, tokens: NDArray[np.int64]) -> list[float]:
+        """Seconds of each step; each sequence goes on with its own most likely token, and is then what it was."""
+        length, seconds = self._sessions[0].length, []
+        for _ in range(count):
+            began = time.perf_counter()
+            logits = self._sessions[0].step_together(self._sessions[1:], tokens)
+            tokens = np.array([int(row.argmax()) for row in logits], np.int64)
+            seconds.append(time.perf_counter() - began)
+        for session in self._sessions:
+            session.truncate(length)
+        return seconds
+
+    def about(self) -> dict[str, Any]:
+        return {"name": "moedge", "lanes": self.LANES}
+
+
+PEERS = {"moedge": Moedge, "llama.cpp": LlamaCpp, "genai": Genai}
 
 
 def serve(peer: Peer, load_s: float) -> None:
@@ -150,6 +229,18 @@ def serve(peer: Peer, load_s: float) -> None:
             answer({"seconds": seconds})
 
 
+def serve_lanes(peer: MoedgeLanes, load_s: float) -> None:
+    random = np.random.default_rng(_SEED)
+    answer({"load_s": load_s, **peer.about(), **memory()})
+    for line in sys.stdin:
+        order = json.loads(line)
+        if order["run"] == "fill":
+            peer.fill(random.integers(0, peer.vocab, (peer.LANES, order["tokens"])))
+            answer(memory())
+        else:
+            answer({"seconds": peer.steps(order["tokens"], random.integers(0, peer.vocab, peer.LANES))})
+
+
 def memory() -> dict[str, int]:
     """Resident bytes: all, and those that no other process could share (Linux)."""
     status = Path("/proc/self/status")
@@ -169,8 +260,12 @@ def answer(document: dict[str, Any]) -> None:
 def main() -> None:
     kind, path, threads, context = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     began = time.perf_counter()
-    peer = PEERS[kind](path, threads, context)
-    serve(peer, time.perf_counter() - began)
+    if kind == "moedge-lanes":
+        lanes = MoedgeLanes(path, threads, context)
+        serve_lanes(lanes, time.perf_counter() - began)
+    else:
+        peer = PEERS[kind](path, threads, context)
+        serve(peer, time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ from click.testing import CliRunner
 from model_manifests import deepseek_v2_lite, olmoe
 
 from moedge.errors import UsageError
-from moedge.profiles.device import load_profile
+from moedge.profiles import estimate as estimate_module
+from moedge.profiles import roofline_cpu
+from moedge.profiles.device import DeviceProfile, load_profile
 from moedge.profiles.device_commands import estimate_command
-from moedge.profiles.estimate import CPU_PREFILL_CHUNK, bytes_per_token, estimate
+from moedge.profiles.estimate import CPU_PREFILL_CHUNK, bytes_per_token, decode_work, estimate
+from moedge.profiles.roofline_cpu import Constants, CpuRoofline, load_fit, spread_of
 from moedge.profiles.shape import ModelShape
 from moedge.runtime.engine import PREFILL_CHUNK
 from moedge.runtime.report import check_result
@@ -105,17 +110,92 @@ def test_a_tiny_model_is_bound_by_launches(profile: str, launch: float, overhead
     assert result["prefill_tokens_per_s"] < 1.5e6
 
 
-def test_unpacking_bounds_one_token_on_a_core_with_bandwidth_to_spare() -> None:
-    """Seven operations a byte beside the product's own: at 80% of the arithmetic, below 90% of a wide memory's pace."""
-    device = load_profile("cpu").with_bandwidth(1e12, "a test")
-    result = estimate(olmoe(), device, prompt_tokens=1, new_tokens=2)
-    part = next(part for part in result["per_op"] if part["op"] == "experts")
-    active = 16 * 8 * 3 * 2048 * 1024
-    read = olmoe()["sizes"]["experts"] * 8 / 64
-    assert part["ms"] == pytest.approx(1e3 * (2 * active + 7 * read) / (device.flops["int8"] * 0.8), rel=1e-6)
-    slow = load_profile("cpu").with_bandwidth(1e10, "a test")
-    part = next(part for part in estimate(olmoe(), slow)["per_op"] if part["op"] == "experts")
-    assert part["ms"] == pytest.approx(1e3 * read / (1e10 * 0.9), rel=1e-6)
+CONSTANTS = Constants(
+    pass_us=50, layer_us=30, latent_us=11, mixture_us=7, lane_us=5, channel_ns=2, bandwidth_share=0.9, cached_speed=4,
+    int8_share=0.8, fp32_share=0.5, unpack4=7, unpack8=3,
+)  # fmt: skip
+
+
+def laptop(**changes: Any) -> DeviceProfile:
+    """Two cores of 1e12 int8 and 1e11 fp32 operations, 40 GB/s, launches as the fit had them."""
+    flops = {"fp32": 1e11, "int8": 1e12}
+    plain: dict[str, Any] = {"cores": 2, "flops": flops, "bandwidth_bytes_per_s": 40e9, "launch_overhead_us": 3.0}
+    return dataclasses.replace(load_profile("x86-laptop"), **plain | {"cache_bytes": None} | changes)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_step_on_a_cpu_by_hand(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of operation takes the longer of its bytes and of its arithmetic with the unpacking of its weights."""
+    monkeypatch.setattr(estimate_module, "load_fit", lambda: CpuRoofline(CONSTANTS, 1.3, "a test"))
+    manifest = deepseek_v2_lite()
+    result = estimate(manifest, laptop(), prompt_tokens=512, new_tokens=64, batch=batch)
+    sizes, distinct = manifest["sizes"], 64 * (1 - (58 / 64) ** batch)
+    parameters = {
+        "attention": 27 * (2048 * 16 * 192 + 2048 * 576 + 16 * 512 * 256 + 16 * 128 * 2048),
+        "dense_mlp": 3 * 2048 * 10944,
+        "shared_experts": 26 * 3 * 2048 * 2816,
+        "head": 102400 * 2048,
+        "experts": 26 * 6 * 3 * 2048 * 1408,
+    }
+    read = {**sizes, "experts": sizes["experts"] * distinct / 64}
+    work = {
+        name: max(
+            read[name] / 36e9, (2 * batch * count + {"head": 3}.get(name, 7) * read[name]) / (0.8 * 1e12)
+        )
+        for name, count in parameters.items()
+    }
+    work["router"] = max(sizes["router"] / 36e9, 2 * batch * 26 * 64 * 2048 / (0.5 * 1e11))
+    work["norm"], work["embedding"] = sizes["norm"] / 36e9, batch * sizes["embedding"] / 102400 / 36e9
+    pairs = batch * 544 * 27
+    work["attention over the cache"] = max(pairs * 576 * 4 / 36e9, pairs * 2 * 16 * (2 * 512 + 64) / (0.5 * 1e11))
+    fixed = 50e-6 + 27 * (30 + 11 + 5 * (batch - 1)) * 1e-6 + 26 * 7e-6 + batch * 27 * 2048 * 2e-9 / 2
+    assert result["itl_ms"]["p50"] == pytest.approx(1e3 * (sum(work.values()) + fixed), rel=1e-6)
+    assert {row["op"]: row["ms"] for row in result["per_op"]} == pytest.approx(
+        {**{name: 1e3 * seconds for name, seconds in work.items()}, "launches and fixed costs": 1e3 * fixed}, rel=1e-4
+    )
+    for key, factor in (("low", 1 / 1.3 / 1.5), ("high", 1.3 * 1.5)):  # another machine than the fit's
+        assert result["itl_ms"][key] == pytest.approx(factor * result["itl_ms"]["p50"])
+
+
+def test_a_model_in_the_cache_is_not_bound_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read four times as fast where all of it fits, as from memory from twice the cache on, in between in between."""
+    monkeypatch.setattr(estimate_module, "load_fit", lambda: CpuRoofline(CONSTANTS, 1.3, "a test"))
+    weights = sum(deepseek_v2_lite()["sizes"].values())
+
+    def norms(cache_bytes: int | None) -> float:
+        rows = estimate(deepseek_v2_lite(), laptop(cache_bytes=cache_bytes))["per_op"]
+        return float(next(row["ms"] for row in rows if row["op"] == "norm"))
+
+    plain = norms(None)
+    assert norms(weights) == pytest.approx(plain / 4) and norms(weights // 2) == pytest.approx(plain)
+    assert norms(round(weights / 1.5)) == pytest.approx(plain * (0.5 + 0.5 / 4), rel=1e-3)
+
+
+def test_what_was_fitted_is_stated_and_leaves_the_truth_in_its_band() -> None:
+    fitted = json.loads(roofline_cpu.FILE.read_text())
+    made = fitted["made"]
+    assert f"{made['measurements']} measurements of {made['shapes']} shapes" in load_fit().source
+    assert made["date"] in load_fit().source and estimate(olmoe(), laptop())["assumptions"] == load_fit().source
+    errors = [row[key] for row in fitted["measurements"] for key in ("itl_error", "ttft_error") if row[key] is not None]
+    assert len(errors) == made["measurements"] and spread_of([0.1, 0.1]) == 1.4
+    assert fitted["spread"] == pytest.approx(spread_of([math.log1p(error) for error in errors]), abs=0.01)
+
+
+def test_the_fit_finds_constants_that_made_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that a CPU of known constants would take are predicted again within a few percent (seed 0, few steps)."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "scripts"))
+    import fit_estimate
+
+    truth, samples = CpuRoofline(CONSTANTS, 1.0, "a test"), []
+    for manifest in (deepseek_v2_lite(), olmoe()):
+        shape = ModelShape.from_manifest(manifest)
+        for device in (laptop(), laptop(bandwidth_bytes_per_s=1e12)):
+            for tokens in (1, 64):
+                step = decode_work(shape, device, tokens, 100, 4, 4)
+                seconds = truth.pass_seconds(step, shape, device)
+                samples.append(fit_estimate.Measured(seconds, [step], shape, device, 1.0))
+    _, errors = fit_estimate.fit(samples, steps=400)
+    assert max(map(abs, errors)) < 0.1 < max(map(abs, fit_estimate.errors(fit_estimate.START, samples)))
 
 
 def test_the_cpus_prompt_chunk_is_the_engines() -> None:
@@ -143,12 +223,12 @@ def test_prompt_by_hand() -> None:
     assert result["prefill_tokens_per_s"] == pytest.approx(256 / sum(seconds), rel=1e-6)
 
 
-def test_onnxruntime_evaluates_the_chosen_experts_only() -> None:
+def test_onnxruntime_evaluates_the_chosen_experts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU a prompt token goes through k experts a layer, not E."""
-    device = load_profile("x86-laptop")
-    result = estimate(olmoe(), device, prompt_tokens=256, new_tokens=1)
-    experts = 2 * 256 * 16 * 8 * 3 * 2048 * 1024 / (2867e9 * 0.8)
-    others = 2 * 256 * 16 * 4 * 2048 * 2048 / (2867e9 * 0.8)
+    monkeypatch.setattr(estimate_module, "load_fit", lambda: CpuRoofline(CONSTANTS, 1.3, "a test"))
+    result = estimate(olmoe(), laptop(), prompt_tokens=256, new_tokens=1)
+    experts = 2 * 256 * 16 * 8 * 3 * 2048 * 1024 / (1e12 * 0.8)
+    others = 2 * 256 * 16 * 4 * 2048 * 2048 / (1e12 * 0.8)
     assert 1e3 * (experts + others) < result["ttft_ms"]["p50"] < 1.6e3 * (experts + others)
 
 
@@ -263,9 +343,13 @@ def test_the_checks_page_follows_from_its_rows(monkeypatch: pytest.MonkeyPatch) 
 
     guess = estimate(olmoe(), load_profile("x86-laptop"))
     itl = guess["itl_ms"]["p50"]
-    real = {"itl_ms": 1.2 * itl, "ttft_ms": 1.0, "bandwidth": 1e10, "threads": 2}
-    row = {"name": "some shape", "measured": real, "predicted": guess}
+    real = {"itl_ms": 1.2 * itl, "ttft_ms": 1.0, "bandwidth": 1e10, "threads": 2, "batch": 1, "context_tokens": 0}
+    row = {"name": "some shape", "weights": "int4", "measured": real, "predicted": guess}
     far = {**row, "measured": {**real, "itl_ms": itl / 9}}
-    page = check_estimate.render({"fitted": [row], "checked": [row, far]}, [], "in a test")
+    other = {**row, "measured": {**real, "batch": 4}}
+    page = check_estimate.render([row, far, other], [], "in a test")
     assert "1 of 2 decode rates are predicted within 25%" in page
+    fitted = json.loads(roofline_cpu.FILE.read_text())
+    assert all(f"| {each['name']} | {each['weights']} |" in page for each in fitted["measurements"])
+    assert "| some shape | int4 | 0 | 4 |" in page and fitted["made"]["date"] in page
     assert "| +20% | yes |" in page and "| -89% | no |" in page
