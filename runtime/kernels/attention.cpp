@@ -13,8 +13,10 @@ constexpr int64_t kMostValues = 24576; // of a tile: its results stay in a secon
 // From this many tiles on each goes through its keys by itself; below, threads share out the blocks of a tile.
 constexpr int64_t kManyTiles = 16;
 constexpr int64_t kUnits = 64;         // units of such a round: bounds the memory for what they give
-// Below this many multiplications a second thread costs more than it saves.
-constexpr int64_t kAlone = 1 << 16;
+// Below this much work a second thread costs more than it saves: in multiplications, of which reading an element of a
+// cache takes the time of several.
+constexpr int64_t kAlone = 1 << 18;
+constexpr int64_t kReading = 8;
 
 // Rows of queries of one group of heads; a row is a token and a head, heads side by side.
 struct Tile {
@@ -44,7 +46,7 @@ Tile tile_at(const Attention& a, int64_t index) {
   return {lane, index % a.groups, row, least(tile_rows(a), lane->rows * a.heads_a_group() - row)};
 }
 
-// What there is to do: tiles, the most rows of one, blocks of keys, multiplications.
+// What there is to do: tiles, the most rows of one, blocks of keys, work as `kAlone` has it.
 struct Extent {
   int64_t tiles = 0, rows = 0, blocks = 0, work = 0;
 };
@@ -60,7 +62,7 @@ Extent extent_of(const Attention& a) {
     const int64_t end = lane.past + lane.rows;
     const int64_t begin = a.window ? most(0, lane.past - a.window + 1) : 0;
     all.blocks = most(all.blocks, divide_up(end, kBlock) - begin / kBlock);
-    all.work += lane.rows * a.heads * (end - begin) * (a.width + a.value_width);
+    all.work += (lane.rows * a.heads + kReading * a.groups) * (end - begin) * (a.width + a.value_width);
   }
   return all;
 }
@@ -131,7 +133,7 @@ Rows read_rows(const Attention& a, const Lane& lane, const void* cache, int64_t 
 
 // `n` rows of a tile from `r` on, over the `count` keys of a block that starts at `start`.
 void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int64_t start, int64_t count,
-                 const Rows& values, const Work& work, const Part& part) {
+                 const Rows& keys, const Rows& values, const Work& work, const Part& part) {
   const int64_t end = least(count, tile.position(a, r + n - 1) + 1 - start);
   const int64_t begin = a.window ? most(0, tile.position(a, r) - a.window + 1 - start) : 0;
   memset(part.sums, 0, static_cast<size_t>(n) * sizeof(float));
@@ -139,7 +141,10 @@ void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int
   const int64_t first = begin / kPanelKeys * kPanelKeys, columns = vectors_up(end - first);
   const int64_t row = (tile.group * a.tokens + tile.lane->first) * a.heads_a_group() + tile.row + r;
   float* scores = work.scores + r * kBlock;
-  for (int64_t at = first; at < end; at += kPanelKeys)
+  if (tile.rows <= kFewRows)
+    a.kernels->score(a.queries + row * a.width, a.width, n, keys.from + first * keys.stride, keys.stride, end - first,
+                     scores + first, kBlock);
+  for (int64_t at = first; tile.rows > kFewRows && at < end; at += kPanelKeys)
     a.kernels->multiply(a.queries + row * a.width, a.width, n, work.panel + at * a.width, kPanelKeys, a.width,
                         least(kPanelKeys, vectors_up(end - at)), scores + at, kBlock);
   scores += first;
@@ -162,14 +167,14 @@ void attend_block(const Attention& a, const Tile& tile, int64_t block, const Wor
   const Lane& lane = *tile.lane;
   const int64_t start = block * kBlock, count = least(kBlock, tile.position(a, tile.rows - 1) + 1 - start);
   const Rows keys = read_rows(a, lane, lane.keys, tile.group, start, count, a.width, work.keys);
-  for (int64_t at = 0; at < count; at += kPanelKeys)
+  for (int64_t at = 0; tile.rows > kFewRows && at < count; at += kPanelKeys)
     a.kernels->transpose(keys.from + at * keys.stride, keys.stride, least(kPanelKeys, count - at), a.width,
                          work.panel + at * a.width);
   const Rows values = a.values_are_keys ? keys
                                         : read_rows(a, lane, lane.values, tile.group, start, count, a.value_width,
                                                     work.values);
   for (int64_t r = 0; r < tile.rows; r += kStep)
-    attend_rows(a, tile, r, least(kStep, tile.rows - r), start, count, values, work, part.from(r));
+    attend_rows(a, tile, r, least(kStep, tile.rows - r), start, count, keys, values, work, part.from(r));
 }
 
 // A tile's rows, all keys seen, to where the results go.

@@ -18,6 +18,7 @@ namespace moedge {
 constexpr int64_t kVector = 16;  // floats: the columns of a product are a multiple of it
 constexpr int64_t kPanelKeys = 64;
 constexpr int64_t kBlock = 2 * kPanelKeys;
+constexpr int64_t kFewRows = 8;  // of queries, for which keys are not transposed to memory
 
 enum class Element { kFloat, kHalf, kByte };  // of a cache: fp32, fp16, int8
 
@@ -44,6 +45,10 @@ struct AttentionKernels {
   // c [rows, columns] = a [rows, depth] b [depth, columns], each a chain from 0 in the order of depth.
   void (*multiply)(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
                    int64_t columns, float* c, int64_t c_stride);
+  // Scores [rows, keys] of at most kFewRows rows, as `transpose` and `multiply` give them; as many columns are written as
+  // a multiple of kVector.
+  void (*score)(const float* queries, int64_t width, int64_t rows, const float* from, int64_t stride, int64_t keys,
+                float* scores, int64_t scores_stride);
   // Scores [count] -> shares, 0 outside of [from, to), with the largest of scale * score and the sum of the shares.
   // `count` is a multiple of kVector.
   void (*soften)(float* scores, int64_t count, int64_t from, int64_t to, float scale, float* largest, float* sum);

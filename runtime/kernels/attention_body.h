@@ -102,6 +102,49 @@ void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t wid
   }
 }
 
+// Each square of keys is transposed in registers, and used there. Few rows take two at once: each is a chain.
+template <class S, int M>
+void score_rows(const float* queries, int64_t width, const float* from, int64_t stride, int64_t keys, float* scores,
+                int64_t scores_stride) {
+  constexpr int64_t lanes = S::lanes;
+  constexpr int squares = M <= 4 ? 2 : 1;
+  for (int64_t r = 0; r < keys; r += squares * lanes) {
+    const float* sources[squares * lanes];
+    for (int64_t i = 0; i < squares * lanes; ++i) sources[i] = from + least(r + i, keys - 1) * stride;
+    typename S::Float sum[squares][M];
+    for (int s = 0; s < squares; ++s)
+      for (int m = 0; m < M; ++m) sum[s][m] = S::floats(0.0f);
+    for (int64_t w = 0; w < width; w += lanes) {
+      for (int s = 0; s < squares; ++s) {
+        typename S::Float square[lanes];
+        for (int64_t i = 0; i < lanes; ++i) square[i] = S::load(sources[s * lanes + i] + w);
+        for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[s * lanes + i] + squares * lanes * stride + w);
+        S::transpose(square);
+        if (w + lanes <= width) {
+          for (int64_t i = 0; i < lanes; ++i)
+            for (int m = 0; m < M; ++m)
+              sum[s][m] = S::fused(S::floats(queries[m * width + w + i]), square[i], sum[s][m]);
+        } else {
+          for (int64_t i = 0; i < width - w; ++i)
+            for (int m = 0; m < M; ++m)
+              sum[s][m] = S::fused(S::floats(queries[m * width + w + i]), square[i], sum[s][m]);
+        }
+      }
+    }
+    for (int s = 0; s < squares && r + s * lanes < keys; ++s)
+      for (int m = 0; m < M; ++m) S::store(scores + m * scores_stride + r + s * lanes, sum[s][m]);
+  }
+}
+
+// `rows` of 1 to M.
+template <class S, int M>
+void score_some(const float* queries, int64_t width, int64_t rows, const float* from, int64_t stride, int64_t keys,
+                float* scores, int64_t scores_stride) {
+  if constexpr (M > 1)
+    if (rows < M) return score_some<S, M - 1>(queries, width, rows, from, stride, keys, scores, scores_stride);
+  score_rows<S, M>(queries, width, from, stride, keys, scores, scores_stride);
+}
+
 template <class S>
 void widen(Element element, const void* from, int64_t count, float* to) {
   constexpr int64_t lanes = S::lanes;
@@ -223,7 +266,7 @@ void merge(const Part& into, const Part& part, int64_t rows) {
 template <class S>
 constexpr moedge::AttentionKernels make_attention() {
   static_assert(kVector % S::lanes == 0 && S::vectors * S::lanes >= kVector, "columns are multiples of kVector");
-  return {widen<S>, narrow<S>, transpose_rows<S>, multiply_floats<S>, soften<S>, merge<S>};
+  return {widen<S>, narrow<S>, transpose_rows<S>, multiply_floats<S>, score_some<S, moedge::kFewRows>, soften<S>, merge<S>};
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace moedge {
 namespace {
 
 constexpr int64_t kSome = 16 << 10;     // elements of rows for which a second thread is worth while
-constexpr int64_t kAlone = 1 << 16;     // multiplications, likewise
+constexpr int64_t kAlone = 1 << 17;     // multiplications, likewise
 constexpr int64_t kRowsATime = 96;      // tokens that share one pass over a head's matrix
 constexpr float kRound = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer
 constexpr float kLeastScale = 1e-30f;   // a scale of 0 would divide by it
