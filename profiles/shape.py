@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import BundleError
+from ..errors import BundleError, shorten
 
 # Tensor classes of the manifest's `sizes` that every decode step reads in full; `embedding` and `experts` it reads in
 # part.
@@ -19,6 +20,7 @@ READ_IN_FULL_OF_TORCH = ("linear", "other")
 CACHE_ELEMENT_BYTES = {"onnxruntime": 4, "onnxruntime_cuda": 2, "tensorrt_rtx": 2, "tensorrt": 2}
 # What else a target can keep it in, the first by itself.
 KV_CACHES = {"onnxruntime": ("fp32", "fp16", "int8")}
+_MOST = 1 << 50  # bytes, parameters, tokens: more than any model's
 _MOST_BLOCK = 64  # channels of an int8 latent that share a scale
 
 
@@ -50,12 +52,33 @@ class ModelShape:
         """The shape in a `moedge.json`.
 
         Raises:
-            BundleError: a key that every bundle has is missing.
+            BundleError: a key that every bundle has is missing, or is not what it should be.
         """
         try:
-            return _shape(manifest)
-        except (KeyError, TypeError) as cause:
+            _check_objects(manifest)
+            shape = _shape(manifest)
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as cause:
             raise BundleError(f"moedge.json lacks or misstates {cause}; export the checkpoint again") from cause
+        shape.check()
+        return shape
+
+    def check(self) -> None:
+        """Raises BundleError where a size is none: a damaged manifest's, not an exporter's."""
+        sizes = {f"sizes.{name}": count for name, count in self.sizes.items()}
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        counts = {name: value for name, value in fields.items() if name not in ("name", "sizes", "latent_attention")}
+        for name, value in (counts | sizes).items():
+            least = 1 if name in ("vocab_size", "hidden_size", "layers", "max_positions") else 0
+            if type(value) is not int or not least <= value <= _MOST:
+                raise BundleError(
+                    f"moedge.json: {name} is {shorten(value)}, a whole number from {least} was expected; export the "
+                    "checkpoint again"
+                )
+        if self.experts_per_token > self.experts:
+            raise BundleError(
+                f"moedge.json: {self.experts_per_token} experts for each token, of {self.experts}; export the "
+                "checkpoint again"
+            )
 
     @property
     def weight_bytes(self) -> int:
@@ -115,6 +138,23 @@ def bytes_per_token(
     rows = batch * shape.embedding_row_bytes
     cache = batch * shape.cache_bytes(context, cache_bytes_per_element)
     return round(weights + rows + shape.expert_bytes(batch) + cache)
+
+
+def _check_objects(manifest: Mapping[str, Any]) -> None:
+    """Raises TypeError where a part that has keys is no object."""
+    parts = {name: manifest.get(name) for name in ("model", "config", "quantization", "sizes")}
+    inner = (("config", "moe"), ("config", "attention"), ("quantization", "classes"))
+    parts |= {f"{name}.{key}": (part or {}).get(key) for name, key in inner if isinstance(part := parts[name], Mapping)}
+    for name, part in parts.items():
+        if part is not None and not isinstance(part, Mapping):
+            raise TypeError(f"{name} ({shorten(part)}, an object was expected)")
+    kinds = {"model": {"name": str, "family": str, "parameters": int, "active_parameters": int}}
+    kinds["quantization"] = {"weights": str, "group_size": int}
+    for name, keys in kinds.items():
+        for key, kind in keys.items():
+            value = (parts[name] or {}).get(key)
+            if not isinstance(value, (kind, type(None))):
+                raise TypeError(f"{name}.{key} ({shorten(value)})")
 
 
 def _shape(manifest: Mapping[str, Any]) -> ModelShape:

@@ -67,5 +67,5 @@ def trace_command(
 
 
 def _name(prompt: str) -> str:
-    line = " ".join(prompt.split())
+    line = " ".join(prompt.split()) or "the prompt"
     return line if len(line) <= _NAME_LENGTH else line[: _NAME_LENGTH - 1] + "…"

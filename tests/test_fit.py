@@ -140,6 +140,30 @@ def test_sizes_for_a_reader() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (("model",), True, "lacks or misstates model (True, an object was expected); export the checkpoint again"),
+        (("model", "family"), float("nan"), "lacks or misstates model.family (nan); export"),
+        (("config",), [], "lacks or misstates config ([], an object was expected)"),
+        (("sizes", "experts"), 10**400, "sizes.experts is a number of more than 20 digits, a whole number from 0 was"),
+        (("config", "vocab_size"), 0, "vocab_size is 0, a whole number from 1 was expected; export the checkpoint"),
+        (("config", "moe", "intermediate_size"), float("nan"), "expert_width is nan, a whole number from 0 was"),
+        (("config", "moe", "num_experts_per_tok"), 10**15, "1000000000000000 experts for each token, of 64; export"),
+        (("config", "attention"), "gqa", "lacks or misstates config.attention ('gqa', an object was expected)"),
+    ],
+)
+def test_a_manifest_that_is_damaged(place: tuple[str, ...], value: object, told: str) -> None:
+    manifest = deepseek_v2_lite()
+    part = manifest
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    with pytest.raises(BundleError) as raised:
+        check_fit(manifest, load_profile("cpu"))
+    assert told in str(raised.value) and len(str(raised.value).splitlines()) == 1
+
+
 def test_manifest_that_lacks_a_key() -> None:
     manifest = deepseek_v2_lite()
     del manifest["config"]["hidden_size"]
