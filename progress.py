@@ -64,32 +64,39 @@ def _heeding(progress: Progress, seen: list[int]) -> Progress:
 
 
 class Lines:
-    """Progress as lines: one when a phase begins, one every few seconds, one at its end if it took a second or more."""
+    """Progress as lines: one when a phase begins, one every few seconds, one at its end if it took a second or more.
+
+    Phases may go on side by side, told of by several threads.
+    """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream = stream
         self.clock = clock
-        self.what: str | None = None
-        self.began = self.printed = 0.0
-        self.finished = False
+        self.phases: dict[str, tuple[float, float]] = {}  # of those that go on: when they began, and last gave a line
+        self.finished: str | None = None  # the last one
+        self.lock = threading.Lock()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        now = self.clock()
-        if what != self.what:
-            self.what, self.began, self.printed, self.finished = what, now, now, False
-            self._line(what)
-        if self.finished:
-            return
-        if done >= total > 0:
-            self.finished = True
-            if now - self.began >= 1.0:
-                self._line(f"{what}: done in {now - self.began:.1f} s")
-        elif now - self.printed >= SECONDS_BETWEEN_LINES:
-            self.printed = now
-            self._line(f"{what}: {100 * done // total}%" if total > 0 else f"{what}: {now - self.began:.0f} s")
+        with self.lock:
+            now = self.clock()
+            if what not in self.phases:
+                if what == self.finished:
+                    return
+                self.phases[what] = (now, now)
+                self._line(what)
+            began, printed = self.phases[what]
+            if done >= total > 0:
+                self.finished = what
+                del self.phases[what]
+                if now - began >= 1.0:
+                    self._line(f"{what}: done in {now - began:.1f} s")
+            elif now - printed >= SECONDS_BETWEEN_LINES:
+                self.phases[what] = (began, now)
+                self._line(f"{what}: {100 * done // total}%" if total > 0 else f"{what}: {now - began:.0f} s")
 
     def _line(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        self.stream.write(f"{text}\n")  # in one piece: print writes the end of a line by itself
+        self.stream.flush()
 
 
 @contextmanager

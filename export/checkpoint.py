@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..bundle import read_json
+from ..bundle import MANIFEST, read_json
 from ..errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -143,6 +143,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{root}: no such folder; a Hugging Face checkpoint folder (config.json, *.safetensors) was expected"
                 + (", or my_package.my_module:build_model of a PyTorch model" if ":" in root.name else "")
+            )
+        if (root / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{root} is a bundle already: make an engine of it with moedge build {root} --profile cpu, or name the "
+                "checkpoint that it was made from"
             )
         if not (root / "config.json").is_file():
             held = sorted(entry.name for entry in root.iterdir())[:5]

@@ -88,7 +88,12 @@ def config(**changes: Any) -> Edit:
     return lambda folder: edit_config(folder, **changes)
 
 
+def make_bundle(folder: Path) -> None:
+    (folder / "moedge.json").write_text("{}")
+
+
 CASES: dict[str, tuple[Edit, str]] = {
+    "a bundle": (make_bundle, "{folder} is a bundle already: make an engine of it with moedge build {folder} --"),
     "no config": (drop_config, "{folder} has no config.json (it holds: "),
     "unknown model_type": (
         config(model_type="gpt2"),

@@ -6,6 +6,8 @@ import contextlib
 import io
 import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -58,6 +60,28 @@ def test_a_long_phase_says_how_far_it_is_now_and_then() -> None:
 
 def test_a_phase_of_unknown_length_says_how_long_it_has_taken() -> None:
     assert lines_of([(0, "Building", 0, 0), (6, "Building", 3, 0)]) == ["Building", "Building: 6 s"]
+
+
+def test_phases_side_by_side_have_a_line_each_and_a_name_may_come_again() -> None:
+    calls = [(0, "a", 0, 4), (0, "b", 0, 4), (0.1, "a", 2, 4), (0.1, "b", 4, 4), (0.2, "a", 4, 4), (0.3, "b", 0, 2)]
+    assert lines_of(calls) == ["a", "b", "b"]
+
+
+def test_lines_of_several_threads_do_not_run_together() -> None:
+    """Each is one write, and a slow stream is waited for."""
+    written: list[str] = []
+
+    class Slow(io.StringIO):
+        def write(self, text: str) -> int:
+            time.sleep(0.001)
+            written.append(text)
+            return len(text)
+
+    lines = Lines(Slow())
+    names = [f"file {number}" for number in range(20)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: [lines(name, part, 3) for part in range(4)], names))
+    assert sorted(written) == sorted(f"{name}\n" for name in names)
 
 
 def test_without_a_terminal_progress_goes_to_stderr_as_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -292,7 +292,10 @@ def test_bad_usage_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.run(["no-such-command"])
     assert exit_.value.code == 2
-    assert "No such command 'no-such-command'" in capsys.readouterr().err
+    assert "No such command 'no-such-command'. There are export, build, generate" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.run(["exprot", "checkpoint"])
+    assert "No such command 'exprot'. Did you mean export" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_silent() -> None:
