@@ -27,8 +27,8 @@ def run_bound(session: Any, binding: Any) -> None:
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
-        text = str(error)
-        if "allocat" not in text and "bad_alloc" not in text:
+        text = str(error).lower()
+        if not any(word in text for word in ("allocat", "bad_alloc", "out of memory")):
             raise
         raise EngineError(
             "not enough memory for this step; give a shorter prompt, or load with a smaller max_seq_len"

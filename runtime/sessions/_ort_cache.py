@@ -8,14 +8,13 @@ the kernel's input and its output. A graph with our own attention takes every bu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import EngineError
-from ._load_state import load_state_of
+from ._sequence import CachedSequence
 
 if TYPE_CHECKING:
     from ..preflight import CacheEntry, EngineInfo
@@ -49,7 +48,7 @@ class Buffer(NamedTuple):
     address: int
 
 
-class SequenceCache:
+class SequenceCache(CachedSequence):
     """The buffers of one sequence and how many tokens are in them.
 
     Raises:
@@ -57,14 +56,13 @@ class SequenceCache:
     """
 
     def __init__(self, info: EngineInfo, capacity: int) -> None:
-        self._length = 0
-        self._capacity = capacity
+        super().__init__(info, capacity)
         self._cache: dict[str, NDArray[Any]] = {}
         self.views: list[View] = []
         self.buffers: list[Buffer] = []  # those by heads
         self.whole: list[Buffer] = []  # all of them, for a graph that changes them itself
         for entry in info.cache:
-            array = aligned_empty(_shape(entry, capacity), np.dtype(entry.dtype))
+            array = aligned_empty(self._rows_shape(entry, capacity), np.dtype(entry.dtype))
             self._cache[entry.name] = array
             kind, address = array.dtype.type, array.ctypes.data
             self.whole.append(Buffer(entry.name, array.shape, kind, address))
@@ -73,42 +71,6 @@ class SequenceCache:
             else:
                 row = entry.width * array.itemsize
                 self.views.append(View(entry.name, entry.width, kind, address, row, entry.parts))
-        self.load = load_state_of(info, capacity)
-        if self.load is not None:
-            self._cache["routes"] = self.load.routes
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    @property
-    def capacity(self) -> int:
-        return self._capacity
-
-    def truncate(self, length: int) -> None:
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot truncate {self._length} tokens to {length}")
-        self._length = length
-        if self.load is not None:
-            self.load.move_to(length)
-
-    def read_rows(self, start: int, stop: int) -> list[NDArray[Any]]:
-        if not 0 <= start <= stop <= self._length:
-            raise ValueError(f"cannot read tokens {start} to {stop} of {self._length}")
-        return [rows.copy() for rows in self._rows(start, stop)]
-
-    def append_rows(self, rows: Sequence[NDArray[Any]]) -> None:
-        count = rows[0].shape[-2] if rows and rows[0].ndim >= 2 else 0
-        if self._length + count > self._capacity:
-            raise ValueError(f"no room for {count} tokens: {self._length} of {self._capacity} are taken")
-        places = self._rows(self._length, self._length + count)
-        if [(part.shape, part.dtype) for part in rows] != [(place.shape, place.dtype) for place in places]:
-            raise ValueError("these rows are of another cache")
-        for place, part in zip(places, rows, strict=True):
-            place[:] = part
-        self._length += count
-        if self.load is not None:
-            self.load.move_to(self._length)
 
     def free(self) -> None:
         """Let go of the buffers; they are freed with the last view of them."""
@@ -117,13 +79,11 @@ class SequenceCache:
         self.buffers.clear()
         self.whole.clear()
 
-    def _rows(self, start: int, stop: int) -> list[NDArray[Any]]:
-        """Views of each cache tensor's tokens: [tokens, width], or [1, heads, tokens, head size]."""
-        return [buffer[..., start:stop, :] for buffer in self._cache.values()]
+    def _read_cache(self, entry: CacheEntry) -> NDArray[Any]:
+        return self._cache[entry.name]
 
-
-def _shape(entry: CacheEntry, capacity: int) -> tuple[int, ...]:
-    return (1, entry.heads, capacity, entry.width // entry.heads) if entry.heads else (capacity, entry.width)
+    def _write_cache(self, entry: CacheEntry, start: int, rows: NDArray[Any]) -> None:
+        self._cache[entry.name][..., start : start + rows.shape[-2], :] = rows
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

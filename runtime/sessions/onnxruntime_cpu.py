@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle import MODEL
-from ...errors import EngineError, require
+from ...errors import require
 from .. import kernels
-from ..machine import default_threads
 from . import Findings, OneLane, Routing, Session, SessionOptions, check_room, check_routing
 from ._ort_binding import (
     CPU,
@@ -29,6 +28,7 @@ from ._ort_binding import (
     run_bound,
 )
 from ._ort_cache import SequenceCache, View, aligned_empty
+from ._ort_open import load_graph, make_settings
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
@@ -82,32 +82,12 @@ def open_onnxruntime(
 ) -> tuple[Any, int]:
     """onnxruntime's session of an engine's graph over the bundle's weights, and its threads; raises as above."""
     ort = require("onnxruntime", purpose=f"run engine '{info.profile}'")
-    threads = options.threads or default_threads()
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.inter_op_num_threads = 1
-    # A memory plan is kept for every shape of the inputs, and each step has a new one: that would be a leak.
-    settings.enable_mem_pattern = False
-    settings.log_severity_level = 3
-    if options.profile_prefix is not None:
-        settings.enable_profiling = True
-        settings.profile_file_prefix = options.profile_prefix
-    entries = {
-        "session.intra_op.allow_spinning": "1",
-        "session.model_external_initializers_file_folder_path": str(bundle.path.absolute()),
-        **info.session.get("config", {}),
-    }
+    settings, threads = make_settings(ort, bundle, options)
+    entries = {"session.intra_op.allow_spinning": "1", **info.session.get("config", {})}
     for name, value in entries.items():
         settings.add_session_config_entry(name, str(value))
     model = bundle.engine_dir(info.profile) / kernels.register(settings, info.session, graph)
-    try:
-        session = ort.InferenceSession(model.read_bytes(), settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own classes, each straight from Exception
-        first = (str(error).splitlines() or [""])[0]
-        raise EngineError(
-            f"onnxruntime {ort.__version__} cannot load {model} ({first}); "
-            f"build it again: moedge build {bundle.path} --profile {info.profile}"
-        ) from error
+    session = load_graph(ort, model, settings, f"moedge build {bundle.path} --profile {info.profile}")
     return session, threads
 
 

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from ...bundle import MODEL
 from ...errors import EngineError, require
-from ..machine import default_threads
 from . import Findings, OneLane, Routing, SessionOptions, check_room, check_routing
+from ._ort_binding import CPU as HOST
+from ._ort_binding import bind_routing, empty_routing, run_bound
+from ._ort_open import load_graph, make_settings
 from ._sequence import CachedSequence
 
 if TYPE_CHECKING:
@@ -77,27 +79,10 @@ def open_on(device: str, bundle: Bundle, info: EngineInfo, options: SessionOptio
     """`open_session` on a device of `_PROVIDERS`: the same on the CPU is how it is checked without a GPU."""
     ort = require("onnxruntime", "gpu", f"run engine '{info.profile}'")
     provider, provider_options = _PROVIDERS[device]
-    settings = ort.SessionOptions()
-    threads = options.threads or default_threads()
-    settings.intra_op_num_threads = threads
-    settings.inter_op_num_threads = 1
-    # A memory plan is kept for every shape of the inputs, and each step has a new one: that would be a leak.
-    settings.enable_mem_pattern = False
-    settings.log_severity_level = 3
-    if options.profile_prefix is not None:
-        settings.enable_profiling = True
-        settings.profile_file_prefix = options.profile_prefix
-    folder = str(bundle.path.absolute())
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    settings, threads = make_settings(ort, bundle, options)
     model = bundle.engine_dir(info.profile) / MODEL
-    again = f"build it again: moedge build {bundle.path} --profile {info.profile} --backend onnxruntime"
-    try:
-        session = ort.InferenceSession(
-            model.read_bytes(), settings, providers=[provider], provider_options=[provider_options]
-        )
-    except Exception as error:  # onnxruntime's own classes, each straight from Exception
-        first = (str(error).splitlines() or [""])[0]
-        raise EngineError(f"onnxruntime {ort.__version__} cannot load {model} ({first}); {again}") from error
+    again = f"moedge build {bundle.path} --profile {info.profile} --backend onnxruntime"
+    session = load_graph(ort, model, settings, again, provider, **provider_options)
     if session.get_providers()[0] != provider:  # onnxruntime then runs on the CPU and says so on stderr only
         raise EngineError(
             f"onnxruntime {ort.__version__} did not start its {provider} (its own words are on stderr: most often CUDA "
@@ -125,7 +110,7 @@ class OnnxruntimeCudaSession(CachedSequence, OneLane):
             if not entry.heads:
                 dtype = np.dtype(entry.dtype)
                 self._rows.append((entry.name, entry.width, dtype.type, self._cache[entry.name].data_ptr()))
-        self._routing = Routing(np.empty((0, 0, 0), np.int64), np.empty((0, 0, 0), np.float32))
+        self._routing = empty_routing(info, 0)
 
     @property
     def threads(self) -> int:
@@ -152,9 +137,10 @@ class OnnxruntimeCudaSession(CachedSequence, OneLane):
             row = width * np.dtype(kind).itemsize
             self._binding.bind_input(f"past.{name}", self._device, 0, kind, (past, width), address)
             self._binding.bind_output(f"new.{name}", self._device, 0, kind, (count, width), address + past * row)
-        self._bind_host("logits", logits)
-        routing = self._bind_routing(count)
-        self._run()
+        self._binding.bind_output("logits", *HOST, np.float32, logits.shape, logits.ctypes.data)
+        routing = empty_routing(self._info, count)
+        bind_routing(self._binding, self._info, routing)
+        run_bound(self._session, self._binding)
         check_routing(routing, self._info.moe_layers, past)
         self._routing = routing
         self._advance(routing.experts)
@@ -201,28 +187,6 @@ class OnnxruntimeCudaSession(CachedSequence, OneLane):
         host = self._read_cache(entry).copy()
         host[..., start : start + rows.shape[-2], :] = rows
         self._cache[entry.name].update_inplace(host)
-
-    def _bind_host(self, name: str, values: NDArray[Any]) -> None:
-        self._binding.bind_output(name, CPU, 0, values.dtype.type, values.shape, values.ctypes.data)
-
-    def _bind_routing(self, count: int) -> Routing:
-        shape = (len(self._info.moe_layers), count, self._info.num_experts_per_tok)
-        routing = Routing(np.empty(shape, np.int64), np.empty(shape, np.float32))
-        for index, layer in enumerate(self._info.moe_layers):
-            self._bind_host(f"experts.{layer}", routing.experts[index])
-            self._bind_host(f"weights.{layer}", routing.weights[index])
-        return routing
-
-    def _run(self) -> None:
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:
-            text = str(error)
-            if "llocat" not in text and "out of memory" not in text:
-                raise
-            raise EngineError(
-                "not enough memory for this step; give a shorter prompt, or load with a smaller max_seq_len"
-            ) from error
 
 
 def _check_interface(session: Any, info: EngineInfo) -> None:
