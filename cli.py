@@ -32,7 +32,7 @@ COMMANDS = {
     "export": Command(".export.commands", "export_command", "Checkpoint folder to bundle."),
     "build": Command(".profiles.commands", "build_command", "Bundle to an engine for each device profile."),
     "generate": Command(
-        ".runtime.commands", "generate_command", "Text that goes on from a prompt, streamed as it comes."
+        ".runtime.commands", "generate_command", "Text that goes on from a prompt, which it does not repeat."
     ),
     "bench": Command(
         ".runtime.bench_commands",

@@ -56,7 +56,7 @@ def generate_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Text that goes on from a prompt, streamed as it comes; the prompt itself is not repeated."""
+    """Text that goes on from a prompt, which it does not repeat."""
     from .engine import load
 
     text = _read_stdin() if prompt == "-" else prompt

@@ -347,9 +347,13 @@ def test_the_checks_page_follows_from_its_rows(monkeypatch: pytest.MonkeyPatch) 
     row = {"name": "some shape", "weights": "int4", "measured": real, "predicted": guess}
     far = {**row, "measured": {**real, "itl_ms": itl / 9}}
     other = {**row, "measured": {**real, "batch": 4}}
-    page = check_estimate.render([row, far, other], [], "in a test")
+    page = check_estimate.render([row, far, other], "in a test")
     assert "1 of 2 decode rates are predicted within 25%" in page
     fitted = json.loads(roofline_cpu.FILE.read_text())
     assert all(f"| {each['name']} | {each['weights']} |" in page for each in fitted["measurements"])
     assert "| some shape | int4 | 0 | 4 |" in page and fitted["made"]["date"] in page
+    told = [each for each in check_estimate.PUBLISHED if each.told == "81"]
+    rate, low, high = check_estimate.predict(told[0])
+    assert f"| 81 | TensorRT Edge-LLM 0.7, int4 | {rate:.3g} | {low:.0f} to {high:.0f} | {rate / 81 - 1:+.0%} |" in page
+    assert page.count("Qwen3.5-35B-A3B, as qwen3-30b-a3b") == 2
     assert "| +20% | yes |" in page and "| -89% | no |" in page
