@@ -49,6 +49,7 @@ PARTS = ("llama.cpp", "genai", "batch", "optimum")
 PROMPT, NEW, LONG = 512, 32, 4096
 BATCH_STEPS, OPTIMUM_SECONDS = 16, 240
 FEWER_ROUNDS = 3  # where the question is not a goal's
+GENAI_MEMORY = 2.1  # of the weights: our engine maps them, genai lays them out anew
 
 
 class WorkerError(Exception):
@@ -200,6 +201,9 @@ def measure_genai(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
     folder = bundle.engine_dir("cpu")
     if not (folder / "genai_config.json").exists():
         return {"reason": "the engine's folder has no genai_config.json"}
+    wanted, free = round(GENAI_MEMORY * sum(bundle.sizes.values())), machine.available_memory_bytes()
+    if free is not None and free < wanted:
+        return {"reason": f"both engines want {wanted / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"}
     context = PROMPT + 2 * NEW
     try:
         kinds = {"moedge": bundle.path, "genai": folder}
