@@ -188,15 +188,21 @@ def staged_directory(
         shutil.rmtree(staged, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def staged_file(target: Path, *, error: type[MoedgeError] = BundleError) -> Iterator[Path]:
-    """A scratch path beside `target` that is renamed onto it on success and removed on any failure."""
+def check_place(target: Path, *, error: type[MoedgeError] = BundleError) -> None:
+    """Raises `error` where no file can be written to `target`: for work that takes long before it writes."""
     with _writing(target, error):
         if target.is_dir():
             raise error(f"{target} is a folder, not a file; name an output file")
         above = _existing_parent(target.parent)
         if not above.is_dir():
             raise error(f"{target}: {above} is a file, not a folder; name another output file")
+
+
+@contextlib.contextmanager
+def staged_file(target: Path, *, error: type[MoedgeError] = BundleError) -> Iterator[Path]:
+    """A scratch path beside `target` that is renamed onto it on success and removed on any failure."""
+    check_place(target, error=error)
+    with _writing(target, error):
         target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..bundle import staged_file
+from ..bundle import check_place, staged_file
 from ..progress import console_progress
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def bench_command(
     """Measures one engine on this machine: latency, rates, memory, and the share of the memory bandwidth it uses."""
     from .bench import bench, bench_sweep
 
+    if json_file not in (None, "-"):
+        check_place(Path(str(json_file)))
     document: dict[str, Any] | list[dict[str, Any]]
     with console_progress() as progress:
         batches, contexts = _numbers("--batch", batch, 1, sweep), _numbers("--context", context, 0, sweep)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..bundle import staged_file
+from ..bundle import check_place, staged_file
 from ..progress import console_progress
 
 
@@ -56,6 +56,8 @@ def eval_command(
     """
     if (text_file is None) == (tasks is None):
         raise click.UsageError("give a text, --text FILE, or tasks, --tasks NAMES")
+    if json_file not in (None, "-"):
+        check_place(Path(str(json_file)))
     if tasks is not None:
         beside = [name for name in ("against", "context", "stride") if options.pop(name) is not None]
         if beside:

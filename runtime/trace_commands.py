@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..bundle import check_place
 from ..progress import console_progress
 
 _NAME_LENGTH = 40  # characters of a prompt that name it
@@ -53,6 +54,7 @@ def trace_command(
     if not 1 <= len(prompts) + len(files) <= 2:
         raise click.UsageError("give one text, or two to compare: -p TEXT or --text FILE")
     check_suffix(output)
+    check_place(output)
     options: dict[str, Any] = {"max_tokens": max_tokens, "threads": threads, "attention": parse_choice(looks)}
     texts = [(_name(prompt), prompt) for prompt in prompts]
     texts += [(path.name, read_text_file(path)) for path in files]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from moedge.bundle import Bundle
-from moedge.errors import EngineError, UsageError
+from moedge.errors import BundleError, EngineError, UsageError
 from moedge.profiles.device import load_profile
 from moedge.profiles.shape import ModelShape, bytes_per_token
 from moedge.runtime import bench as bench_module
@@ -131,6 +131,16 @@ def test_command(fake_bundle, tmp_path):
     written = CliRunner().invoke(bench_command, [*options, "--json", str(tmp_path / "result.json"), "--samples"])
     assert written.exit_code == 0 and "inter-token latency" in written.stdout
     assert len(json.loads((tmp_path / "result.json").read_text())["samples"]["ttft_ms"]) == 1
+
+
+def test_a_place_that_no_file_can_have_is_told_before_anything_is_measured(fake_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_module, "bench", lambda *given, **options: pytest.fail("measured"))
+    with pytest.raises(BundleError, match="is a folder, not a file; name an output file"):
+        CliRunner().invoke(bench_command, [str(fake_bundle), "--json", str(tmp_path)], catch_exceptions=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="file is a file, not a folder; name another output file"):
+        place = str(tmp_path / "file" / "r.json")
+        CliRunner().invoke(bench_command, [str(fake_bundle), "--json", place], catch_exceptions=False)
 
 
 def test_threads_count_cores_once_and_heed_the_quota(monkeypatch):
