@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .server import Settings
 
 _POSITIVE = click.IntRange(1)
+SLOTS = 4  # where the engine steps one text at a time
 
 
 @click.command("serve")
@@ -28,7 +29,7 @@ _POSITIVE = click.IntRange(1)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is everywhere.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @click.option("--name", help="The model's name to clients. [default: the bundle's]")
-@click.option("--slots", type=_POSITIVE, default=4, show_default=True, help="Texts that run at once.")
+@click.option("--slots", type=_POSITIVE, help="Texts that run at once. [default: as many as the engine steps together]")
 @click.option("--queue", type=_POSITIVE, default=64, show_default=True, help="Texts that wait; more get 429.")
 @click.option(
     "--api-keys",
@@ -55,6 +56,7 @@ def serve_command(
     host: str,
     port: int,
     name: str | None,
+    slots: int | None,
     api_keys: Path | None,
     threads: int | None,
     max_seq_len: int | None,
@@ -68,7 +70,9 @@ def serve_command(
     """
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, purpose="serve")
+    from ..bundle import Bundle
     from .engine import PREFIX_BYTES, load
+    from .preflight import choose_profile, read_engine
     from .server import Settings
     from .server_guard import Keys
 
@@ -76,19 +80,24 @@ def serve_command(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_exit_at_sigterm())
         listener = stack.enter_context(_listen(host, port))
+        opened = Bundle.open(bundle)
+        profile = profile or choose_profile(opened)
+        if slots is None:
+            together = read_engine(opened, profile).max_batch
+            slots = together if together > 1 else SLOTS
         engine = stack.enter_context(
             load(
-                bundle,
+                opened,
                 profile,
                 threads=threads,
                 max_seq_len=max_seq_len,
-                lanes=options["slots"],
+                lanes=slots,
                 prefix_bytes=PREFIX_BYTES if prefix_bytes is None else prefix_bytes,
                 lock_weights=lock_weights,
             )
         )
         model = name or str((engine.bundle.manifest.get("model") or {}).get("name") or engine.bundle.path.name)
-        settings = Settings(name=model, keys=keys, **options)
+        settings = Settings(name=model, slots=slots, keys=keys, **options)
         if not keys and not _is_loopback(host):
             click.echo(f"warning: {host} can be reached by others and no API key is needed (--api-keys)", err=True)
         address, actual = listener.getsockname()[:2]

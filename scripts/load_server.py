@@ -1,102 +1,144 @@
-"""Mixed load on `moedge serve`: rates, fairness, and whether its memory stays flat. Not part of the tests.
+"""Load on `moedge serve`, judged: exit code 1 where a bar is missed. Not part of the tests.
 
-    python scripts/load_server.py BUNDLE --seconds 1800 --clients 32
-    python scripts/load_server.py BUNDLE --seconds 20 --clients 32 --threads 2 --json load.json
+    python scripts/load_server.py BUNDLE --clients 32 --queued 200 -o docs/serving-load.md --json load.json
+    python scripts/load_server.py BUNDLE --seconds 1800
 
-Clients stream greedy texts of mixed lengths; some go away in the middle, some ask for nonsense. First one client alone,
-then all of them. Every answer that came whole is compared with the same prompt's answer from the single client.
+In turns of a few seconds one client alone and all --clients together stream greedy texts of mixed lengths. Then
+--queued clients ask at once, and every answer is compared, token for token, with what `moedge.load` gives the prompt
+alone. Then, for --seconds, a mixture: texts, clients that leave in the middle, nonsense, floods, endless headers;
+the server's resident memory is to stay flat.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import httpx
+from load_client import Answer, Client, connected
+
+import moedge
+from moedge.bundle import Bundle
+from moedge.runtime import kernels, machine
+from moedge.runtime.preflight import choose_profile, read_engine
 
 PROMPTS = 40
 LONGEST_PROMPT, LONGEST_TEXT = 400, 64
+ALONE_S, CROWD_S = 3.0, 6.0
+SLOWEST, TIMES, FLAT = 3.0, 3.0, 0.05  # of the median stream; of one client's rate; growth of memory
+WAVES = 3
+
+
+class Verdict(NamedTuple):
+    """A bar, and whether it was met."""
+
+    bar: str
+    found: str
+    met: bool
+
+
+class Server:
+    """`moedge serve` in a process of its own, and what the system says of it."""
+
+    def __init__(self, options: argparse.Namespace, queue: int, log: Path) -> None:
+        command = [sys.executable, "-m", "moedge", "serve", options.bundle, "--port", "0"]
+        command += ["--threads", str(options.threads), "--slots", str(options.slots), "--queue", str(queue)]
+        self._log = log
+        self._stream = log.open("w")
+        self.process = subprocess.Popen(command, stderr=self._stream)
+        while " on http://" not in self.log and self.process.poll() is None:
+            time.sleep(0.02)
+        if self.process.poll() is not None:
+            sys.exit(self.log.strip())
+        line = next(line for line in self.log.splitlines() if " on http://" in line)
+        self.model = line.split(" on http://")[0]
+        self.port = int(re.findall(r":(\d+)/v1", line)[0])
+
+    @property
+    def log(self) -> str:
+        """What it said on stderr."""
+        return self._log.read_text()
+
+    def memory(self, what: str) -> int:
+        """Bytes: VmRSS, resident now, or VmHWM, the most so far."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(re.findall(rf"^{what}:\s*(\d+)", status, re.M)[0])
+
+    def open_files(self) -> int:
+        """Descriptors, sockets included."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def end(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.process.terminate()
+        code = self.process.wait(timeout=60)
+        self._stream.close()
+        return code
 
 
 class Load:
-    """What the clients share, and what they found."""
+    """What the clients ask, and what they found."""
 
-    def __init__(self, url: str, model: str, prompts: list[str]) -> None:
-        self.url, self.model, self.prompts = url, model, prompts
-        self.answers: dict[int, str] = {}
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.prompts = make_prompts()
         self.wrong: list[str] = []
-        self.tokens = 0
-        self.texts = 0
-        self.rates: list[float] = []  # tokens a second after the first one, of each stream long enough to have a pace
-        self.first: list[float] = []  # seconds to the first token
-        self.refused = 0
-        self.lock = threading.Lock()
 
-    def ask(self, http: httpx.Client, place: int, *, leave: bool = False) -> str | None:
-        """Stream one text; None where it was left or refused."""
-        body = {"model": self.model, "prompt": self.prompts[place], "stream": True, "temperature": 0}
-        body |= {"max_tokens": 8 + place * 7 % LONGEST_TEXT}
-        began, first, text, count = time.monotonic(), 0.0, "", 0
-        with http.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
-            if answer.status_code == 429:
-                with self.lock:
-                    self.refused += 1
-                time.sleep(min(1.0, float(answer.headers["retry-after"])))
-                return None
-            if answer.status_code != 200:
-                raise RuntimeError(f"{answer.status_code}: {answer.read()!r}")
-            for line in answer.iter_lines():
-                if not line.startswith("data: {"):
+    def body(self, place: int, **options: Any) -> bytes:
+        """A request for the text of a prompt."""
+        ask = {"model": self.server.model, "prompt": self.prompts[place], "max_tokens": new_tokens(place)}
+        return json.dumps({**ask, "temperature": 0, **options}).encode()
+
+    async def streams(self, clients: int, seconds: float, seed: int) -> dict[str, Any]:
+        """Let so many clients stream one text after the other."""
+        tokens, rates, waits = 0, [], []
+
+        async def live(client: Client, draw: random.Random) -> None:
+            nonlocal tokens
+            while time.perf_counter() < until:
+                answer = await client.post("/v1/completions", self.body(draw.randrange(PROMPTS), stream=True))
+                assert answer is not None
+                if answer.status != 200:
+                    self.wrong.append(f"{answer.status}: {answer.body[:200]!r}")
                     continue
-                piece = json.loads(line[6:])
-                first = first or time.monotonic() - began
-                text += piece["choices"][0]["text"]
-                count = piece["usage"]["completion_tokens"] if piece["usage"] else count
-                if leave and text:
-                    return None
-        with self.lock:
-            self.tokens += count
-            self.texts += 1
-            self.first.append(first)
-            if count >= 16:
-                self.rates.append((count - 1) / (time.monotonic() - began - first))
-        return text
+                tokens += answer.tokens
+                waits.append(answer.first - answer.began)
+                if answer.tokens >= 16 and answer.last > answer.first:  # long enough to have a pace
+                    rates.append((answer.tokens - 1) / (answer.last - answer.first))
 
-    def work(self, seed: int, until: float) -> None:
-        """One client's life."""
-        draw = random.Random(seed)
-        with httpx.Client(timeout=120, verify=False) as http:
-            while time.monotonic() < until:
-                try:
-                    self.turn(http, draw)
-                except (RuntimeError, httpx.HTTPError, ValueError, KeyError) as error:
-                    self.wrong.append(repr(error)[:300])
+        async with connected(self.server.port, clients) as all_of_them:
+            began = time.perf_counter()
+            until = began + seconds
+            draws = [random.Random(100 * seed + place) for place in range(clients)]
+            await asyncio.gather(*map(live, all_of_them, draws))
+        return {"tokens": tokens, "seconds": time.perf_counter() - began, "rates": rates, "waits": waits}
 
-    def turn(self, http: httpx.Client, draw: random.Random) -> None:
-        place = draw.randrange(len(self.prompts))
-        kind = draw.random()
-        if kind < 0.05:
-            status = http.post(f"{self.url}/v1/completions", content=draw.randbytes(100)).status_code
-            if status != 400:
-                self.wrong.append(f"nonsense was answered by {status}")
-            return
-        text = self.ask(http, place, leave=kind < 0.15)
-        if text is not None and text != self.answers.setdefault(place, text):
-            self.wrong.append(f"prompt {place} had another answer")
+    async def wave(self, clients: int, expected: list[Any]) -> None:
+        """So many clients at once, each with one text; every answer must be the expected one."""
+        async with connected(self.server.port, clients) as all_of_them:
+            bodies = [self.body(place % PROMPTS, logprobs=0) for place in range(clients)]
+            asked = [client.post("/v1/completions", body) for client, body in zip(all_of_them, bodies, strict=True)]
+            for place, answer in enumerate(await asyncio.gather(*asked)):
+                assert answer is not None
+                if answer.status != 200:
+                    self.wrong.append(f"{answer.status}: {answer.body[:200]!r}")
+                elif told(answer) != expected[place % PROMPTS]:
+                    self.wrong.append(f"prompt {place % PROMPTS} was answered otherwise than alone")
 
 
-def resident(pid: int) -> int:
-    """The process's resident memory in bytes."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")))
+def told(answer: Answer) -> tuple[str, list[float]]:
+    """An answer's text, and the log-probability of each token: equal ones mean equal tokens, to the last bit."""
+    choice = json.loads(answer.body)["choices"][0]
+    return choice["text"], choice["logprobs"]["token_logprobs"]
 
 
 def make_prompts() -> list[str]:
@@ -107,69 +149,247 @@ def make_prompts() -> list[str]:
     return [texts[0] + text if place % 4 == 0 else text for place, text in enumerate(texts)]
 
 
-def measure(options: argparse.Namespace, process: subprocess.Popen[str], url: str, model: str) -> dict[str, Any]:
-    prompts = make_prompts()
-    alone = Load(url, model, prompts)
-    began = time.monotonic()
-    with httpx.Client(timeout=120, verify=False) as http:
-        for place in range(PROMPTS):
-            text = alone.ask(http, place)
-            assert text is not None
-            alone.answers[place] = text
-    alone_s = time.monotonic() - began
-    everybody = Load(url, model, prompts)
-    everybody.answers = alone.answers
-    began = time.monotonic()
-    until = began + options.seconds
-    threads = [threading.Thread(target=everybody.work, args=(seed, until)) for seed in range(options.clients)]
-    for thread in threads:
-        thread.start()
-    memory = []
-    while time.monotonic() < until and process.poll() is None:
-        time.sleep(min(10.0, options.seconds / 10))
-        memory.append(resident(process.pid))
-    for thread in threads:
-        thread.join()
-    settled = memory[len(memory) // 5 :]  # the first fifth fills caches
-    return {
-        "clients": options.clients,
-        "tokens_per_s_alone": alone.tokens / alone_s,
-        "tokens_per_s": everybody.tokens / (time.monotonic() - began),
-        "stream_tokens_per_s": {"slowest": min(everybody.rates), "median": statistics.median(everybody.rates)},
-        "ttft_s": {"median": statistics.median(everybody.first), "worst": max(everybody.first)},
-        "texts": everybody.texts,
-        "refused": everybody.refused,
-        "wrong": len(everybody.wrong),
-        "resident_bytes": {"first": settled[0], "last": settled[-1], "growth": settled[-1] / settled[0] - 1},
+def new_tokens(place: int) -> int:
+    """How long a prompt's text is to be."""
+    return 8 + place * 7 % LONGEST_TEXT
+
+
+def answers_alone(bundle: str, slots: int) -> list[tuple[str, list[float]]]:
+    """What each prompt gives an application."""
+    lanes = 1 if kernels.library() is not None else slots  # stock ops round a single text in their own way
+    found = []
+    with moedge.load(bundle, lanes=lanes) as engine:
+        for place, prompt in enumerate(make_prompts()):
+            text = engine.generate(prompt, max_new_tokens=new_tokens(place), temperature=0, logprobs=0)
+            found.append(("".join(text), [one.logprob for one in text.logprobs]))
+    return found
+
+
+async def compare_rates(load: Load, clients: int, turns: int) -> tuple[dict[str, Any], list[Verdict]]:
+    """One client and many, in turns, so that both have the machine as it is."""
+    await load.streams(clients, 1.0, 99)  # the first touches every page of the weights
+    load.wrong.clear()
+    alone, crowd = [], []
+    for turn in range(turns):
+        alone.append(await load.streams(1, ALONE_S, turn))
+        crowd.append(await load.streams(clients, CROWD_S, turn))
+    rate, rates, waits = {}, [each for part in crowd for each in part["rates"]], [w for p in crowd for w in p["waits"]]
+    for name, parts in (("alone", alone), ("together", crowd)):
+        rate[name] = sum(part["tokens"] for part in parts) / sum(part["seconds"] for part in parts)
+    slowest, median, times = min(rates), statistics.median(rates), rate["together"] / rate["alone"]
+    figures = {
+        "clients": clients,
+        "tokens_per_s": rate,
+        "stream_tokens_per_s": {"slowest": slowest, "median": median},
+        "ttft_s": {"median": statistics.median(waits), "worst": max(waits)},
+        "ttft_alone_s": statistics.median(wait for part in alone for wait in part["waits"]),
+        "texts": len(waits),
     }
+    return figures, [
+        Verdict(f"{clients} clients: no error", f"{len(load.wrong)} of {len(waits):,} texts failed", not load.wrong),
+        Verdict(
+            f"{clients} clients: the slowest stream within {SLOWEST:g} times the median",
+            f"{median / slowest:.2f} times ({slowest:.0f} and {median:.0f} tokens/s)",
+            median <= SLOWEST * slowest,
+        ),
+        Verdict(
+            f"{clients} clients: at least {TIMES:g} times the tokens of one",
+            f"{times:.2f} times ({rate['together']:,.0f} and {rate['alone']:,.0f} tokens/s)",
+            times >= TIMES,
+        ),
+    ]
+
+
+async def queue_up(load: Load, clients: int, expected: list[Any]) -> tuple[dict[str, Any], list[Verdict]]:
+    """Waves of many clients at once."""
+    load.wrong.clear()
+    highest = []
+    for _ in range(WAVES):
+        await load.wave(clients, expected)
+        highest.append(load.server.memory("VmHWM"))
+    growth = highest[-1] / highest[0] - 1
+    figures = {"queued": clients, "waves": WAVES, "peak_resident_bytes": highest}
+    return figures, [
+        Verdict(
+            f"{clients} clients at once: every answer, token for token, what the prompt gives alone",
+            f"{len(load.wrong)} of {WAVES * clients} differ",
+            not load.wrong,
+        ),
+        Verdict(
+            f"{clients} clients at once: bounded memory",
+            f"at most {highest[-1] / 2**20:.0f} MiB; from the first wave to wave {WAVES} it grew by {growth:.1%}",
+            growth <= FLAT,
+        ),
+    ]
+
+
+class Mixture:
+    """Hours of everything: texts, clients that leave, nonsense, floods, headers that never end."""
+
+    def __init__(self, load: Load, clients: int, flood: int, expected: list[Any]) -> None:
+        self.load, self.clients, self.flood, self.expected = load, clients, flood, expected
+        self.count = dict.fromkeys(("texts", "left", "nonsense", "refused"), 0)
+        self.until = 0.0
+
+    async def run(self, seconds: float) -> tuple[dict[str, Any], list[Verdict]]:
+        server, wrong = self.load.server, self.load.wrong
+        wrong.clear()
+        self.until = time.perf_counter() + seconds
+        memory, files = [], server.open_files()
+        async with connected(server.port, self.clients) as clients:
+            work = [self.live(client, random.Random(place)) for place, client in enumerate(clients)]
+            working = [asyncio.ensure_future(each) for each in (*work, self.floods(), self.dawdle())]
+            while time.perf_counter() < self.until and server.process.poll() is None:
+                await asyncio.sleep(min(5.0, seconds / 40))
+                memory.append(server.memory("VmRSS"))
+            await asyncio.gather(*working)
+        settled = memory[len(memory) // 5 :]  # the first fifth fills caches
+        spread = max(settled) / min(settled) - 1
+        stuck, failed = await self.left_behind()
+        figures = {"seconds": seconds, **self.count, "resident_bytes": {"least": min(settled), "most": max(settled)}}
+        files_left = server.open_files() - files
+        return figures, [
+            Verdict(f"{seconds:g} s of mixed load: no wrong answer", f"{len(wrong)} wrong", not wrong),
+            Verdict(
+                f"{seconds:g} s of mixed load: resident memory flat within {FLAT:.0%}",
+                f"{min(settled) / 2**20:.1f} to {max(settled) / 2**20:.1f} MiB, {spread:.1%}",
+                spread <= FLAT,
+            ),
+            Verdict("no stuck slot, no 500", f"{stuck} stuck, {failed} answers of 500", not stuck and not failed),
+            Verdict("no open connection left", f"{files_left} more than before", files_left <= 1),
+        ]
+
+    async def live(self, client: Client, draw: random.Random) -> None:
+        """One client's life."""
+        while time.perf_counter() < self.until:
+            place, kind = draw.randrange(PROMPTS), draw.random()
+            try:
+                if kind < 0.05:
+                    await self.nonsense(client, draw)
+                elif kind < 0.15:
+                    await client.post("/v1/completions", self.load.body(place, stream=True), leave_after=3)
+                    self.count["left"] += 1
+                else:
+                    self.judge(await client.post("/v1/completions", self.load.body(place, logprobs=0)), place)
+            except (OSError, asyncio.TimeoutError, ValueError) as error:
+                self.load.wrong.append(repr(error)[:200])
+
+    def judge(self, answer: Answer | None, place: int) -> None:
+        assert answer is not None
+        if answer.status == 429 and 1 <= int(answer.headers["retry-after"]) <= 60:
+            self.count["refused"] += 1
+        elif answer.status != 200:
+            self.load.wrong.append(f"{answer.status}: {answer.body[:200]!r}")
+        elif told(answer) != self.expected[place]:
+            self.load.wrong.append(f"prompt {place} was answered otherwise than alone")
+        else:
+            self.count["texts"] += 1
+
+    async def nonsense(self, client: Client, draw: random.Random) -> None:
+        body = draw.choice([draw.randbytes(100), b"[" * 5000, b'{"model": 1}', self.load.body(0, prompt=[10**12])])
+        answer = await client.post("/v1/completions", body)
+        assert answer is not None
+        self.count["nonsense"] += 1
+        if answer.status not in (400, 404):
+            self.load.wrong.append(f"nonsense was answered by {answer.status}")
+
+    async def floods(self) -> None:
+        """Now and then more at once than may wait."""
+        while time.perf_counter() < self.until:
+            async with connected(self.load.server.port, self.flood) as clients:
+                asked = [client.post("/v1/completions", self.load.body(0, logprobs=0)) for client in clients]
+                for answer in await asyncio.gather(*asked):
+                    self.judge(answer, 0)
+            await asyncio.sleep(max(0.0, min(20.0, self.until - time.perf_counter())))
+
+    async def dawdle(self) -> None:
+        """A header that never ends."""
+        while time.perf_counter() < self.until:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.load.server.port)
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
+            if b" 408 " not in await reader.read():
+                self.load.wrong.append("a header without an end was not answered by 408")
+            writer.close()
+
+    async def left_behind(self) -> tuple[int, int]:
+        """Texts that run or wait although nobody asks, and answers of 500."""
+        await asyncio.sleep(6)  # longer than a connection is kept
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.load.server.port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        text = (await reader.read()).decode()
+        writer.close()
+        stuck = sum(float(value) for value in re.findall(r"^moedge_(?:running|queue_length) (\S+)", text, re.M))
+        failed = sum(float(value) for value in re.findall(r'^moedge_requests_total{.*status="500"} (\S+)', text, re.M))
+        return int(stuck), int(failed)
+
+
+async def measure(options: argparse.Namespace, server: Server, queue: int) -> tuple[dict[str, Any], list[Verdict]]:
+    load, figures, verdicts = Load(server), {}, []
+    expected = answers_alone(options.bundle, options.slots)
+    steps = {
+        "rates": (options.turns, lambda: compare_rates(load, options.clients, options.turns)),
+        "queue": (options.queued, lambda: queue_up(load, options.queued, expected)),
+        "mixture": (options.seconds, lambda: Mixture(load, options.clients, queue + 50, expected).run(options.seconds)),
+    }
+    for name, (wanted, step) in steps.items():
+        if wanted:
+            figures[name], found = await step()
+            figures[name]["wrong"] = load.wrong[:5]
+            verdicts += found
+            for verdict in found:
+                print(f"{'met' if verdict.met else 'MISSED':8}{verdict.bar}: {verdict.found}", flush=True)
+    return figures, verdicts
+
+
+def make_page(figures: dict[str, Any]) -> str:
+    """The document of what was found."""
+    rows = [f"| {bar} | {found} | {'yes' if met else '**no**'} |" for bar, found, met in figures["verdicts"]]
+    return "\n".join([
+        "# Serving under load",
+        "",
+        "Written by `scripts/load_server.py`; not to be edited.",
+        "",
+        f"{figures['model']}, {figures['slots']} slots, {figures['threads']} threads, on {figures['machine']}; the "
+        "clients run on the same processor.",
+        "",
+        "| bar | found | met |",
+        "| --- | --- | --- |",
+        *rows,
+        "",
+    ])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
-    parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=4, help="of one client and of all; 0: not at all")
+    parser.add_argument("--queued", type=int, default=200, help="clients at once; 0: not at all")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of mixed load; 0: not at all")
+    parser.add_argument("--slots", type=int, help="default: what the engine was built for")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("-o", "--output", type=Path, help="write the page about it")
+    parser.add_argument("--json", type=Path, help="write the figures")
     options = parser.parse_args()
-    command = [sys.executable, "-m", "moedge", "serve", options.bundle, "--port", "0"]
-    command += ["--threads", str(options.threads), "--slots", str(options.slots)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        if " on http://" not in line:
-            sys.exit(line.strip())
-        model, url = line.split(" on ")[0], line.split(" on ")[1].split()[0].removesuffix("/v1")
-        figures = measure(options, process, url, model)
-    finally:
-        process.terminate()
-        process.communicate()
-    text = json.dumps({**figures, "exit": process.returncode}, indent=1)
-    print(text)
+    bundle = Bundle.open(options.bundle)
+    options.slots = options.slots or read_engine(bundle, choose_profile(bundle)).max_batch
+    queue = max(options.queued, 2 * options.clients)
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(options, queue, Path(folder) / "log")
+        try:
+            found, verdicts = asyncio.run(measure(options, server, queue))
+        finally:
+            code = server.end()
+        clean = "Traceback" not in server.log
+        said = f"exit code {code}, {'no' if clean else 'a'} traceback"
+        verdicts.append(Verdict("it ends cleanly", said, clean and not code))
+    about = {"model": server.model, "slots": options.slots, "threads": options.threads, "machine": machine.cpu_name()}
+    figures = {**about, **found, "verdicts": verdicts}
+    if options.output:
+        options.output.write_text(make_page(figures), encoding="utf-8")
     if options.json:
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    sys.exit(0 if all(verdict.met for verdict in verdicts) else 1)
 
 
 if __name__ == "__main__":
