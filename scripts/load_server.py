@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,9 +50,9 @@ class Verdict(NamedTuple):
 class Server:
     """`moedge serve` in a process of its own, and what the system says of it."""
 
-    def __init__(self, options: argparse.Namespace, queue: int, log: Path) -> None:
-        command = [sys.executable, "-m", "moedge", "serve", options.bundle, "--port", "0"]
-        command += ["--threads", str(options.threads), "--slots", str(options.slots), "--queue", str(queue)]
+    def __init__(self, bundle: str, log: Path, **options: int) -> None:
+        command = [sys.executable, "-m", "moedge", "serve", bundle, "--port", "0"]
+        command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         self._log = log
         self._stream = log.open("w")
         self.process = subprocess.Popen(command, stderr=self._stream)
@@ -62,6 +63,7 @@ class Server:
         line = next(line for line in self.log.splitlines() if " on http://" in line)
         self.model = line.split(" on http://")[0]
         self.port = int(re.findall(r":(\d+)/v1", line)[0])
+        self.left_behind()  # an answer: from here on it has what it always has open
 
     @property
     def log(self) -> str:
@@ -76,6 +78,14 @@ class Server:
     def open_files(self) -> int:
         """Descriptors, sockets included."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def left_behind(self) -> tuple[int, int]:
+        """Texts that run or wait, which nobody should when nobody asks, and answers of 500 so far."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        stuck = sum(float(value) for value in re.findall(r"^moedge_(?:running|queue_length) (\S+)", text, re.M))
+        failed = sum(float(value) for value in re.findall(r'^moedge_requests_total{.*status="500"} (\S+)', text, re.M))
+        return int(stuck), int(failed)
 
     def end(self) -> int:
         """SIGTERM, and the exit code."""
@@ -245,7 +255,8 @@ class Mixture:
             await asyncio.gather(*working)
         settled = memory[len(memory) // 5 :]  # the first fifth fills caches
         spread = max(settled) / min(settled) - 1
-        stuck, failed = await self.left_behind()
+        await asyncio.sleep(6)  # longer than a connection is kept
+        stuck, failed = server.left_behind()
         figures = {"seconds": seconds, **self.count, "resident_bytes": {"least": min(settled), "most": max(settled)}}
         files_left = server.open_files() - files
         return figures, [
@@ -311,17 +322,6 @@ class Mixture:
                 self.load.wrong.append("a header without an end was not answered by 408")
             writer.close()
 
-    async def left_behind(self) -> tuple[int, int]:
-        """Texts that run or wait although nobody asks, and answers of 500."""
-        await asyncio.sleep(6)  # longer than a connection is kept
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.load.server.port)
-        writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        text = (await reader.read()).decode()
-        writer.close()
-        stuck = sum(float(value) for value in re.findall(r"^moedge_(?:running|queue_length) (\S+)", text, re.M))
-        failed = sum(float(value) for value in re.findall(r'^moedge_requests_total{.*status="500"} (\S+)', text, re.M))
-        return int(stuck), int(failed)
-
 
 async def measure(options: argparse.Namespace, server: Server, queue: int) -> tuple[dict[str, Any], list[Verdict]]:
     load, figures, verdicts = Load(server), {}, []
@@ -375,7 +375,8 @@ def main() -> None:
     options.slots = options.slots or read_engine(bundle, choose_profile(bundle)).max_batch
     queue = max(options.queued, 2 * options.clients)
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(options, queue, Path(folder) / "log")
+        limits = {"slots": options.slots, "threads": options.threads, "queue": queue}
+        server = Server(options.bundle, Path(folder) / "log", **limits)
         try:
             found, verdicts = asyncio.run(measure(options, server, queue))
         finally:

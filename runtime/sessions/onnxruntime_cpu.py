@@ -83,7 +83,7 @@ def open_onnxruntime(
     """onnxruntime's session of an engine's graph over the bundle's weights, and its threads; raises as above."""
     ort = require("onnxruntime", purpose=f"run engine '{info.profile}'")
     settings, threads = make_settings(ort, bundle, options)
-    # One text alone is faster with it; beside a server's other work a thread that spins takes a core from everybody.
+    # A text alone is faster with it; beside a server's other work a thread that spins takes a core from everybody.
     spinning = "0" if graph == LANES_MODEL else "1"
     entries = {"session.intra_op.allow_spinning": spinning, **info.session.get("config", {})}
     for name, value in entries.items():
