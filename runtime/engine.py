@@ -19,6 +19,7 @@ from ..bundle import WEIGHTS, Bundle, read_json
 from ..errors import BundleError, EngineError, UsageError
 from .context import REUSE, Context, PrefixStore
 from .generation import Generation
+from .machine import trim_heap
 from .preflight import EngineInfo, check_engine, choose_profile, read_engine
 from .requests import ContextFull, TextRequest, check_whole, make_request
 from .residence import LockedFile
@@ -145,6 +146,7 @@ class Engine:
                 self._open = None
                 self._held.close()
                 self.prefixes.clear()
+                trim_heap()  # the next engine's pieces do not fit in the holes of this one's: each load would take more
 
     @property
     def config(self) -> dict[str, Any]:

@@ -153,8 +153,13 @@ def peak_memory_bytes() -> int | None:
 
 
 def release_memory() -> None:
-    """Give memory that was freed back to the system, where the C library can (glibc): it keeps some of it otherwise."""
+    """Give memory that nobody holds any more back to the system."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc): it keeps some of it otherwise."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):

@@ -132,6 +132,8 @@ class Service:
             raise Refusal(400, str(error)) from None
         prompts: list[str | list[int]]
         if isinstance(body, ChatRequest):
+            if not self.engine.tokenizer.has_chat_template:
+                raise Refusal(400, "this model has no chat template: ask /v1/completions", "no_chat_template")
             text = self.engine.tokenizer.chat([message.to_template() for message in body.messages])
             prompts, limit = [self.engine.tokenizer.encode(text, special=False)], body.max_completion_tokens
             limit = limit or body.max_tokens
@@ -313,8 +315,12 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     async def wrong(_: Request, error: Exception) -> Response:
         return _error(400, service.public(error))
 
-    async def invalid(_: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
+        kind = request.headers.get("content-type", "")
+        if not kind.startswith("application/json"):
+            was = f"is {kind!r}" if kind else "is missing"
+            return _error(400, f"the header Content-Type {was}; send JSON, with Content-Type: application/json")
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(400, f"{place}: {first['msg']}" if place else str(first["msg"]), param=place or None)

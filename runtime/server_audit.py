@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from pathlib import Path
 
 from ..bundle import MANIFEST, Bundle, sha256_file
 from ..errors import UsageError
 from .openai_answers import Answer
+
+
+log = logging.getLogger(__name__)
 
 
 class AuditLog:
@@ -38,4 +42,7 @@ class AuditLog:
             "finish_reasons": [job.writer.finish_reason for job in answer.jobs],
             "bundle_sha256": self._bundle,
         }
-        self._stream.write(json.dumps(line) + "\n")
+        try:
+            self._stream.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk is no reason to fail a text that is there
+            log.error("the audit log lacks an answer: %s", error.strerror)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,24 +57,51 @@ def read_snapshot(bundle: Bundle, info: EngineInfo, context: Context, path: Path
     except (FileNotFoundError, IsADirectoryError):
         raise EngineError(f"there is no snapshot at {path}; write one: engine.save_snapshot(...)") from None
     header, place = _checked_header(content, path)
-    if header["made_by"] != _identity(bundle, info):
+    if header.get("made_by") != _identity(bundle, info):
+        model, profile = (dict(header.get("made_by") or {}).get(name) for name in ("model", "profile"))
         raise EngineError(
-            f"{path} was saved with another bundle or engine ({header['made_by']['model']}, "
-            f"engine '{header['made_by']['profile']}'); save one with {bundle.path}: engine.save_snapshot(...)"
+            f"{path} was saved with another bundle or engine ({model}, engine '{profile}'); "
+            f"save one with {bundle.path}: engine.save_snapshot(...)"
         )
-    tokens: list[int] = header["tokens"]
+    try:
+        tokens, exact = _checked_tokens(header, info)
+        arrays = _read_arrays(header, content[place:-_DIGEST])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise EngineError(f"{path} is no snapshot ({error}); write it again: engine.save_snapshot(...)") from None
     if len(tokens) > context.session.capacity:
         raise EngineError(
             f"{path} has {len(tokens)} tokens and the context has room for {context.session.capacity}; "
             "load the engine with a larger max_seq_len"
         )
-    arrays: list[NDArray[Any]] = []
-    for entry in header["arrays"]:
-        array = np.frombuffer(content, np.dtype(entry["dtype"]), int(np.prod(entry["shape"])), place)
-        arrays.append(array.reshape(entry["shape"]))
-        place += array.nbytes
-    context.restore(tokens, arrays[:-1], int(header["exact"]), (len(tokens), arrays[-1].copy()))
+    empty = context.session.read_rows(0, 0)
+    expected = [(*part.shape[:-2], len(tokens), part.shape[-1], part.dtype) for part in empty]
+    if [(*part.shape, part.dtype) for part in arrays] != [*expected, (info.vocab_size, np.dtype(np.float32))]:
+        raise EngineError(f"{path} holds another cache than this engine's; write it again: engine.save_snapshot(...)")
+    context.restore(tokens, arrays[:-1], exact, (len(tokens), arrays[-1].copy()))
     return len(tokens)
+
+
+def _checked_tokens(header: dict[str, Any], info: EngineInfo) -> tuple[list[int], int]:
+    """The tokens, and how many of them were computed as whole chunks. The checksum says that a file is whole, not that
+    it was written here."""
+    tokens, exact = header["tokens"], header["exact"]
+    good = all(type(token) is int and 0 <= token < info.vocab_size for token in tokens)
+    if not tokens or not good or type(exact) is not int or not 0 <= exact <= len(tokens):
+        raise ValueError("tokens out of range")
+    return list(tokens), exact
+
+
+def _read_arrays(header: dict[str, Any], content: bytes) -> list[NDArray[Any]]:
+    arrays: list[NDArray[Any]] = []
+    place = 0
+    for entry in header["arrays"]:
+        kind, shape = np.dtype(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+        count = math.prod(shape)
+        if kind.hasobject or min(shape, default=0) < 0 or place + count * kind.itemsize > len(content):
+            raise ValueError("an array is larger than the file")
+        arrays.append(np.frombuffer(content, kind, count, place).reshape(shape))
+        place += arrays[-1].nbytes
+    return arrays
 
 
 def _checked_header(content: bytes, path: Path) -> tuple[dict[str, Any], int]:
@@ -83,7 +111,13 @@ def _checked_header(content: bytes, path: Path) -> tuple[dict[str, Any], int]:
     if len(content) < 16 + _DIGEST or hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
         raise EngineError(f"{path} is damaged (its checksum is wrong); write it again: engine.save_snapshot(...)")
     length = int.from_bytes(content[8:16], "little")
-    return json.loads(content[16 : 16 + length]), 16 + length
+    try:
+        header = json.loads(content[16 : 16 + length])
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise EngineError(f"{path} is no snapshot (it has no header); write it again: engine.save_snapshot(...)")
+    return header, 16 + length
 
 
 def _identity(bundle: Bundle, info: EngineInfo) -> dict[str, Any]:

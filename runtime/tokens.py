@@ -89,16 +89,25 @@ class Tokenizer:
         except (TemplateError, TypeError, OverflowError) as error:
             raise EngineError(f"the chat template of {self._folder} refuses these messages: {error}") from error
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model was made for chats, and says how its prompts look."""
+        return self._find_chat_template() is not None
+
     def _chat_template(self) -> str:
+        template = self._find_chat_template()
+        if template is None:
+            raise EngineError(f"{self._folder} has no chat template (chat_template.jinja): generate without chat")
+        return template
+
+    def _find_chat_template(self) -> str | None:
         path = self._folder / "chat_template.jinja"
         if path.is_file():
             return path.read_text(encoding="utf-8")
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several by name: the one called default
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if not isinstance(template, str):
-            raise EngineError(f"{self._folder} has no chat template (chat_template.jinja): generate without chat")
-        return template
+        return template if isinstance(template, str) else None
 
     def _special_texts(self) -> dict[str, str]:
         names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -237,17 +238,22 @@ def test_another_call_ends_a_running_generation(engine):
         list(running)
 
 
-def test_memory_comes_back(fake_bundle):
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def test_memory_threads_and_files_come_back(fake_bundle):
+    """`scripts/check_loading.py --loads 1000` does it a thousand times."""
 
-    sizes = []
+    def held():
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return resident, len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+    states = []
     for round in range(60):
-        with load(fake_bundle) as engine:
+        with load(fake_bundle, threads=2) as engine:
             engine.logits(TOKENS)
+            list(engine.generate(TOKENS, max_new_tokens=2))
         if round % 20 == 19:
-            sizes.append(resident())
-    assert sizes[-1] - sizes[0] < 8 << 20
+            states.append(held())
+    (before, *most), (after, *left) = states[0], states[-1]
+    assert after - before < 8 << 20 and left <= most
 
 
 def test_load_needs_no_builder():

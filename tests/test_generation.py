@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
@@ -287,6 +288,33 @@ def test_threads_take_turns_and_none_gets_anothers_numbers(engine):
     assert not wrong
 
 
+def test_engines_of_other_options_in_one_process_do_not_touch_each_other(engine, fake_bundle, tmp_path):
+    """There is no state outside an engine: texts in turns, a token at a time, are those of each engine alone."""
+    others = {
+        "small": {"max_seq_len": 40, "prefill_chunk": 4, "threads": 1, "reuse": "all"},
+        "plain": {"reuse": "off", "prefix_bytes": 0, "threads": 2},
+    }
+    elsewhere = fake_engine.write_bundle(tmp_path / "elsewhere", chain={1: 2, 2: 3, 3: 1})
+    options = {"max_new_tokens": 12, "temperature": 0.8, "seed": 4, "logprobs": 1}
+    engines = [engine, *(load(fake_bundle, **given) for given in others.values()), load(elsewhere)]
+    want = []
+    for one in engines:
+        text = one.generate(PROMPT, **options)
+        want.append(("".join(text), text.tokens, text.logprobs))
+    assert len({str(each) for each in want}) >= 2
+    texts = [one.generate(PROMPT, **options) for one in engines]
+    pieces = [""] * len(texts)
+    for _ in range(13):
+        for place, text in enumerate(texts):
+            pieces[place] += next(text, "")
+    assert [(piece, text.tokens, text.logprobs) for piece, text in zip(pieces, texts, strict=True)] == want
+    assert [one.session.capacity for one in engines] == [64, 40, 64, 64]
+    engines[1].close()
+    assert answer(engine) == answer(engines[2]), "closing one leaves the others"
+    for one in engines[2:]:
+        one.close()
+
+
 # Snapshots
 
 
@@ -333,6 +361,52 @@ def test_snapshots_that_are_refused(engine, fake_bundle, tmp_path):
     with load(other) as engine:
         with pytest.raises(EngineError, match="was saved with another bundle or engine .fake, engine 'cpu'.; save one"):
             engine.load_snapshot(path)
+
+
+def forged(content, **changes):
+    """A snapshot with another header, its checksum made anew: whole, and not what an engine wrote."""
+    length = int.from_bytes(content[8:16], "little")
+    header = json.dumps({**json.loads(content[16 : 16 + length]), **changes}).encode()
+    made = content[:8] + len(header).to_bytes(8, "little") + header + content[16 + length : -32]
+    return made + hashlib.sha256(made).digest()
+
+
+def test_tampered_snapshots_are_refused_whatever_their_checksum_says(engine, tmp_path):
+    path = tmp_path / "context"
+    answer(engine)
+    engine.save_snapshot(path)
+    content = path.read_bytes()
+    arrays = json.loads(content[16 : 16 + int.from_bytes(content[8:16], "little")])["arrays"]
+    wider = [{**arrays[0], "shape": [len(PROMPT), 4]}, *arrays[1:]]
+    huge = [{**arrays[0], "shape": [2**40, 2**20]}, *arrays[1:]]
+    negative = [{**arrays[0], "shape": [-1, -1]}, *arrays[1:]]
+    objects = [{**arrays[0], "dtype": "O"}, *arrays[1:]]
+    for changes, text in (
+        ({"tokens": [*PROMPT[:-1], fake_engine.VOCAB]}, "tokens out of range"),
+        ({"tokens": ["a"] * len(PROMPT)}, "tokens out of range"),
+        ({"tokens": 5}, "is no snapshot"),
+        ({"tokens": []}, "tokens out of range"),
+        ({"tokens": PROMPT[:-1]}, "holds another cache than this engine's"),
+        ({"exact": len(PROMPT) + 1}, "tokens out of range"),
+        ({"exact": -1}, "tokens out of range"),
+        ({"arrays": wider}, "holds another cache than this engine's"),
+        ({"arrays": huge}, "an array is larger than the file"),
+        ({"arrays": negative}, "an array is larger than the file"),
+        ({"arrays": objects}, "an array is larger than the file"),
+        ({"arrays": arrays[1:]}, "holds another cache than this engine's"),
+        ({"arrays": None}, "is no snapshot"),
+        ({"arrays": [{}]}, "is no snapshot"),
+        ({"made_by": None}, "was saved with another bundle or engine"),
+    ):
+        path.write_bytes(forged(content, **changes))
+        with pytest.raises(EngineError, match=text):
+            engine.load_snapshot(path)
+    made = content[:8] + (3).to_bytes(8, "little") + b"[1]" + b"\0" * 40
+    path.write_bytes(made + hashlib.sha256(made).digest())
+    with pytest.raises(EngineError, match="is no snapshot .it has no header."):
+        engine.load_snapshot(path)
+    path.write_bytes(content)
+    assert engine.load_snapshot(path) == len(PROMPT)
 
 
 def test_snapshots_of_caches_by_heads(tmp_path):

@@ -126,6 +126,34 @@ def test_odd_messages(server, messages):
     assert answer.status_code in (200, 400) and answer.json()
 
 
+@pytest.mark.parametrize("kind", [None, "", "application/x-www-form-urlencoded", "text/plain", "multipart/form-data"])
+def test_a_body_that_is_not_called_json(server, kind):
+    """What `curl -d` sends by itself is called a form; the answer names the header and says what it must be."""
+    body = json.dumps({"model": NAME, "prompt": MARK}).encode()
+    request = server.http.build_request("POST", "/v1/completions", content=body)
+    if kind is not None:
+        request.headers["content-type"] = kind
+    answer = server.http.send(request)
+    was = f"is {kind!r}" if kind else "is missing"
+    assert answer.status_code == 400
+    text = f"the header Content-Type {was}; send JSON, with Content-Type: application/json"
+    assert answer.json()["error"]["message"] == text
+
+
+def test_json_by_any_name_of_it(server):
+    for kind in ("application/json; charset=utf-8", "APPLICATION/JSON", "application/vnd.api+json"):
+        answer = post(server, json.dumps({"model": NAME, "prompt": "a"}).encode(), **{"content-type": kind})
+        assert answer.status_code == 200, (kind, answer.text)
+
+
+def test_a_model_without_a_chat_template(server, monkeypatch):
+    monkeypatch.setattr(server.service.engine.tokenizer, "_config", {})
+    ask = {"model": NAME, "messages": [{"role": "user", "content": "a"}]}
+    answer = post(server, json.dumps(ask).encode(), "chat/completions")
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "no_chat_template"
+    assert answer.json()["error"]["message"] == "this model has no chat template: ask /v1/completions"
+
+
 def test_other_types_methods_and_places(server):
     assert post(server, b"prompt=a", **{"content-type": "text/plain"}).status_code == 400
     for method, path, status in (("GET", "completions", 405), ("DELETE", "models", 405), ("POST", "nothing", 404)):
