@@ -11,7 +11,6 @@ from ..bundle import MANIFEST, Bundle, sha256_file
 from ..errors import UsageError
 from .openai_answers import Answer
 
-
 log = logging.getLogger(__name__)
 
 

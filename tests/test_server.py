@@ -413,19 +413,31 @@ def test_the_command_ends_cleanly_at_sigterm_and_lets_texts_end(engine):
     assert "Traceback" not in rest
 
 
-def test_the_command_after_kill_9_starts_clean(engine):
+def test_the_command_after_kill_9_starts_clean(engine, tmp_path):
+    """Killed while a stream runs; the next start takes the same port, and finds nothing in its way."""
     before = sorted(path.name for path in Path(engine.bundle.path).rglob("*"))
-    process, line = start(engine.bundle.path)
-    process.kill()
-    process.communicate()
-    process, line = start(engine.bundle.path)
+    audit = tmp_path / "audit"
+    process, line = start(engine.bundle.path, "--audit", str(audit))
+    address = line.split(" on ")[1].split()[0]
+    with openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=30) as client:
+        model = client.models.list().data[0].id
+        stream = client.completions.create(model=model, prompt="a", stream=True, n=8, **ENDLESS)
+        next(iter(stream))
+        process.kill()
+        process.communicate()
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            list(stream)
+    process, line = start(engine.bundle.path, "--port", address.split(":")[2].split("/")[0], "--audit", str(audit))
     try:
-        assert httpx.get(line.split()[2].replace("/v1", "/readyz"), timeout=20).status_code == 200
+        assert line.split(" on ")[1].split()[0] == address
+        with openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=30) as client:
+            assert client.completions.create(model=model, prompt="a", max_tokens=3).usage.completion_tokens == 3
     finally:
         process.terminate()
         assert process.wait(timeout=20) == 0
         process.communicate()
     assert sorted(path.name for path in Path(engine.bundle.path).rglob("*")) == before
+    assert [json.loads(text)["completion_tokens"] for text in audit.read_text().splitlines()][-1] == 3
 
 
 def test_pieces_do_not_wait_for_acknowledgements():
