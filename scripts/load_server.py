@@ -33,7 +33,7 @@ from moedge.runtime import kernels, machine
 from moedge.runtime.preflight import choose_profile, read_engine
 
 PROMPTS = 40
-LONGEST_PROMPT, LONGEST_TEXT = 400, 64
+LONGEST_PROMPT, LONGEST_TEXT = 400, 192  # characters; tokens
 ALONE_S, CROWD_S = 3.0, 6.0
 SLOWEST, TIMES, FLAT = 3.0, 3.0, 0.05  # of the median stream; of one client's rate; growth of memory
 WAVES = 3
@@ -161,7 +161,7 @@ def make_prompts() -> list[str]:
 
 def new_tokens(place: int) -> int:
     """How long a prompt's text is to be."""
-    return 8 + place * 7 % LONGEST_TEXT
+    return 8 + place * 29 % LONGEST_TEXT
 
 
 def answers_alone(bundle: str, slots: int) -> list[tuple[str, list[float]]]:
@@ -183,10 +183,13 @@ async def compare_rates(load: Load, clients: int, turns: int) -> tuple[dict[str,
     for turn in range(turns):
         alone.append(await load.streams(1, ALONE_S, turn))
         crowd.append(await load.streams(clients, CROWD_S, turn))
-    rate, rates, waits = {}, [each for part in crowd for each in part["rates"]], [w for p in crowd for w in p["waits"]]
+    rate, waits = {}, [wait for part in crowd for wait in part["waits"]]
     for name, parts in (("alone", alone), ("together", crowd)):
         rate[name] = sum(part["tokens"] for part in parts) / sum(part["seconds"] for part in parts)
-    slowest, median, times = min(rates), statistics.median(rates), rate["together"] / rate["alone"]
+    times = rate["together"] / rate["alone"]
+    # Of each turn by itself: a machine that is slower for a while makes no stream starve.
+    pace = [(statistics.median(part["rates"]), min(part["rates"])) for part in crowd]
+    median, slowest = max(pace, key=lambda both: both[0] / both[1])
     figures = {
         "clients": clients,
         "tokens_per_s": rate,

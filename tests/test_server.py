@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,6 +305,15 @@ def test_api_keys(engine, tmp_path):
     assert len(mine["bundle_sha256"]) == 64 and mine["model"] == NAME and mine["path"] == "/v1/completions"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_an_audit_log_that_cannot_be_written_fails_no_text(engine, caplog):
+    with serving(engine, audit=Path("/dev/full")) as server, server.client() as client:
+        for _ in range(2):
+            assert client.completions.create(model=NAME, prompt="a", max_tokens=2).usage.completion_tokens == 2
+        server.settle()
+    assert caplog.text.count("the audit log lacks an answer: No space left on device") == 2
+
+
 def test_key_files_that_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "keys"
     with pytest.raises(UsageError, match="the API keys in .*keys cannot be read"):
@@ -493,16 +503,55 @@ def test_the_server_is_not_imported_before_it_is_needed():
 PAGE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
-def test_the_pages_example_runs(server, engine):
-    (program,) = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
-    program = program.replace("http://127.0.0.1:8000", server.url)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == alone(engine, "<user>What does this do?<assistant>")
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.M | re.S)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the page's second block is for curl")
+def test_the_pages_commands_run(engine, tmp_path):
+    """The first two blocks, as a newcomer types them: nothing has to be there but a bundle."""
+    (_, serve), ask = blocks("sh")[0].strip().splitlines(), blocks("sh")[1]
+    assert serve == "moedge serve bundle/"
+    (tmp_path / "bundle").symlink_to(engine.bundle.path)
+    command = [sys.executable, "-m", *serve.split(), "--port", "0"]  # the page's port may be taken here
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        address = process.stderr.readline().split(" on ")[1].split("/v1")[0]
+        first, *rest = ask.replace("http://127.0.0.1:8000", address).splitlines()
+        models = subprocess.run(["bash", "-c", first], capture_output=True, text=True, check=True).stdout
+        script = "\n".join(rest).replace("NAME", json.loads(models)["data"][0]["id"])
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["choices"][0]["text"] == alone(engine, "def read(self", max_new_tokens=20)
+        as_form = script.replace("-H 'Content-Type: application/json'", "")
+        done = subprocess.run(["bash", "-c", as_form], capture_output=True, text=True, check=True)
+        assert "send JSON, with Content-Type: application/json" in done.stdout
+    finally:
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+        process.communicate()
+
+
+def test_the_pages_programs_run(server, engine):
+    completion, chat = (program.replace("http://127.0.0.1:8000", server.url) for program in blocks("python"))
+    for program, text in (
+        (completion, alone(engine, "def read(self", max_new_tokens=20)),
+        (chat, alone(engine, "<user>What does this do?<assistant>") + "\n"),
+    ):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == text
+
+
+def test_what_the_page_says_of_the_sample_is_so(monkeypatch):
+    from moedge.runtime.tokens import Tokenizer
+
+    assert not Tokenizer(Path(__file__).parent.parent / "sample").has_chat_template
+    assert "this model has no chat template: ask\n/v1/completions" in PAGE
 
 
 def test_the_pages_options_exist():
     from moedge.runtime.serve_commands import serve_command
 
     there = {option for parameter in serve_command.params for option in parameter.opts}
-    assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= there
+    own = re.sub(r"`(?:moedge build|scripts/)[^`]*`|with `--seconds 1800`", "", PAGE)
+    assert set(re.findall(r"--[a-z][a-z-]+", own)) <= there
