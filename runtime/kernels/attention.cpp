@@ -74,10 +74,9 @@ Part take_part(const Attention& a, int64_t rows, Memory* memory) {
   return {largest, sums, memory->take<float>(rows * columns), columns};
 }
 
-// Keys and values as rows of fp32 that can be read by whole vectors, as they lie where they are that already.
-bool keys_as_they_lie(const Attention& a) { return a.element == Element::kFloat && a.width % kVector == 0; }
-bool values_as_they_lie(const Attention& a) {
-  return a.values_are_keys ? keys_as_they_lie(a) : a.element == Element::kFloat && a.value_width % kVector == 0;
+// Whether rows of `width` are read as they lie: by whole vectors, in fp32, or in what they are for few queries.
+bool as_they_lie(const Attention& a, int64_t width, int64_t rows) {
+  return width % kVector == 0 && !a.parts && (a.element == Element::kFloat || rows <= kFewRows);
 }
 
 // One worker's memory.
@@ -92,8 +91,8 @@ struct Work {
 Work take_work(const Attention& a, int64_t rows, Memory* memory) {
   Work work{};
   work.panel = memory->take<float>(a.width * kBlock);
-  if (!keys_as_they_lie(a)) work.keys = memory->take<float>(vectors_up(a.width) * kBlock);
-  if (!values_as_they_lie(a) && !a.values_are_keys)
+  if (!as_they_lie(a, a.width, kBlock)) work.keys = memory->take<float>(vectors_up(a.width) * kBlock);
+  if (!as_they_lie(a, a.value_width, kBlock) && !a.values_are_keys)
     work.values = memory->take<float>(vectors_up(a.value_width) * kBlock);
   work.scores = memory->take<float>(rows * kBlock);
   work.part = take_part(a, rows, memory);
@@ -101,20 +100,15 @@ Work take_work(const Attention& a, int64_t rows, Memory* memory) {
   return work;
 }
 
-struct Rows {
-  const float* from;
-  int64_t stride;
-};
-
 size_t element_size(Element element) { return element == Element::kFloat ? 4 : element == Element::kHalf ? 2 : 1; }
 
 // Rows `start` to `start + count` of a cache [groups, capacity, room], the first `width` words of each.
 Rows read_rows(const Attention& a, const Lane& lane, const void* cache, int64_t group, int64_t start, int64_t count,
                int64_t width, float* room) {
-  const int64_t at = (group * lane.capacity + start) * a.room;
-  if (!room) return {static_cast<const float*>(cache) + at, a.room};
+  const Rows stored = Rows{cache, a.room, a.element}.at(group * lane.capacity + start);
+  if (!room) return stored;
   const int64_t stride = vectors_up(width);
-  const char* from = static_cast<const char*>(cache) + static_cast<size_t>(at) * element_size(a.element);
+  const char* from = static_cast<const char*>(stored.from);
   for (int64_t j = 0; j < count; ++j, from += static_cast<size_t>(a.room) * element_size(a.element)) {
     float* row = room + j * stride;
     if (a.element == Element::kFloat)
@@ -128,7 +122,7 @@ Rows read_rows(const Attention& a, const Lane& lane, const void* cache, int64_t 
     for (int64_t p = 0; p < a.parts; ++p)
       for (int64_t i = p * block; i < (p + 1) * block; ++i) row[i] *= scales[p];
   }
-  return {room, stride};
+  return {room, stride, Element::kFloat};
 }
 
 // `n` rows of a tile from `r` on, over the `count` keys of a block that starts at `start`.
@@ -142,8 +136,8 @@ void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int
   const int64_t row = (tile.group * a.tokens + tile.lane->first) * a.heads_a_group() + tile.row + r;
   float* scores = work.scores + r * kBlock;
   if (tile.rows <= kFewRows)
-    a.kernels->score(a.queries + row * a.width, a.width, n, keys.from + first * keys.stride, keys.stride, end - first,
-                     scores + first, kBlock);
+    a.kernels->score(a.queries + row * a.width, a.width, n, keys.at(first), end - first, scores + first,
+                     kBlock);
   for (int64_t at = first; tile.rows > kFewRows && at < end; at += kPanelKeys)
     a.kernels->multiply(a.queries + row * a.width, a.width, n, work.panel + at * a.width, kPanelKeys, a.width,
                         least(kPanelKeys, vectors_up(end - at)), scores + at, kBlock);
@@ -158,21 +152,22 @@ void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int
     else
       memset(scores + i * kBlock, 0, static_cast<size_t>(columns) * sizeof(float));
   }
-  a.kernels->multiply(scores, kBlock, n, values.from + first * values.stride, values.stride, end - first, part.columns,
-                      part.values, part.columns);
+  a.kernels->weigh(scores, kBlock, n, values.at(first), end - first, part.columns, part.values, part.columns);
 }
 
 // What one block of keys gives to a tile's rows.
 void attend_block(const Attention& a, const Tile& tile, int64_t block, const Work& work, const Part& part) {
   const Lane& lane = *tile.lane;
   const int64_t start = block * kBlock, count = least(kBlock, tile.position(a, tile.rows - 1) + 1 - start);
-  const Rows keys = read_rows(a, lane, lane.keys, tile.group, start, count, a.width, work.keys);
+  float* room = as_they_lie(a, a.width, tile.rows) ? nullptr : work.keys;
+  const Rows keys = read_rows(a, lane, lane.keys, tile.group, start, count, a.width, room);
   for (int64_t at = 0; tile.rows > kFewRows && at < count; at += kPanelKeys)
-    a.kernels->transpose(keys.from + at * keys.stride, keys.stride, least(kPanelKeys, count - at), a.width,
+    a.kernels->transpose(keys.at(at).floats(), keys.stride, least(kPanelKeys, count - at), a.width,
                          work.panel + at * a.width);
-  const Rows values = a.values_are_keys ? keys
-                                        : read_rows(a, lane, lane.values, tile.group, start, count, a.value_width,
-                                                    work.values);
+  float* more = as_they_lie(a, a.value_width, tile.rows) ? nullptr : work.values;
+  const Rows values = a.values_are_keys
+                          ? keys
+                          : read_rows(a, lane, lane.values, tile.group, start, count, a.value_width, more);
   for (int64_t r = 0; r < tile.rows; r += kStep)
     attend_rows(a, tile, r, least(kStep, tile.rows - r), start, count, keys, values, work, part.from(r));
 }

@@ -22,6 +22,19 @@ constexpr int64_t kFewRows = 8;  // of queries, for which keys are not transpose
 
 enum class Element { kFloat, kHalf, kByte };  // of a cache: fp32, fp16, int8
 
+// Rows of keys or values, `stride` elements apart.
+struct Rows {
+  const void* from;
+  int64_t stride;
+  Element element;
+
+  Rows at(int64_t row) const {
+    const int64_t size = element == Element::kFloat ? 4 : element == Element::kHalf ? 2 : 1;
+    return {static_cast<const char*>(from) + row * stride * size, stride, element};
+  }
+  const float* floats() const { return static_cast<const float*>(from); }
+};
+
 // What some keys give to some rows: the largest score, the sum of the shares, and the values by their shares.
 struct Part {
   float* largest;  // [rows]
@@ -47,8 +60,11 @@ struct AttentionKernels {
                    int64_t columns, float* c, int64_t c_stride);
   // Scores [rows, keys] of at most kFewRows rows, as `transpose` and `multiply` give them; as many columns are written as
   // a multiple of kVector.
-  void (*score)(const float* queries, int64_t width, int64_t rows, const float* from, int64_t stride, int64_t keys,
-                float* scores, int64_t scores_stride);
+  void (*score)(const float* queries, int64_t width, int64_t rows, const Rows& from, int64_t keys, float* scores,
+                int64_t scores_stride);
+  // As `multiply`, b being values that are read as they are stored.
+  void (*weigh)(const float* shares, int64_t shares_stride, int64_t rows, const Rows& values, int64_t depth,
+                int64_t columns, float* c, int64_t c_stride);
   // Scores [count] -> shares, 0 outside of [from, to), with the largest of scale * score and the sum of the shares.
   // `count` is a multiple of kVector.
   void (*soften)(float* scores, int64_t count, int64_t from, int64_t to, float scale, float* largest, float* sum);

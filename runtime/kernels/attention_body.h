@@ -22,23 +22,41 @@ using moedge::Element;
 using moedge::kPanelKeys;
 using moedge::kVector;
 using moedge::Part;
+using moedge::Rows;
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a rounded integer in the low bits
 constexpr int32_t kRoundBits = 0x4b400000;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// How elements of a cache become floats, a vector at a time.
+template <class S>
+struct Floats {
+  using Type = float;
+  static typename S::Float load(const float* from) { return S::load(from); }
+};
+template <class S>
+struct Halves {
+  using Type = uint16_t;
+  static typename S::Float load(const uint16_t* from) { return S::load_half(from); }
+};
+template <class S>
+struct Bytes {
+  using Type = int8_t;
+  static typename S::Float load(const int8_t* from) { return S::load_bytes(from); }
+};
+
 // --- products ----------------------------------------------------------------------------------------------------
 
-template <class S, int M, int N>
-__attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+template <class S, class E, int M, int N>
+__attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, const typename E::Type* b, int64_t b_stride,
                                              int64_t depth, float* c, int64_t c_stride) {
   typename S::Float sum[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) sum[m][n] = S::floats(0.0f);
   for (int64_t k = 0; k < depth; ++k) {
     typename S::Float column[N];
-    for (int n = 0; n < N; ++n) column[n] = S::load(b + k * b_stride + n * S::lanes);
+    for (int n = 0; n < N; ++n) column[n] = E::load(b + k * b_stride + n * S::lanes);
     for (int m = 0; m < M; ++m) {
       const typename S::Float one = S::floats(a[m * a_stride + k]);
       for (int n = 0; n < N; ++n) sum[m][n] = S::fused(one, column[n], sum[m][n]);
@@ -49,39 +67,55 @@ __attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, c
 }
 
 // `rows` of 1 to M.
-template <class S, int M, int N>
-void multiply_rows(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
+template <class S, class E, int M, int N>
+void multiply_rows(const float* a, int64_t a_stride, int64_t rows, const typename E::Type* b, int64_t b_stride, int64_t depth,
                    float* c, int64_t c_stride) {
   if constexpr (M > 1)
-    if (rows < M) return multiply_rows<S, M - 1, N>(a, a_stride, rows, b, b_stride, depth, c, c_stride);
-  multiply_tile<S, M, N>(a, a_stride, b, b_stride, depth, c, c_stride);
+    if (rows < M) return multiply_rows<S, E, M - 1, N>(a, a_stride, rows, b, b_stride, depth, c, c_stride);
+  multiply_tile<S, E, M, N>(a, a_stride, b, b_stride, depth, c, c_stride);
 }
 
 // Columns in tiles of N vectors, what is left in narrower ones; rows in tiles of at most M, alike in size.
-template <class S, int M, int N>
-void multiply_columns(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
+template <class S, class E, int M, int N>
+void multiply_columns(const float* a, int64_t a_stride, int64_t rows, const typename E::Type* b, int64_t b_stride, int64_t depth,
                       int64_t columns, float* c, int64_t c_stride) {
   constexpr int64_t wide = N * S::lanes;
   const int64_t tiles = (rows + M - 1) / M, some = (rows + tiles - 1) / tiles;
   int64_t at = 0;
   for (; at + wide <= columns; at += wide)
     for (int64_t r = 0; r < rows; r += some)
-      multiply_rows<S, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b + at, b_stride, depth,
+      multiply_rows<S, E, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b + at, b_stride, depth,
                              c + r * c_stride + at, c_stride);
   if constexpr (wide > kVector)
     if (at < columns)
-      multiply_columns<S, M, N / 2>(a, a_stride, rows, b + at, b_stride, depth, columns - at, c + at, c_stride);
+      multiply_columns<S, E, M, N / 2>(a, a_stride, rows, b + at, b_stride, depth, columns - at, c + at, c_stride);
+}
+
+template <class S, class E>
+void multiply_any(const float* a, int64_t a_stride, int64_t rows, const typename E::Type* b, int64_t b_stride, int64_t depth,
+                     int64_t columns, float* c, int64_t c_stride) {
+  if (rows == 1)
+    multiply_columns<S, E, 1, 2 * S::wide>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
+  else if (rows <= S::few)
+    multiply_columns<S, E, S::few, S::wide>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
+  else if (rows > 0)
+    multiply_columns<S, E, S::rows, S::vectors>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
 }
 
 template <class S>
-void multiply_floats(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
-                     int64_t columns, float* c, int64_t c_stride) {
-  if (rows == 1)
-    multiply_columns<S, 1, 2 * S::wide>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
-  else if (rows <= S::few)
-    multiply_columns<S, S::few, S::wide>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
-  else if (rows > 0)
-    multiply_columns<S, S::rows, S::vectors>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
+void weigh(const float* shares, int64_t shares_stride, int64_t rows, const Rows& values, int64_t depth, int64_t columns,
+           float* c, int64_t c_stride) {
+  const auto run = [&](auto element) {
+    using E = decltype(element);
+    const typename E::Type* b = static_cast<const typename E::Type*>(values.from);
+    multiply_any<S, E>(shares, shares_stride, rows, b, values.stride, depth, columns, c, c_stride);
+  };
+  if (values.element == Element::kFloat)
+    run(Floats<S>{});
+  else if (values.element == Element::kHalf)
+    run(Halves<S>{});
+  else
+    run(Bytes<S>{});
 }
 
 // --- blocks of a cache ---------------------------------------------------------------------------------------------
@@ -103,13 +137,13 @@ void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t wid
 }
 
 // Each square of keys is transposed in registers, and used there. Few rows take two at once: each is a chain.
-template <class S, int M>
-void score_rows(const float* queries, int64_t width, const float* from, int64_t stride, int64_t keys, float* scores,
-                int64_t scores_stride) {
+template <class S, class E, int M>
+void score_rows(const float* queries, int64_t width, const typename E::Type* from, int64_t stride, int64_t keys,
+                float* scores, int64_t scores_stride) {
   constexpr int64_t lanes = S::lanes;
   constexpr int squares = M <= 4 ? 2 : 1;
   for (int64_t r = 0; r < keys; r += squares * lanes) {
-    const float* sources[squares * lanes];
+    const typename E::Type* sources[squares * lanes];
     for (int64_t i = 0; i < squares * lanes; ++i) sources[i] = from + least(r + i, keys - 1) * stride;
     typename S::Float sum[squares][M];
     for (int s = 0; s < squares; ++s)
@@ -117,7 +151,7 @@ void score_rows(const float* queries, int64_t width, const float* from, int64_t 
     for (int64_t w = 0; w < width; w += lanes) {
       for (int s = 0; s < squares; ++s) {
         typename S::Float square[lanes];
-        for (int64_t i = 0; i < lanes; ++i) square[i] = S::load(sources[s * lanes + i] + w);
+        for (int64_t i = 0; i < lanes; ++i) square[i] = E::load(sources[s * lanes + i] + w);
         for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[s * lanes + i] + squares * lanes * stride + w);
         S::transpose(square);
         if (w + lanes <= width) {
@@ -137,12 +171,28 @@ void score_rows(const float* queries, int64_t width, const float* from, int64_t 
 }
 
 // `rows` of 1 to M.
-template <class S, int M>
-void score_some(const float* queries, int64_t width, int64_t rows, const float* from, int64_t stride, int64_t keys,
-                float* scores, int64_t scores_stride) {
+template <class S, class E, int M>
+void score_some(const float* queries, int64_t width, int64_t rows, const typename E::Type* from, int64_t stride,
+                int64_t keys, float* scores, int64_t scores_stride) {
   if constexpr (M > 1)
-    if (rows < M) return score_some<S, M - 1>(queries, width, rows, from, stride, keys, scores, scores_stride);
-  score_rows<S, M>(queries, width, from, stride, keys, scores, scores_stride);
+    if (rows < M) return score_some<S, E, M - 1>(queries, width, rows, from, stride, keys, scores, scores_stride);
+  score_rows<S, E, M>(queries, width, from, stride, keys, scores, scores_stride);
+}
+
+template <class S>
+void score(const float* queries, int64_t width, int64_t rows, const Rows& from, int64_t keys, float* scores,
+           int64_t scores_stride) {
+  const auto run = [&](auto element) {
+    using E = decltype(element);
+    const typename E::Type* first = static_cast<const typename E::Type*>(from.from);
+    score_some<S, E, moedge::kFewRows>(queries, width, rows, first, from.stride, keys, scores, scores_stride);
+  };
+  if (from.element == Element::kFloat)
+    run(Floats<S>{});
+  else if (from.element == Element::kHalf)
+    run(Halves<S>{});
+  else
+    run(Bytes<S>{});
 }
 
 template <class S>
@@ -266,7 +316,7 @@ void merge(const Part& into, const Part& part, int64_t rows) {
 template <class S>
 constexpr moedge::AttentionKernels make_attention() {
   static_assert(kVector % S::lanes == 0 && S::vectors * S::lanes >= kVector, "columns are multiples of kVector");
-  return {widen<S>, narrow<S>, transpose_rows<S>, multiply_floats<S>, score_some<S, moedge::kFewRows>, soften<S>, merge<S>};
+  return {widen<S>, narrow<S>, transpose_rows<S>, multiply_any<S, Floats<S>>, score<S>, weigh<S>, soften<S>, merge<S>};
 }
 
 }  // namespace
