@@ -9,6 +9,7 @@
 #include <initializer_list>
 
 #include "../runtime/kernels/attention.h"
+#include "../runtime/kernels/step.h"
 
 using namespace moedge;
 
@@ -92,6 +93,47 @@ uint64_t run_one(const Kernels* kernels, int64_t tokens, int64_t hidden, int64_t
   release(up);
   release(down);
   return both;
+}
+
+// Norms, routers, several products of one input and the dense MLP.
+uint64_t steps_digest(const Kernels* kernels, int64_t tokens, int64_t hidden, int64_t inner, int64_t group, int bits,
+                      bool full) {
+  const int64_t experts = 24, chosen = 3;
+  float *x = floats(tokens * hidden, 2.0f), *residual = floats(tokens * hidden, 1.0f), *weight = floats(hidden, 1.0f);
+  float *matrix = floats(experts * hidden, 0.1f), *bias = floats(experts, 0.1f);
+  const Matrix first = matrices(1, 2 * inner, hidden, group, bits, full);
+  const Matrix second = matrices(1, hidden, hidden, group, bits, full), down = matrices(1, hidden, inner, group, bits, full);
+  float *sum = take<float>(tokens * hidden), *normed = take<float>(tokens * hidden);
+  float *y = take<float>(tokens * 2 * inner), *z = take<float>(tokens * hidden), *logits = take<float>(tokens * experts);
+  int64_t* routes = take<int64_t>(tokens * chosen);
+  float* shares = take<float>(tokens * chosen);
+  const Parallel parallel{serially, nullptr};
+  const auto with_scratch = [](size_t bytes, auto run) {
+    void* scratch = nullptr;
+    if (posix_memalign(&scratch, 64, bytes + 64)) abort();
+    run(scratch);
+    free(scratch);
+  };
+  Norm norm{tokens, hidden, x, full ? residual : nullptr, weight, 1e-5f, sum, nullptr};
+  const Projections projections{kernels, norm, 2, {first, second, {}}, {nullptr, weight, nullptr}, {y, z, nullptr}};
+  with_scratch(projections_scratch(projections), [&](void* held) { run_projections(projections, held, parallel); });
+  uint64_t found = digest(digest(14695981039346656037u, y, tokens * 2 * inner), z, tokens * hidden);
+  const Mlp mlp{kernels, norm, first, down, z};
+  with_scratch(mlp_scratch(mlp), [&](void* held) { run_mlp(mlp, held, parallel); });
+  found = digest(found, z, tokens * hidden);
+  norm.y = normed;
+  const Gate gate{full, experts, chosen, full ? 6 : 1, full ? 2 : 1, true, 1.0f, full ? bias : nullptr};
+  const Router router{kernels, norm, gate, matrix, bias, logits, routes, shares};
+  with_scratch(router_scratch(router), [&](void* held) { run_router(router, held, parallel); });
+  found = digest(digest(digest(found, normed, tokens * hidden), logits, tokens * experts), shares, tokens * chosen);
+  for (int64_t i = 0; i < tokens * chosen; ++i) found = (found ^ static_cast<uint64_t>(routes[i])) * 1099511628211u;
+  for (void* block : {static_cast<void*>(routes), static_cast<void*>(x), static_cast<void*>(residual),
+                      static_cast<void*>(weight), static_cast<void*>(matrix), static_cast<void*>(bias),
+                      static_cast<void*>(sum), static_cast<void*>(normed), static_cast<void*>(y), static_cast<void*>(z),
+                      static_cast<void*>(logits), static_cast<void*>(shares)})
+    free(block);
+  for (const Matrix& each : {first, second, down}) release(each);
+  return found;
 }
 
 // --- attention -----------------------------------------------------------------------------------------------------
@@ -247,6 +289,8 @@ int main() {
           all = all * 31 + run_one(kernels, tokens, 576, 64, 64, bits, full);
           all = all * 31 + run_one(kernels, tokens, 128, 640, 128, bits, full);
           all = all * 31 + run_one(kernels, tokens, 512, 256, 256, bits, full);
+          all = all * 31 + steps_digest(kernels, tokens, 48, 80, 16, bits, full);
+          all = all * 31 + steps_digest(kernels, tokens, 256, 640, 128, bits, full);
         }
     all = all * 31 + attention_digest(kernels);
     printf("%s %016llx\n", name, static_cast<unsigned long long>(all));

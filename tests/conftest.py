@@ -73,3 +73,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiling.find_compiler() is None:
         pytest.skip("no C++ compiler")
     return compiling.compile_library(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def compiled(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library where `kernels` looks for it, whatever the environment asks for."""
+    from moedge.runtime import kernels
+
+    monkeypatch.setattr(kernels, "FOLDER", library.parent)
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)

@@ -16,18 +16,18 @@ from moedge.runtime.preflight import read_engine
 
 STOCK = "model.onnx"
 GRAPHS = (STOCK, kernels.own_name(STOCK))
-# Nodes a layer of the stock graph, everything outside of the layers counted in; of our own ops' graph fewer.
+# Nodes a layer of the stock graph and of that of our own ops, everything outside of the layers counted in.
 MOST_NODES = {
-    "deepseek": 33,
-    "deepseek_v2": 53,
-    "deepseek_v3": 67,
-    "gpt_oss": 39,
-    "granitemoe": 38,
-    "mixtral": 39,
-    "olmoe": 38,
-    "phimoe": 54,
-    "qwen2_moe": 37,
-    "qwen3_moe": 41,
+    "deepseek": (32, 11),
+    "deepseek_v2": (52, 13),
+    "deepseek_v3": (66, 14),
+    "gpt_oss": (39, 9),
+    "granitemoe": (37, 13),
+    "mixtral": (38, 10),
+    "olmoe": (37, 15),
+    "phimoe": (53, 37),
+    "qwen2_moe": (37, 12),
+    "qwen3_moe": (40, 16),
 }
 # What may take a cache: products with it and the kernels that update it in place. Shapes read nothing.
 READERS = {"FusedMatMul", "MatMul", "GroupQueryAttention", "Shape", "GroupedAttention", "LatentAttention"}
@@ -95,4 +95,6 @@ def test_nodes_of_a_layer(engine: tuple[str, Bundle]) -> None:
     family, bundle = engine
     layers = bundle.config["num_hidden_layers"]
     stock, own = (len(load(bundle, name).graph.node) / layers for name in GRAPHS)
-    assert own < stock <= MOST_NODES[family]
+    most_stock, most_own = MOST_NODES[family]
+    assert most_stock - 1 < stock <= most_stock
+    assert most_own - 1 < own <= most_own

@@ -22,7 +22,7 @@ from moedge.errors import BundleError
 from moedge.export.gating import list_gates, sigmoid_topk
 from moedge.export.gating._compare import compare_choices
 from moedge.profiles.build import write_engine_manifest
-from moedge.profiles.targets import _routes
+from moedge.profiles.targets import _routes, onnxruntime
 from moedge.profiles.verify_commands import verify_command
 from moedge.runtime import kernels
 from moedge.runtime.preflight import read_engine
@@ -128,6 +128,7 @@ def test_a_wrong_gate_is_named_by_layer_and_token(
     bundle: Path, lower: Lower, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sigmoid_topk, "lower", lower)
+    monkeypatch.setattr(onnxruntime, "lower_router", lambda rewriter, call: None)  # our own op has no such nodes
     moedge.build(bundle, "cpu")
     monkeypatch.undo()
     (fault,) = faults_of(bundle)
@@ -135,6 +136,27 @@ def test_a_wrong_gate_is_named_by_layer_and_token(
     assert re.fullmatch(rf"engine 'cpu': layer 1, token \d+, moedge.SigmoidTopKGate: {what}; {again}", fault), fault
     result = run_deep(bundle)
     assert result.exit_code == 1 and result.stdout.count("moedge.SigmoidTopKGate: it") == 1
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "what"),
+    [
+        ("norm_topk_prob", 0, "as if the weights were not divided by their sum"),
+        ("topk_group", 2, "as if the choice were not limited to the best groups"),
+        ("routed_scaling_factor", 1.0, "as if the weights were not scaled"),
+    ],
+)
+@pytest.mark.usefixtures("compiled")
+def test_a_wrong_router_of_our_own_is_named(bundle: Path, attribute: str, value: float, what: str) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            for held in node.attribute:
+                if node.op_type == "Router" and held.name == attribute:
+                    held.CopyFrom(onnx.helper.make_attribute(attribute, value))
+
+    edit_engine(bundle, "cpu", change)
+    (fault,) = faults_of(bundle)
+    assert fault.startswith("engine 'cpu': layer 1, token ") and what in fault
 
 
 def test_a_wrong_gate_of_a_later_layer_is_named(bundle: Path) -> None:

@@ -221,13 +221,6 @@ def test_an_onnxruntime_that_is_too_old_is_told_apart(library: Path) -> None:
 # In an engine
 
 
-@pytest.fixture
-def compiled(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library where `kernels` looks for it."""
-    monkeypatch.setattr(kernels, "FOLDER", library.parent)
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
-
-
 @pytest.mark.usefixtures("compiled")
 def test_an_engine_runs_the_ops_where_they_are_and_the_stock_ones_elsewhere(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
@@ -271,11 +264,11 @@ def test_an_onnxruntime_that_refuses_the_library_runs_the_stock_ops() -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_floating_point_bundles_have_the_ops_for_attention(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_floating_point_bundles_have_the_ops_for_attention_and_routers(tiny_checkpoint: Path, tmp_path: Path) -> None:
     moedge.export(tiny_checkpoint, tmp_path / "b", weights="fp16", verify=False)
     engine = moedge.build(tmp_path / "b", "cpu")
     graph = onnx.load(engine / kernels.own_name(MODEL), load_external_data=False).graph
-    assert {node.op_type for node in graph.node if node.domain == kernels.DOMAIN} == {"LatentAttention"}
+    assert {node.op_type for node in graph.node if node.domain == kernels.DOMAIN} == {"LatentAttention", "Router"}
     session = json.loads((engine / "engine.json").read_text())["session"]
     assert kernels.describe(session) == f"moedge.cpu ({kernels.instruction_set()})"
 

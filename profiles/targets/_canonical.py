@@ -265,11 +265,17 @@ class Rewriter:
 
     def replace(self, node: ir.Node, new_outputs: Sequence[ir.Value]) -> None:
         """Put the nodes made since the last replacement in `node`'s place."""
-        for old, new in zip(node.outputs, new_outputs, strict=True):
+        self.replace_all(node, [node], node.outputs, new_outputs)
+
+    def replace_all(
+        self, place: ir.Node, nodes: Sequence[ir.Node], old_values: Sequence[ir.Value], new_values: Sequence[ir.Value]
+    ) -> None:
+        """Put the nodes made since the last replacement behind `place`, which may be one of those that go."""
+        for old, new in zip(old_values, new_values, strict=True):
             if new.name is None:
                 new.name = old.name
         ir.convenience.replace_nodes_and_values(
-            self.model.graph, node, [node], self._take(), node.outputs, new_outputs
+            self.model.graph, place, nodes, self._take(), old_values, new_values
         )
 
     def insert_before(self, node: ir.Node) -> None:
@@ -310,5 +316,6 @@ def keep_asked_rows(rewriter: Rewriter) -> None:
     vocab = graph.outputs[0].shape[2]  # type: ignore[index]
     logits = reshape.inputs[0]
     graph.outputs[0] = logits
+    reshape.replace_input_with(1, None)  # or the nodes that make the shape would stay
     graph.remove(reshape, safe=False)
     logits.name, logits.dtype, logits.shape = "logits", ir.DataType.FLOAT, ir.Shape(["R", vocab])

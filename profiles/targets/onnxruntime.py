@@ -40,6 +40,7 @@ from ._ort_kv import CacheEntry
 from ._ort_own_attention import OwnAttentionLowering
 from ._ort_products import OwnProducts, StockProducts
 from ._ort_rows import split_rows
+from ._ort_steps import fuse_steps, lower_router
 from ._routes import trace_session
 
 ON_GPU = "onnxruntime_cuda"  # the target in this one's place for a device that is a GPU
@@ -171,7 +172,7 @@ def lower(
     form = OwnAttentionLowering if own_kernels else AttentionLowering
     attention = form(lowering.rewriter, max_seq_len, lanes, kv_cache, scales)
     attention.lower()
-    lowering.lower_gates()
+    lowering.lower_gates(own_kernels)
     products = (OwnProducts if own_kernels else StockProducts)(lowering.rewriter, accuracy_level, fused_experts)
     for kind in ("Experts", "BiasedExperts"):
         replace_each(lowering.rewriter, find_calls(model, kind), products.lower_experts)
@@ -179,6 +180,8 @@ def lower(
     if lanes > 1:
         split_rows(lowering.rewriter, attention.lanes.pieces)
     lowering.lower_head()
+    if own_kernels:
+        fuse_steps(lowering.rewriter)
     model.graph.inputs.extend(loads)
     # This kernel takes rows in pairs, and rounds the last of an odd number otherwise: sessions are told.
     if any(node.op_type == "MatMulNBits" for node in model.graph):
@@ -193,12 +196,13 @@ class _Lowering:
         self.graph = model.graph
         self.rewriter = Rewriter(model)
 
-    def lower_gates(self) -> None:
+    def lower_gates(self, own_kernels: bool = False) -> None:
         """Each gate in as few nodes as its attributes need; its choices become outputs of the graph."""
         for kind, gate in list_gates().items():
             for call in find_calls(self.model, kind):
                 layer = layer_of(call)
-                experts, weights, *state = gate.lower(self.rewriter, call.inputs, attributes_of(call))
+                routed = lower_router(self.rewriter, call) if own_kernels else None
+                experts, weights, *state = routed or gate.lower(self.rewriter, call.inputs, attributes_of(call))
                 choices = attributes_of(call)["top_k"]
                 experts.dtype, experts.shape = ir.DataType.INT64, ir.Shape(["S", choices])
                 weights.dtype, weights.shape = ir.DataType.FLOAT, ir.Shape(["S", choices])

@@ -18,6 +18,7 @@ struct Vectors256 {
   static Int ints(int32_t value) { return _mm256_set1_epi32(value); }
   static Float floats(float value) { return _mm256_set1_ps(value); }
   static Int load_ints(const int32_t* from) { return _mm256_load_si256(reinterpret_cast<const Int*>(from)); }
+  static Float load_some(const float* from) { return _mm256_loadu_ps(from); }
   static Float load_floats(const float* from) { return _mm256_load_ps(from); }
   static void store_floats(float* to, Float value) { _mm256_store_ps(to, value); }
   static Int load_codes(const uint8_t* from) { return _mm256_load_si256(reinterpret_cast<const Int*>(from)); }
@@ -27,6 +28,7 @@ struct Vectors256 {
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
   static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float fused(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float as_floats(Int a) { return _mm256_castsi256_ps(a); }
   static Float to_floats(Int a) { return _mm256_cvtepi32_ps(a); }

@@ -389,9 +389,52 @@ void multiply(const Matrix& matrix, int64_t first, int64_t rows, const Activatio
   (matrix.bits == 4 ? multiply_bits<S, 4> : multiply_bits<S, 8>)(matrix, first, rows, x, index, count, out, stride);
 }
 
+// --- products in float -------------------------------------------------------------------------------------------
+
+constexpr int64_t kSums = 64;  // that run side by side, whatever a vector holds
+
+inline float add_halves(float* sums) {
+  for (int64_t half = kSums / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+}
+
+// A row of the matrix by M rows of x.
+template <class S, int M>
+void dot_floats(const float* row, int64_t width, const float* x, float* out, int64_t stride) {
+  constexpr int64_t lanes = S::lanes, vectors = kSums / lanes;
+  typename S::Float sums[M][vectors];
+  for (int m = 0; m < M; ++m)
+    for (int64_t v = 0; v < vectors; ++v) sums[m][v] = S::floats(0.0f);
+  int64_t at = 0;
+  for (; at + kSums <= width; at += kSums)
+    for (int64_t v = 0; v < vectors; ++v) {
+      const typename S::Float own = S::load_some(row + at + v * lanes);
+      for (int m = 0; m < M; ++m)
+        sums[m][v] = S::add(sums[m][v], S::multiply(own, S::load_some(x + m * width + at + v * lanes)));
+    }
+  for (int m = 0; m < M; ++m) {
+    alignas(64) float all[kSums];
+    for (int64_t v = 0; v < vectors; ++v) S::store_floats(all + v * lanes, sums[m][v]);
+    for (int64_t i = at; i < width; ++i) all[i - at] += row[i] * x[m * width + i];
+    out[m * stride] = add_halves(all);
+  }
+}
+
+template <class S>
+void multiply_floats(const float* matrix, int64_t rows, int64_t width, const float* x, int64_t count, float* out,
+                     int64_t stride) {
+  constexpr int M = S::lanes == 16 ? 4 : 1;  // as many as registers hold the sums of
+  int64_t i = 0;
+  for (; i + M <= count; i += M)
+    for (int64_t r = 0; r < rows; ++r) dot_floats<S, M>(matrix + r * width, width, x + i * width, out + i * stride + r, stride);
+  for (; i < count; ++i)
+    for (int64_t r = 0; r < rows; ++r) dot_floats<S, 1>(matrix + r * width, width, x + i * width, out + i * stride + r, stride);
+}
+
 template <class S>
 constexpr moedge::Kernels make_kernels(const char* name) {
-  return {name, Panel<S>::tile, quantize<S>, multiply<S>, swiglu};
+  return {name, Panel<S>::tile, quantize<S>, multiply<S>, multiply_floats<S>, swiglu};
 }
 
 }  // namespace

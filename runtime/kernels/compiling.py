@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-COMMON = ("mixture", "ops", "attention", "attention_rows", "attention_ops")
+COMMON = ("mixture", "step", "gate", "ops", "step_ops", "attention", "attention_rows", "attention_ops")
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno "
     # No fused multiply-add but where the code says so: results must not depend on the compiler.

@@ -17,6 +17,7 @@ struct Neon {
   static Int ints(int32_t value) { return vdupq_n_s32(value); }
   static Float floats(float value) { return vdupq_n_f32(value); }
   static Int load_ints(const int32_t* from) { return vld1q_s32(from); }
+  static Float load_some(const float* from) { return vld1q_f32(from); }
   static Float load_floats(const float* from) { return vld1q_f32(from); }
   static void store_floats(float* to, Float value) { vst1q_f32(to, value); }
   static Int load_codes(const uint8_t* from) { return vreinterpretq_s32_u8(vld1q_u8(from)); }
@@ -26,6 +27,7 @@ struct Neon {
   static Int add(Int a, Int b) { return vaddq_s32(a, b); }
   static Int multiply(Int a, Int b) { return vmulq_s32(a, b); }
   static Float multiply(Float a, Float b) { return vmulq_f32(a, b); }
+  static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float fused(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
   static Float as_floats(Int a) { return vreinterpretq_f32_s32(a); }
   static Float to_floats(Int a) { return vcvtq_f32_s32(a); }

@@ -31,6 +31,7 @@ struct Portable {
     return v;
   }
   static Int load_ints(const int32_t* from) { return load<Int>(from); }
+  static Float load_some(const float* from) { return load<Float>(from); }
   static Float load_floats(const float* from) { return load<Float>(from); }
   static Int load_codes(const uint8_t* from) { return load<Int>(from); }
   static Int load_bytes(const void* from) { return load<Int>(from); }
@@ -45,6 +46,9 @@ struct Portable {
   }
   static Float multiply(Float a, Float b) {
     return each<Float>([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  static Float add(Float a, Float b) {
+    return each<Float>([&](int i) { return a.lane[i] + b.lane[i]; });
   }
   static Float fused(Float a, Float b, Float c) {
     return each<Float>([&](int i) { return fmaf(a.lane[i], b.lane[i], c.lane[i]); });

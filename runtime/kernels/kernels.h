@@ -56,6 +56,11 @@ struct Kernels {
   void (*multiply)(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
                    int64_t count, float* out, int64_t stride);
 
+  // out[i * stride + r] = row r of `matrix` [rows, width] by row i of x [count, width], in float: 64 sums, each of every
+  // 64th column in order, then added up by halves. Products and sums are rounded apart.
+  void (*multiply_floats)(const float* matrix, int64_t rows, int64_t width, const float* x, int64_t count, float* out,
+                          int64_t stride);
+
   // pairs [2 * count] (gate, up, gate, up ...) -> h [count]: gate * sigmoid(alpha * gate) * (up + offset), the gate at
   // most `limit`, up between -limit and limit.
   void (*swiglu)(const float* pairs, int64_t count, float alpha, float limit, float offset, float* h);

@@ -3,54 +3,15 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "scratch.h"
 
 namespace moedge {
 
 namespace {
 
-// Weights that one unit of parallel work reads when there are few tokens: long enough to stream, short enough to share.
-constexpr int64_t kUnitBytes = 64 << 10;
-// Below this many bytes of work a second thread costs more than it saves.
-constexpr int64_t kAlone = 16 << 10;
 // Rows computed by one call where there is one token; several take a tile, whose weights stay in the cache for all.
 constexpr int64_t kMaxAlone = 1024;
 static_assert(kMaxAlone <= kMaxTokens * kMaxTile, "buffers hold that many");
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t unit_rows(const Kernels& kernels, const Matrix& matrix) {
-  const int64_t rows = kUnitBytes / (matrix.row_bytes() > 0 ? matrix.row_bytes() : 1) / kernels.tile * kernels.tile;
-  return least(rows < kernels.tile ? kernels.tile : rows, divide_up(matrix.rows, kernels.tile) * kernels.tile);
-}
-
-// Takes blocks off one piece of memory; without memory it counts what they would take.
-struct Blocks {
-  char* base;
-  size_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* block = reinterpret_cast<T*>(base + used);
-    used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return block;
-  }
-  Activations take_activations(int64_t rows, const Matrix& matrix) {
-    const int64_t groups = matrix.groups();
-    int8_t* codes = take<int8_t>(rows * matrix.width);
-    float* scales = take<float>(rows * groups);
-    return {codes, scales, take<int32_t>(rows * groups), matrix.width, groups};
-  }
-};
-
-void quantize_rows(const Kernels& kernels, const float* x, int64_t rows, int bits, const Activations& out,
-                   const Parallel& parallel) {
-  const int64_t some = rows * out.width <= kAlone ? rows : divide_up(kAlone, out.width);
-  parallel(divide_up(rows, some), [&](int64_t unit) {
-    for (int64_t row = unit * some; row < least(rows, (unit + 1) * some); ++row)
-      kernels.quantize(x + row * out.width, bits, row, out);
-  });
-}
 
 // The choices (token, weight), ordered by expert and within an expert by token: `starts` [E + 1].
 struct Choices {
@@ -182,27 +143,32 @@ size_t linear_scratch(const Linear& linear) {
   return blocks.used;
 }
 
+void multiply_rows(const Kernels& kernels, const Matrix& matrix, const Activations& x, int64_t tokens, int64_t first,
+                   int64_t end, const float* bias, float* y) {
+  const int64_t step = tokens == 1 ? end - first : kernels.tile;
+  for (int64_t row = first; row < end; row += step) {
+    const int64_t width = least(step, end - row);
+    for (int64_t at = 0; at < tokens; at += kMaxTokens) {
+      const int64_t count = least(kMaxTokens, tokens - at);
+      Activations part = x;
+      part.codes += at * x.width;
+      part.scales += at * x.groups;
+      part.sums += at * x.groups;
+      float* out = y + at * matrix.rows + row;
+      kernels.multiply(matrix, row, width, part, nullptr, count, out, matrix.rows);
+      for (int64_t i = 0; bias && i < count; ++i)
+        for (int64_t r = 0; r < width; ++r) out[i * matrix.rows + r] += bias[row + r];
+    }
+  }
+}
+
 void run_linear(const Linear& l, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};
   const Activations x = blocks.take_activations(l.tokens, l.matrix);
   quantize_rows(*l.kernels, l.x, l.tokens, l.matrix.bits, x, parallel);
-  const int64_t tile = l.kernels->tile, rows = l.matrix.rows, some = unit_rows(*l.kernels, l.matrix);
+  const int64_t rows = l.matrix.rows, some = unit_rows(*l.kernels, l.matrix);
   parallel(divide_up(rows, some), [&](int64_t unit) {
-    const int64_t end = least(rows, (unit + 1) * some), step = l.tokens == 1 ? some : tile;
-    for (int64_t first = unit * some; first < end; first += step) {
-      const int64_t width = least(step, end - first);
-      for (int64_t at = 0; at < l.tokens; at += kMaxTokens) {
-        const int64_t count = least(kMaxTokens, l.tokens - at);
-        Activations part = x;
-        part.codes += at * x.width;
-        part.scales += at * x.groups;
-        part.sums += at * x.groups;
-        float* y = l.y + at * rows + first;
-        l.kernels->multiply(l.matrix, first, width, part, nullptr, count, y, rows);
-        for (int64_t i = 0; l.bias && i < count; ++i)
-          for (int64_t r = 0; r < width; ++r) y[i * rows + r] += l.bias[first + r];
-      }
-    }
+    multiply_rows(*l.kernels, l.matrix, x, l.tokens, unit * some, least(rows, (unit + 1) * some), l.bias, l.y);
   });
 }
 

@@ -11,7 +11,7 @@
 namespace moedge {
 
 constexpr int kMaxRank = 8;
-constexpr size_t kMaxInputs = 11;  // that are not a list of any length
+constexpr size_t kMaxInputs = 16;  // that are not a list of any length
 
 struct Tensor {
   void* data = nullptr;  // null: an optional input that is not there
@@ -187,5 +187,6 @@ constexpr Op make_op(const char* name, const int* types, size_t inputs, size_t r
 // Those that are in files of their own.
 const OrtCustomOp* grouped_attention_op();
 const OrtCustomOp* latent_attention_op();
+const OrtCustomOp* step_op(size_t place);  // one by one; null behind the last
 
 }  // namespace moedge

@@ -153,6 +153,8 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
     if (OrtStatus* status = ort.add_op(made, &linear)) return status;
     if (OrtStatus* status = ort.add_op(made, grouped_attention_op())) return status;
     if (OrtStatus* status = ort.add_op(made, latent_attention_op())) return status;
+    for (size_t place = 0; step_op(place); ++place)
+      if (OrtStatus* status = ort.add_op(made, step_op(place))) return status;
     domain = made;
   }
   return ort.add_domain(options, domain);

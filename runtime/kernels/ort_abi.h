@@ -119,6 +119,9 @@ struct Ort {
   OrtStatus* input_count(const OrtKernelContext* context, size_t* out) const {
     return at<OrtStatus*(const OrtKernelContext*, size_t*)>(88)(context, out);
   }
+  OrtStatus* output_count(const OrtKernelContext* context, size_t* out) const {
+    return at<OrtStatus*(const OrtKernelContext*, size_t*)>(89)(context, out);
+  }
   OrtStatus* input_count(const OrtKernelInfo* info, size_t* out) const {
     return at<OrtStatus*(const OrtKernelInfo*, size_t*)>(230)(info, out);
   }

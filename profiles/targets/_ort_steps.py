@@ -1,0 +1,195 @@
+"""Fewer nodes for onnxruntime's CPU where our own ops run: what stands between the products goes into them.
+
+A node costs a few microseconds whatever it computes, and a layer has thirty. After the lowering, linears of one input
+become one `Projections`, a dense MLP one `Mlp`; both, and `Router`, which holds a layer's router and its gate, take the
+norm of their input and the residual sum before it along (runtime/kernels/step_ops.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from ...runtime.kernels import DOMAIN
+from ._canonical import Rewriter, attributes_of, find_calls, linear_matrix
+
+_MOST_MATRICES = 3  # of `Projections`
+_SUM, _NORM = {"Projections": 1, "Mlp": 1, "Router": 3}, 4  # where an op gives the residual sum, and `Router` the norm
+_SIGMOID = {"SoftmaxTopKGate": 0, "SigmoidTopKGate": 1}
+
+
+def lower_router(rewriter: Rewriter, call: ir.Node) -> list[ir.Value] | None:
+    """A gate with the router before it as one op: values of experts and weights; None where it must stay as it is."""
+    logits, bias = call.inputs[0], None
+    assert logits is not None
+    node = logits.producer()
+    if call.op_type not in _SIGMOID or node is None:
+        return None
+    if node.op_type == "Add":
+        bias, inner = node.inputs[1], node.inputs[0]
+        node = inner.producer() if inner is not None else None
+    if node is None or node.op_type != "MatMul" or linear_matrix(node).bits:
+        return None
+    matrix = linear_matrix(node).data
+    if matrix.dtype == ir.DataType.FLOAT16:
+        matrix = rewriter.op("Cast", [matrix], to=int(ir.DataType.FLOAT))
+    inputs = [node.inputs[0], None, None, matrix, bias, *call.inputs[1:]]
+    attributes = {"sigmoid": _SIGMOID[call.op_type], **attributes_of(call)}
+    attributes["routed_scaling_factor"] = float(attributes["routed_scaling_factor"])
+    _, experts, weights = rewriter.ops("Router", inputs, 3, domain=DOMAIN, **attributes)
+    return [experts, weights]
+
+
+def fuse_steps(rewriter: Rewriter) -> None:
+    """Merge nodes of a graph that is lowered to our ops."""
+    graph = rewriter.model.graph
+    for call in find_calls(rewriter.model, "SwiGLU"):
+        _fuse_mlp(rewriter, call)
+    readers: dict[ir.Value, list[ir.Node]] = {}
+    for node in _own(graph, "Linear"):
+        assert node.inputs[0] is not None
+        readers.setdefault(node.inputs[0], []).append(node)
+    for linears in readers.values():
+        for alike in _sort_alike(linears):
+            for start in range(0, len(alike), _MOST_MATRICES):
+                _fuse_linears(rewriter, alike[start : start + _MOST_MATRICES])
+    for kind in ("Router", "Projections", "Mlp"):
+        for node in _own(graph, kind):
+            _take_norm(rewriter, node)
+    graph.sort()
+
+
+def _own(graph: ir.Graph, kind: str) -> list[ir.Node]:
+    return [node for node in graph if node.domain == DOMAIN and node.op_type == kind]
+
+
+def _fuse_mlp(rewriter: Rewriter, call: ir.Node) -> None:
+    """gate_up, `SwiGLU` and down as one op, where nothing stands between them and their codes are alike."""
+    first = call.inputs[0].producer() if call.inputs[0] is not None else None
+    second = _only_reader(call.outputs[0])
+    if first is None or second is None or not _is_linear(first) or not _is_linear(second):
+        return
+    if _only_reader(first.outputs[0]) is not call or _bits(first) != _bits(second):
+        return
+    matrices = [value for node in (first, second) for value in _fill(node.inputs[1:], 3)]
+    inputs = [first.inputs[0], None, None, *matrices]
+    y = rewriter.op("Mlp", inputs, domain=DOMAIN, bits=_bits(first))
+    _replace(rewriter, [first, call, second], second.outputs, [y])
+
+
+def _sort_alike(linears: Sequence[ir.Node]) -> list[list[ir.Node]]:
+    """Linears of one input by what their activations are quantized like: bits and group."""
+    kinds: dict[tuple[int, Any], list[ir.Node]] = {}
+    for node in linears:
+        scales = node.inputs[2]
+        assert scales is not None and scales.shape is not None
+        kinds.setdefault((_bits(node), scales.shape[1]), []).append(node)
+    return list(kinds.values())
+
+
+def _fuse_linears(rewriter: Rewriter, linears: list[ir.Node]) -> None:
+    """Linears of one input, and what is added to what they give where that is a constant."""
+    inputs: list[ir.Value | None] = [linears[0].inputs[0], None, None]
+    old_nodes, old_values = [], []
+    for node in linears:
+        operands, after = _fill(node.inputs[1:], 3), _bias_after(node)
+        old_nodes += [node] if after is None else [node, after]
+        old_values.append((after or node).outputs[0])
+        bias = None if after is None else after.inputs[1]
+        inputs += [*operands, bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    outputs = 1 if len(linears) == 1 else len(linears) + 1
+    values = rewriter.ops("Projections", inputs, outputs, domain=DOMAIN, bits=_bits(linears[0]))
+    given = [values[0], *values[2:]]
+    _leave_out(values, given)  # the residual sum, which is not there yet
+    _replace(rewriter, old_nodes, old_values, given)
+
+
+def _bias_after(node: ir.Node) -> ir.Node | None:
+    """The node that adds a stored vector to a linear's output."""
+    after = _only_reader(node.outputs[0])
+    if after is None or after.op_type != "Add" or after.domain or after.inputs[0] is not node.outputs[0]:
+        return None
+    bias = after.inputs[1]
+    source = bias.producer() if bias is not None else None
+    stored = source.inputs[0] if source is not None and source.op_type == "Cast" else bias
+    return after if stored is not None and stored.const_value is not None else None
+
+
+def _take_norm(rewriter: Rewriter, node: ir.Node) -> None:
+    """The norm of a node's input, and the residual sum before that, go into the node."""
+    x = node.inputs[0]
+    norm = x.producer() if x is not None else None
+    if x is None or norm is None or norm.op_type != "RMSNormalization" or x.is_graph_output():
+        return
+    if norm.attributes.get_int("axis", -1) != -1:
+        return
+    others = [use.node for use in x.uses() if use.node is not node]
+    if others and node.op_type != "Router":
+        return
+    summed = norm.inputs[0]
+    assert summed is not None
+    add = summed.producer()
+    if add is not None and (add.op_type != "Add" or add.domain or summed.is_graph_output() or _adds_constant(add)):
+        add = None
+    sources = [summed, None] if add is None else [add.inputs[0], add.inputs[1]]
+    epsilon = {"epsilon": float(norm.attributes.get_float("epsilon", 1e-5))}
+    place = _SUM[node.op_type]
+    count = max(len(node.outputs), place + 1 if add is not None else 0, _NORM + 1 if others else 0)
+    inputs = [*sources, norm.inputs[1], *node.inputs[3:]]
+    new = rewriter.ops(node.op_type, inputs, count, domain=DOMAIN, **attributes_of(node), **epsilon)
+    gone, old, given = [node, norm], [], []
+    for index, value in enumerate(node.outputs):
+        if value.name:
+            old.append(value)
+            given.append(new[index])
+    if add is not None:
+        gone.append(add)
+        old.append(summed)
+        given.append(new[place])
+    if others:
+        old.append(x)
+        given.append(new[_NORM])
+    _leave_out(new, given)
+    _replace(rewriter, gone, old, given)
+
+
+def _leave_out(outputs: Sequence[ir.Value], used: Sequence[ir.Value]) -> None:
+    """Outputs without a name are not computed."""
+    for value in outputs:
+        if value not in used:
+            value.name = ""
+
+
+def _adds_constant(add: ir.Node) -> bool:
+    return any(value is None or value.const_value is not None for value in add.inputs)
+
+
+def _replace(
+    rewriter: Rewriter, gone: list[ir.Node], old: Sequence[ir.Value], new: Sequence[ir.Value]
+) -> None:
+    """Put the nodes made since the last replacement in the place of several, in which `old` become `new`."""
+    graph, order = rewriter.model.graph, list(rewriter.model.graph)
+    first = min(gone, key=order.index)
+    rewriter.replace_all(first, gone, old, new)
+    assert all(node not in gone for node in graph)
+
+
+def _is_linear(node: ir.Node) -> bool:
+    return node.domain == DOMAIN and node.op_type == "Linear"
+
+
+def _bits(node: ir.Node) -> int:
+    return node.attributes["bits"].as_int()
+
+
+def _fill(values: Sequence[ir.Value | None], count: int) -> list[ir.Value | None]:
+    return [*values, *[None] * (count - len(values))]
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None

@@ -1,0 +1,60 @@
+// Memory and units of work that the ops share.
+
+#pragma once
+
+#include "kernels.h"
+
+namespace moedge {
+
+// Weights that one unit of parallel work reads when there are few tokens: long enough to stream, short enough to share.
+constexpr int64_t kUnitBytes = 64 << 10;
+// Below this many bytes of work a second thread costs more than it saves.
+constexpr int64_t kAlone = 16 << 10;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of a matrix in one unit: whole tiles.
+inline int64_t unit_rows(const Kernels& kernels, const Matrix& matrix) {
+  const int64_t rows = kUnitBytes / (matrix.row_bytes() > 0 ? matrix.row_bytes() : 1) / kernels.tile * kernels.tile;
+  return least(rows < kernels.tile ? kernels.tile : rows, divide_up(matrix.rows, kernels.tile) * kernels.tile);
+}
+
+// Takes blocks off one piece of memory; without memory it counts what they would take.
+struct Blocks {
+  char* base;
+  size_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* block = reinterpret_cast<T*>(base + used);
+    used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return block;
+  }
+  Activations take_activations(int64_t rows, const Matrix& matrix) {
+    const int64_t groups = matrix.groups();
+    int8_t* codes = take<int8_t>(rows * matrix.width);
+    float* scales = take<float>(rows * groups);
+    return {codes, scales, take<int32_t>(rows * groups), matrix.width, groups};
+  }
+};
+
+// body(first, end) over `rows` rows of `width` numbers, a few at a time.
+template <typename Body>
+void for_rows(int64_t rows, int64_t width, const Parallel& parallel, const Body& body) {
+  const int64_t some = rows * width <= kAlone ? rows : divide_up(kAlone, width);
+  parallel(divide_up(rows, some), [&](int64_t unit) { body(unit * some, least(rows, (unit + 1) * some)); });
+}
+
+inline void quantize_rows(const Kernels& kernels, const float* x, int64_t rows, int bits, const Activations& out,
+                          const Parallel& parallel) {
+  for_rows(rows, out.width, parallel, [&](int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) kernels.quantize(x + row * out.width, bits, row, out);
+  });
+}
+
+// y [tokens, rows] of rows `first` to `end` of a matrix by all activations.
+void multiply_rows(const Kernels& kernels, const Matrix& matrix, const Activations& x, int64_t tokens, int64_t first,
+                   int64_t end, const float* bias, float* y);
+
+}  // namespace moedge

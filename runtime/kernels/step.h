@@ -1,0 +1,86 @@
+// What stands between the products of a layer, and products that share their activations: each one op of a decoding step.
+
+#pragma once
+
+#include "kernels.h"
+#include "scratch.h"
+
+namespace moedge {
+
+// y [tokens, width] = RMSNorm(x + residual) * weight. Null residual: of x alone; null weight: the sum itself.
+struct Norm {
+  int64_t tokens, width;
+  const float* x;
+  const float* residual;
+  const float* weight;  // [width]
+  float epsilon;
+  float* sum;           // x + residual, where there is one
+  float* y;
+};
+
+// Takes room for what the norm gives, where its caller does not want it.
+inline void take_norm(Norm* norm, Blocks* blocks) {
+  if (norm->residual && !norm->sum) norm->sum = blocks->take<float>(norm->tokens * norm->width);
+  if (norm->weight && !norm->y) norm->y = blocks->take<float>(norm->tokens * norm->width);
+}
+
+inline const float* input_of(const Norm& norm) {
+  return norm.weight ? norm.y : norm.residual ? norm.sum : norm.x;
+}
+
+// `rows` of the norm from `first`.
+void run_norm(const Norm& norm, int64_t first, int64_t rows);
+
+constexpr int64_t kMaxMatrices = 3;
+
+// Several linears of one input: y[i] [tokens, rows of matrix i].
+struct Projections {
+  const Kernels* kernels;
+  Norm norm;  // without residual and weight: x goes in as it is
+  int64_t count;
+  Matrix matrices[kMaxMatrices];  // of one width, group and bits
+  const float* biases[kMaxMatrices];
+  float* y[kMaxMatrices];
+};
+
+size_t projections_scratch(const Projections& projections);
+void run_projections(const Projections& projections, void* scratch, const Parallel& parallel);
+
+// down * (silu(gate) * up): gate_up [2 I, H], the rows of gate first.
+struct Mlp {
+  const Kernels* kernels;
+  Norm norm;
+  Matrix gate_up, down;
+  float* y;  // [tokens, H]
+};
+
+size_t mlp_scratch(const Mlp& mlp);
+void run_mlp(const Mlp& mlp, void* scratch, const Parallel& parallel);
+
+// A gate over logits [E]; see export/gating/softmax_topk.py and sigmoid_topk.py, whose attributes these are.
+struct Gate {
+  bool sigmoid;
+  int64_t experts, top_k, groups, kept_groups;
+  bool normalize;
+  float factor;
+  const float* bias;  // [E], of a sigmoid gate, in the choice alone
+};
+
+// One token's. `scratch` [2 E + groups]. Ties go to the lower index; a logit that is no number makes every weight NaN.
+void choose_experts(const Gate& gate, const float* logits, float* scratch, int64_t* experts, float* weights);
+
+struct Router {
+  const Kernels* kernels;
+  Norm norm;
+  Gate gate;
+  const float* matrix;  // [E, H]
+  const float* bias;    // [E] or null
+  float* logits;        // [tokens, E]
+  int64_t* experts;     // [tokens, k]
+  float* weights;
+};
+
+size_t router_scratch(const Router& router);
+void run_router(const Router& router, void* scratch, const Parallel& parallel);
+
+}  // namespace moedge
