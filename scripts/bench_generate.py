@@ -3,8 +3,8 @@
     python scripts/bench_generate.py [BUNDLE] [--tokens 200] [--rounds 8] [--threads 1] [--json FILE]
 
 Greedy text of one prompt, round by round in turns: by the session alone (a step, the largest logit), and by
-`Engine.generate`, with sampling and decoding of text. Each line gives the least time of a token over the rounds, from the
-first token to the last; the difference is what sampling and text cost. Without a bundle: the sample model at int4.
+`Engine.generate`, with sampling and decoding of text. Each line gives the least time of a token over the rounds, from
+the first token to the last; the difference is what sampling and text cost. Without a bundle: the sample model at int4.
 """
 
 from __future__ import annotations
