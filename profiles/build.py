@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,37 @@ from .targets import BuildRequest, check_takes, find_target, pick_target
 BUILD_FOLDER_MANIFEST = "build.json"
 DEFAULT_MAX_SEQ_LEN = 4096
 PORTABLE_TARGET = "tensorrt_rtx"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build can be asked for; `build` says what each means."""
+
+    backend: str | None = None
+    max_batch: int = 1
+    max_seq_len: int | None = None
+    max_memory: int | None = None
+    prefill_chunk: int | None = None
+    expert_buckets: bool = False
+    kv_cache: str | None = None
+    latent_attention: str = "auto"
+    precision: str | None = None
+
+    def request(self, bundle: Bundle, devices: Sequence[DeviceProfile], max_seq_len: int) -> BuildRequest:
+        """The same for a target: devices that one engine serves, and the room that was settled on."""
+        return BuildRequest(
+            bundle,
+            devices[0],
+            self.max_batch,
+            max_seq_len,
+            tuple(devices[1:]),
+            self.max_memory,
+            self.prefill_chunk,
+            self.expert_buckets,
+            self.kv_cache,
+            self.latent_attention,
+            self.precision,
+        )
 
 
 def build(
@@ -77,90 +109,67 @@ def build(
         ProfileError: the profile is unknown or wrong.
         BuildError: it does not fit the device, or the target's builder refused or failed.
     """
-    device = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
-    (folder,) = _build_for(
-        Bundle.open(bundle),
-        [device],
+    options = BuildOptions(
         backend,
         max_batch,
         max_seq_len,
-        max_memory=max_memory,
-        prefill_chunk=prefill_chunk,
-        expert_buckets=expert_buckets,
-        kv_cache=kv_cache,
-        latent_attention=latent_attention,
-        precision=precision,
-        progress=progress,
+        max_memory,
+        prefill_chunk,
+        expert_buckets,
+        kv_cache,
+        latent_attention,
+        precision,
     )
+    return build_with(bundle, profile, options, progress)
+
+
+def build_with(
+    bundle: str | os.PathLike[str],
+    profile: str | os.PathLike[str] | DeviceProfile,
+    options: BuildOptions,
+    progress: Progress | None = None,
+) -> Path:
+    """`build`, with what is asked for in one object."""
+    (folder,) = _build_for(Bundle.open(bundle), [_load(profile)], options, progress)
     return folder
 
 
 def build_portable(
     bundle: str | os.PathLike[str],
     profiles: Sequence[str | os.PathLike[str] | DeviceProfile],
-    *,
-    backend: str | None = None,
-    max_batch: int = 1,
-    max_seq_len: int | None = None,
-    max_memory: int | None = None,
-    prefill_chunk: int | None = None,
-    expert_buckets: bool = False,
-    latent_attention: str = "auto",
-    precision: str | None = None,
+    options: BuildOptions,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Build one engine that runs on all these devices; returns a folder for each, whose files are links to one copy.
 
-    Arguments and exceptions as of `build`; all devices must be of target tensorrt_rtx.
+    Exceptions as of `build`; all devices must be of target tensorrt_rtx.
     """
-    devices = [each if isinstance(each, DeviceProfile) else load_profile(each) for each in profiles]
+    devices = [_load(profile) for profile in profiles]
     for device in devices:
-        target = retarget(device, backend).target
+        target = retarget(device, options.backend).target
         if target != PORTABLE_TARGET:
             raise BuildError(
                 f"--portable makes one engine of target {PORTABLE_TARGET}, and {device.name} is built by "
                 f"{target}; build for it by itself: --profile {device.name}"
             )
-    return _build_for(
-        Bundle.open(bundle),
-        devices,
-        backend,
-        max_batch,
-        max_seq_len,
-        max_memory=max_memory,
-        prefill_chunk=prefill_chunk,
-        expert_buckets=expert_buckets,
-        latent_attention=latent_attention,
-        precision=precision,
-        progress=progress,
-    )
+    return _build_for(Bundle.open(bundle), devices, options, progress)
+
+
+def _load(profile: str | os.PathLike[str] | DeviceProfile) -> DeviceProfile:
+    return profile if isinstance(profile, DeviceProfile) else load_profile(profile)
 
 
 def _build_for(
-    bundle: Bundle,
-    devices: list[DeviceProfile],
-    backend: str | None,
-    max_batch: int,
-    max_seq_len: int | None,
-    *,
-    max_memory: int | None,
-    prefill_chunk: int | None,
-    expert_buckets: bool,
-    kv_cache: str | None = None,
-    latent_attention: str = "auto",
-    precision: str | None = None,
-    progress: Progress | None,
+    bundle: Bundle, devices: list[DeviceProfile], options: BuildOptions, progress: Progress | None
 ) -> list[Path]:
     """One engine for all `devices`, in the first one's folder and linked into the others'."""
-    devices = [retarget(device, backend) for device in devices]
+    devices = [retarget(device, options.backend) for device in devices]
     name = devices[0].target
     target = find_target(name)
     check_takes(bundle, name)
-    length = pick_max_seq_len(bundle, max_seq_len)
-    fits = [check_build_fit(bundle, device, max_batch, length, kv_cache) for device in devices]
-    also = tuple(devices[1:])
-    choices = (prefill_chunk, expert_buckets, kv_cache, latent_attention, precision)
-    request = BuildRequest(bundle, devices[0], max_batch, length, also, max_memory, *choices)
+    length, max_batch = pick_max_seq_len(bundle, options.max_seq_len), options.max_batch
+    fits = [check_build_fit(bundle, device, max_batch, length, options.kv_cache) for device in devices]
+    request = options.request(bundle, devices, length)
     for fit in fits:
         if not fit.fits:
             raise BuildError(fit.explain())
@@ -172,7 +181,7 @@ def _build_for(
         staged = [stack.enter_context(staged_directory(each, force=True, error=BuildError)) for each in folders]
         fields = target.build(request, staged[0], progress)
         peak = max(fields.get("peak_build_memory_bytes") or 0, (machine.peak_memory_bytes() or 0) if known else 0)
-        _check_memory_bound(fields["status"], peak, max_memory)
+        _check_memory_bound(fields["status"], peak, options.max_memory)
         document = {
             "format": FORMAT,
             "target": name,
@@ -257,30 +266,16 @@ def retarget(device: DeviceProfile, backend: str | None) -> DeviceProfile:
     return dataclasses.replace(device, target=pick_target(backend or device.target, device))
 
 
-def plan(
-    bundle: Bundle,
-    device: DeviceProfile,
-    *,
-    backend: str | None = None,
-    max_batch: int = 1,
-    max_seq_len: int | None = None,
-    max_memory: int | None = None,
-    prefill_chunk: int | None = None,
-    expert_buckets: bool = False,
-    kv_cache: str | None = None,
-    latent_attention: str = "auto",
-    precision: str | None = None,
-) -> BuildPlan:
-    """What `build` would make, and whether it fits; arguments and exceptions as of `build`, and nothing is written."""
-    device = retarget(device, backend)
+def plan(bundle: Bundle, device: DeviceProfile, options: BuildOptions) -> BuildPlan:
+    """What `build` would make, and whether it fits; exceptions as of `build`, and nothing is written."""
+    device, max_batch = retarget(device, options.backend), options.max_batch
     if max_batch < 1:
         raise BuildError(f"max_batch {max_batch}: at least 1 was expected; use --max-batch 1")
-    length = pick_max_seq_len(bundle, max_seq_len)
-    choices = (prefill_chunk, expert_buckets, kv_cache, latent_attention, precision)
-    request = BuildRequest(bundle, device, max_batch, length, (), max_memory, *choices)
-    planned = plan_engines(request, device.target, bundle.manifest)
-    if kv_cache is not None:
-        planned = dataclasses.replace(planned, fit=check_build_fit(bundle, device, max_batch, length, kv_cache))
+    length = pick_max_seq_len(bundle, options.max_seq_len)
+    planned = plan_engines(options.request(bundle, [device], length), device.target, bundle.manifest)
+    if options.kv_cache is not None:
+        fit = check_build_fit(bundle, device, max_batch, length, options.kv_cache)
+        planned = dataclasses.replace(planned, fit=fit)
     return dataclasses.replace(planned, built=_built_fit(bundle, planned.fit))
 
 

@@ -14,8 +14,9 @@ from ..errors import BuildError
 from ..progress import console_progress
 from .build import (
     BUILD_FOLDER_MANIFEST,
-    build,
+    BuildOptions,
     build_portable,
+    build_with,
     finish_build,
     plan,
 )
@@ -72,36 +73,41 @@ def build_command(
     if not profiles:
         raise BuildError("no device named; add --profile NAME (moedge profiles lists them)")
     names = list(dict.fromkeys(profiles))
-    options: dict[str, Any] = {"backend": backend, "max_batch": max_batch, "max_seq_len": max_seq_len}
-    options |= {"prefill_chunk": prefill_chunk, "expert_buckets": expert_buckets}
-    options |= {"latent_attention": latent_attention, "precision": precision}
     from ..export.memory import parse_size  # not at the top: `--help` must not cost what reading checkpoints does
 
-    options["max_memory"] = None if max_memory is None else parse_size(max_memory)
     if portable and kv_cache is not None:
         raise BuildError("--portable engines keep their KV cache in their own type; leave --kv-cache out")
-    if not portable:
-        options["kv_cache"] = kv_cache
+    options = BuildOptions(
+        backend=backend,
+        max_batch=max_batch,
+        max_seq_len=max_seq_len,
+        max_memory=None if max_memory is None else parse_size(max_memory),
+        prefill_chunk=prefill_chunk,
+        expert_buckets=expert_buckets,
+        kv_cache=kv_cache,
+        latent_attention=latent_attention,
+        precision=precision,
+    )
     if dry_run:
         _dry_run(bundle, names, options, as_json)
         return
     folders = []
     if portable:
         with console_progress() as progress:
-            folders = build_portable(bundle, names, **options, progress=progress)
+            folders = build_portable(bundle, names, options, progress)
     for name in [] if portable else names:
         with console_progress() as progress:
-            folders.append(build(bundle, name, **options, progress=progress))
+            folders.append(build_with(bundle, name, options, progress))
     _print_engines(folders, as_json)
 
 
-def _dry_run(path: Path, names: list[str], options: dict[str, Any], as_json: bool) -> None:
+def _dry_run(path: Path, names: list[str], options: BuildOptions, as_json: bool) -> None:
     from rich.console import Console
 
     from .device_commands import fit_table
 
     bundle = Bundle.open(path)
-    plans = [plan(bundle, load_profile(name), **options) for name in names]
+    plans = [plan(bundle, load_profile(name), options) for name in names]
     if as_json:
         click.echo(json.dumps([each.to_json() for each in plans], indent=1))
     else:

@@ -17,7 +17,7 @@ from test_tensorrt_families import export
 
 from moedge.bundle import Bundle
 from moedge.errors import BuildError
-from moedge.profiles.build import build, build_portable, finish_build
+from moedge.profiles.build import BuildOptions, build, build_portable, finish_build
 from moedge.profiles.commands import build_command
 from moedge.profiles.device import load_profile
 from moedge.profiles.targets import _trt_build, tensorrt
@@ -68,7 +68,7 @@ def engine_of(folder: Path) -> dict[str, Any]:
 
 @needs_rtx
 def test_portable_is_one_file_that_each_device_finds_under_its_name(tiny: Bundle) -> None:
-    first, second = build_portable(tiny.path, ["rtx4090", "a100-80gb"], max_seq_len=64)
+    first, second = build_portable(tiny.path, ["rtx4090", "a100-80gb"], BuildOptions(max_seq_len=64))
     engines = [engine_of(first), engine_of(second)]
     assert [engine["profile"] for engine in engines] == ["rtx4090", "a100-80gb"]
     assert [engine["compute_capability"] for engine in engines] == [[8, 9], [8, 0]]
@@ -84,7 +84,7 @@ def test_portable_is_one_file_that_each_device_finds_under_its_name(tiny: Bundle
 
 def test_portable_is_refused_where_another_target_builds(tiny: Bundle) -> None:
     with pytest.raises(BuildError, match=r"^--portable makes one engine of target tensorrt_rtx, and cpu is built by o"):
-        build_portable(tiny.path, ["rtx4090", "cpu"])
+        build_portable(tiny.path, ["rtx4090", "cpu"], BuildOptions())
 
 
 # before and after

@@ -16,7 +16,7 @@ from test_tensorrt_families import export
 
 from moedge.bundle import MODEL, Bundle
 from moedge.errors import BuildError
-from moedge.profiles.build import build, build_portable
+from moedge.profiles.build import BuildOptions, build, build_portable
 from moedge.profiles.commands import build_command
 from moedge.profiles.targets._canonical import find_calls, find_linears, load_canonical
 from moedge.profiles.targets._trt_check import NetworkRunner, check_numerics, open_plain_session
@@ -129,7 +129,7 @@ def test_devices_without_fp8_are_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(build_command, [*options, "fp4"])
     assert "--precision fp4: an engine has the bundle's weights, or fp8 made of them" in str(result.exception)
     with pytest.raises(BuildError, match="rtx3090 cannot run it, because"):
-        build_portable(bundle.path, ["rtx4090", "rtx3090"], max_seq_len=64, precision="fp8")
+        build_portable(bundle.path, ["rtx4090", "rtx3090"], BuildOptions(max_seq_len=64, precision="fp8"))
 
 
 @needs_rtx
