@@ -24,7 +24,6 @@ from ...runtime.sessions import onnxruntime_cuda as backend
 from . import BuildRequest
 from ._canonical import (
     Array,
-    Matrix,
     Rewriter,
     attributes_of,
     describe_load,
@@ -41,6 +40,7 @@ from ._canonical import (
     take_loads,
 )
 from ._ort_attention import MS, layer_of
+from ._ort_codes import find_experts, mix_experts, multiply_codes
 from ._ort_cuda_attention import CudaAttention
 from ._routes import CPU, Traced, trace_session
 
@@ -185,40 +185,16 @@ class _Lowering:
 
     def lower_experts(self, call: ir.Node) -> list[ir.Value]:
         """`QMoE` for quantized experts; the function's own body, in float32, otherwise."""
-        x, experts, weights, *operands = call.inputs
-        biased = call.op_type == "BiasedExperts"
-        gate_up, down = (find_matrix(value) for value in (operands[::2] if biased else operands))
-        op, attributes = self.rewriter.op, attributes_of(call)
+        x, experts, weights = call.inputs[:3]
+        gate_up, down, _ = find_experts(call)
         # A kernel's outputs are as wide as its inputs, which zeros widen where gate and up order them differently.
         if not gate_up.bits or gate_up.shape[2] != down.shape[1]:
-            return [op(call.op_type, call.inputs, domain=call.domain, **attributes)]
-        assert experts is not None and weights is not None and experts.shape is not None
+            return [self.rewriter.op(call.op_type, call.inputs, domain=call.domain, **attributes_of(call))]
+        assert experts is not None and weights is not None
         logits, total = self.encode_routing(experts, weights, gate_up.shape[0])
-        inputs: list[ir.Value | None] = [None] * 13
-        inputs[:4] = [self.half(x), self.half(logits), self.bytes_of(gate_up), self.half(gate_up.scales)]
-        inputs[5], inputs[6] = self.bytes_of(down), self.half(down.scales)
-        activation: dict[str, Any] = {"activation_alpha": 1.0, "activation_beta": 0.0}
-        if biased:
-            inputs[4], inputs[7] = (self.half(value) for value in operands[1::2])
-            limits = {"swiglu_limit": float(attributes["limit"])}
-            activation = {"activation_alpha": float(attributes["alpha"]), "activation_beta": 1.0, **limits}
-        if not (gate_up.symmetric and down.symmetric):
-            inputs[11], inputs[12] = self.zero_points_of(gate_up), self.zero_points_of(down)
-        mixed = op(
-            "QMoE",
-            inputs,
-            domain=MS,
-            k=int(experts.shape[1]),  # type: ignore[arg-type]
-            activation_type="swiglu",
-            swiglu_fusion=1,
-            expert_weight_bits=gate_up.bits,
-            block_size=gate_up.block_size,
-            use_sparse_mixer=0,
-            normalize_routing_weights=1,
-            weights_prepacked=0,
-            **activation,
-        )
-        return [op("Mul", [self.full(mixed), total])]
+        own: dict[str, Any] = {"normalize_routing_weights": 1, "weights_prepacked": 0}
+        mixed = mix_experts(self.rewriter, call, self.half(x), self.half(logits), self.half, **own)
+        return [self.rewriter.op("Mul", [self.full(mixed), total])]
 
     def encode_routing(self, experts: ir.Value, weights: ir.Value, count: int) -> tuple[ir.Value, ir.Value]:
         """Logits [S, E] whose softmax over the k largest is the weights' shares, and the weights' sum [S, 1].
@@ -245,14 +221,7 @@ class _Lowering:
             if str(matrix.data.name).endswith(".router.weight"):
                 return [op("Gemm", [x, matrix.data], transB=1)]
             return [self.full(op("Gemm", [self.half(x), self.half(matrix.data)], transB=1))]
-        rows, width = matrix.shape
-        blocks, block = width // matrix.block_size, matrix.block_size
-        codes = self.view(matrix.data, [rows, blocks, block * matrix.bits // 8])
-        inputs = [self.half(x), codes, self.half(matrix.scales)]
-        if not matrix.symmetric:
-            inputs.append(self.zero_points_of(matrix))
-        attributes: dict[str, Any] = {"K": width, "N": rows, "bits": matrix.bits, "block_size": block}
-        return [self.full(op("MatMulNBits", inputs, domain=MS, **attributes))]
+        return [self.full(multiply_codes(self.rewriter, self.half(x), matrix, self.half(matrix.scales)))]
 
     def lower_embedding(self) -> None:
         """Rows of an 8-bit table by plain arithmetic: CUDA's `DequantizeLinear` takes no blocks."""
@@ -277,28 +246,3 @@ class _Lowering:
 
     def lower_head(self) -> None:
         keep_asked_rows(self.rewriter)
-
-    def bytes_of(self, matrix: Matrix) -> ir.Value:
-        """Codes [E, out, in] as the bytes [E, out, in * bits / 8] that `QMoE` takes."""
-        *lead, width = matrix.shape
-        return self.view(matrix.data, [*lead, width * matrix.bits // 8])
-
-    def zero_points_of(self, matrix: Matrix) -> ir.Value:
-        """Zero points packed along the last axis, as bytes."""
-        assert matrix.zero_points is not None
-        *lead, width = matrix.shape
-        return self.view(matrix.zero_points, [*lead, -(-(width // matrix.block_size) * matrix.bits // 8)])
-
-    def view(self, value: ir.Value, shape: list[int]) -> ir.Value:
-        """The same bytes of weights.bin as UINT8 of another shape."""
-        tensor, name = value.const_value, f"{value.name}.bytes"
-        assert isinstance(tensor, ir.ExternalTensor)
-        existing = self.graph.initializers.get(name)
-        if existing is not None:
-            return existing
-        kind = ir.DataType.UINT8
-        place = (tensor.location, tensor.offset, tensor.length, kind)
-        view = ir.ExternalTensor(*place, shape=ir.Shape(shape), name=name, base_dir=tensor.base_dir)
-        new = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=view)
-        self.graph.register_initializer(new)
-        return new
