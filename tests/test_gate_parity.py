@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from test_gating import (
     block_router,
     by_expert,
     deepseek_v2_router,
+    deepseek_v3_router,
     draw_inputs,
     every_way,
     function_model,
@@ -40,26 +40,6 @@ CASES = [
     ("deepseek_v3", "SigmoidTopKGate", (11, 11, 1, 1, 1, 1.0)),
     ("deepseek_v3", "SigmoidTopKGate", (9, 1, 3, 1, 0, 1.0)),
 ]
-
-
-def deepseek_v3_router(case: tuple[Any, ...], bias: Any) -> Callable[[Any], Any]:
-    from transformers import DeepseekV3Config
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
-
-    experts, top_k, groups, kept, norm, factor = case
-    config = DeepseekV3Config(
-        hidden_size=experts,
-        n_routed_experts=experts,
-        num_experts_per_tok=top_k,
-        n_group=groups,
-        topk_group=kept,
-        norm_topk_prob=bool(norm),
-        routed_scaling_factor=factor,
-    )
-    router = DeepseekV3TopkRouter(config)
-    router.weight.data = torch.eye(experts)
-    router.e_score_correction_bias.copy_(torch.tensor(bias))
-    return router  # type: ignore[no-any-return]
 
 
 def route_theirs(family: str, case: tuple[Any, ...], inputs: dict[str, Any]) -> list[Any]:

@@ -110,8 +110,7 @@ def assert_same_choices(ways: dict[str, Choices], theirs: Choices, scale: float 
         np.testing.assert_allclose(weights[same], theirs[1][same], rtol=2e-6, atol=1e-6 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES["SigmoidTopKGate"], ids=str)
-def test_sigmoid_gate_equals_deepseek_v3(case: tuple[Any, ...]) -> None:
+def deepseek_v3_router(case: tuple[Any, ...], bias: Any) -> Callable[[Any], Any]:
     import torch
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -127,13 +126,21 @@ def test_sigmoid_gate_equals_deepseek_v3(case: tuple[Any, ...]) -> None:
         routed_scaling_factor=factor,
     )
     router = DeepseekV3TopkRouter(config)
-    inputs = draw_inputs("SigmoidTopKGate", experts, 20_000)
     router.weight.data = torch.eye(experts)
-    router.e_score_correction_bias.copy_(torch.tensor(inputs["bias"]))
+    router.e_score_correction_bias.copy_(torch.tensor(bias))
+    return router  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("case", CASES["SigmoidTopKGate"], ids=str)
+def test_sigmoid_gate_equals_deepseek_v3(case: tuple[Any, ...]) -> None:
+    import torch
+
+    inputs = draw_inputs("SigmoidTopKGate", case[0], 20_000)
+    router = deepseek_v3_router(case, inputs["bias"])
     with torch.no_grad():
         chosen, weights = (output.numpy() for output in router(torch.tensor(inputs["logits"])))
     attributes = attributes_of("SigmoidTopKGate", case)
-    assert_same_choices(every_way("SigmoidTopKGate", attributes, inputs), (chosen, weights), factor)
+    assert_same_choices(every_way("SigmoidTopKGate", attributes, inputs), (chosen, weights), case[-1])
 
 
 def deepseek_v2_router(case: tuple[Any, ...]) -> Callable[[Any], Any]:

@@ -21,6 +21,7 @@ from ._ort_binding import CPU as HOST
 from ._ort_binding import bind_routing, empty_routing, run_bound
 from ._ort_open import load_graph, make_settings
 from ._sequence import CachedSequence
+from .onnxruntime_cpu import version as version  # onnxruntime-gpu is the same module
 
 if TYPE_CHECKING:
     from ...bundle import Bundle
@@ -34,13 +35,6 @@ _PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
     CPU: ("CPUExecutionProvider", {}),
 }
 _INSTALL = "pip uninstall onnxruntime, then: pip install 'moedge[gpu]'"
-
-
-def version() -> str | None:
-    """The installed onnxruntime's version; onnxruntime-gpu is the same module."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        return None
-    return str(require("onnxruntime").__version__)
 
 
 def loads(info: EngineInfo) -> list[str]:
