@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from load_server import FLAT, Verdict
+from verdicts import FLAT, Verdict, leave, show
 
 WARM = 3  # loads, of which the last counts
 OWN = 256 << 20  # bytes that a process has beside weights: Python, onnxruntime, a context
@@ -136,9 +136,8 @@ def main() -> None:
         verdicts += check_time(options.bundle, options.within)
     if options.share:
         verdicts += check_sharing(options.bundle)
-    for verdict in verdicts:
-        print(f"{'met' if verdict.met else 'MISSED':8}{verdict.bar}: {verdict.found}")
-    sys.exit(0 if verdicts and all(verdict.met for verdict in verdicts) else 1)
+    show(verdicts)
+    leave(verdicts)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
-from load_server import FLAT, Server, Verdict
+from load_server import Server
+from verdicts import FLAT, Verdict, leave, show
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from random_requests import ask_by_schema, ask_bytes, ask_fields  # noqa: E402
@@ -77,9 +78,8 @@ def main() -> None:
         finally:
             code = server.end()
     verdicts.append(Verdict("it ends cleanly", f"exit code {code}", code == 0))
-    for verdict in verdicts:
-        print(f"{'met' if verdict.met else 'MISSED':8}{verdict.bar}: {verdict.found}")
-    sys.exit(0 if all(verdict.met for verdict in verdicts) else 1)
+    show(verdicts)
+    leave(verdicts)
 
 
 if __name__ == "__main__":

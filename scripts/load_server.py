@@ -23,9 +23,10 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from load_client import Answer, Client, connected
+from verdicts import FLAT, Verdict, leave, show
 
 import moedge
 from moedge.bundle import Bundle
@@ -35,16 +36,8 @@ from moedge.runtime.preflight import choose_profile, read_engine
 PROMPTS = 40
 LONGEST_PROMPT, LONGEST_TEXT = 400, 192  # characters; tokens
 ALONE_S, CROWD_S = 3.0, 6.0
-SLOWEST, TIMES, FLAT = 3.0, 3.0, 0.05  # of the median stream; of one client's rate; growth of memory
+SLOWEST, TIMES = 3.0, 3.0  # of the median stream; of one client's rate
 WAVES = 3
-
-
-class Verdict(NamedTuple):
-    """A bar, and whether it was met."""
-
-    bar: str
-    found: str
-    met: bool
 
 
 class Server:
@@ -339,8 +332,7 @@ async def measure(options: argparse.Namespace, server: Server, queue: int) -> tu
             figures[name], found = await step()
             figures[name]["wrong"] = load.wrong[:5]
             verdicts += found
-            for verdict in found:
-                print(f"{'met' if verdict.met else 'MISSED':8}{verdict.bar}: {verdict.found}", flush=True)
+            show(found)
     return figures, verdicts
 
 
@@ -393,7 +385,7 @@ def main() -> None:
         options.output.write_text(make_page(figures), encoding="utf-8")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    sys.exit(0 if all(verdict.met for verdict in verdicts) else 1)
+    leave(verdicts)
 
 
 if __name__ == "__main__":
