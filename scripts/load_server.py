@@ -379,6 +379,7 @@ def main() -> None:
         clean = "Traceback" not in server.log
         said = f"exit code {code}, {'no' if clean else 'a'} traceback"
         verdicts.append(Verdict("it ends cleanly", said, clean and not code))
+        show(verdicts[-1:])
     about = {"model": server.model, "slots": options.slots, "threads": options.threads, "machine": machine.cpu_name()}
     figures = {**about, **found, "verdicts": verdicts}
     if options.output:
