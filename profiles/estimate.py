@@ -20,7 +20,7 @@ from .shape import bytes_per_token as bytes_per_token
 
 SCHEMA = 1
 PROMPT_TOKENS = 512  # where nothing else is asked for
-CPU_PREFILL_CHUNK = 64  # runtime.engine.PREFILL_CHUNK, which a CPU engine's prompt goes through in
+CPU_PREFILL_CHUNK, CPU_AT_ONCE = 64, 4  # runtime.engine's, for a CPU engine: tokens, and chunks where weights are integers
 
 
 def estimate(
@@ -142,7 +142,7 @@ def prefill_work(
     """
     linear, attention = _precisions(device, bits)
     dense_experts = not device.target.startswith("onnxruntime")
-    length = CPU_PREFILL_CHUNK if device.target == "onnxruntime" else PREFILL_CHUNK
+    length = CPU_PREFILL_CHUNK * (CPU_AT_ONCE if bits else 1) if device.target == "onnxruntime" else PREFILL_CHUNK
     chunks = []
     for start in range(0, prompt_tokens, length):
         tokens = min(length, prompt_tokens - start)

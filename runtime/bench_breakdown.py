@@ -17,7 +17,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..errors import EngineError
 from .bench_runs import Case, run_once
-from .engine import PREFILL_CHUNK, Engine
+from .engine import Engine
 from .preflight import check_engine, read_engine
 from .sessions import SessionOptions, backend_module
 
@@ -90,4 +90,4 @@ def _run(engine: Engine, case: Case) -> int:
         run_once(engine, sessions, prompts, case)
     for session in sessions[1:]:
         session.close()
-    return case.batch * -(-case.prompt_tokens // PREFILL_CHUNK)
+    return case.batch * -(-case.prompt_tokens // engine.prefill_tokens)

@@ -1,8 +1,9 @@
 """One sequence's cache together with the tokens in it: prompts in chunks, and what an earlier prompt already paid for.
 
-A token's cache row depends, in its last bits, on how the prompt was cut into chunks. So chunks always end at
+A token's cache row may depend, in its last bits, on how the prompt was cut into chunks. So chunks always end at
 multiples of their size, and by default only rows of whole chunks are used again: an answer is then the same, bit for
-bit, whatever was computed before it. `reuse="all"` uses every row that fits, also those of generated tokens.
+bit, whatever was computed before it. `reuse="all"` uses every row that fits, also those of generated tokens. Where a
+session computes the same bits for any cut, several chunks go through it at once, which is faster.
 """
 
 from __future__ import annotations
@@ -82,8 +83,12 @@ class PrefixStore:
 class Context:
     """A session and the tokens in it. Not thread-safe."""
 
-    def __init__(self, session: Session, chunk: int, store: PrefixStore | None, reuse: str = "exact") -> None:
+    def __init__(
+        self, session: Session, chunk: int, store: PrefixStore | None, reuse: str = "exact", at_once: int = 1
+    ) -> None:
+        """`at_once`: chunks that may be computed together: more than one where the session's cuts are alike."""
         self.session = session
+        self._at_once = at_once
         self.tokens: list[int] = []
         self.exact = 0  # tokens, from the first, that were computed as whole chunks
         self._chunk = chunk
@@ -123,8 +128,9 @@ class Context:
         self._truncate(kept)
         return kept + self._take_stored(kept)
 
-    def advance(self) -> NDArray[np.float32] | None:
-        """Compute the prompt's next chunk: None while there are more, then the logits [vocab] after its last token.
+    def advance(self, *, in_turn: bool = False) -> NDArray[np.float32] | None:
+        """Compute the prompt's next chunk, or next few: None while there are more, then the logits [vocab] after its
+        last token. `in_turn`: one chunk, since others wait.
 
         Raises:
             EngineError: memory is short; the context then has what it had, and `advance` may be called again.
@@ -133,15 +139,18 @@ class Context:
         if start == len(self._prompt):
             assert self._after is not None
             return self._after[1]
-        end = min(len(self._prompt), (start // self._chunk + 1) * self._chunk)
+        chunks = 1 if in_turn else self._at_once
+        end = min(len(self._prompt), (start // self._chunk + chunks) * self._chunk)
         part = self._prompt[start:end]
         last = end == len(self._prompt)
         logits = self.session.step(part, np.array([len(part) - 1] if last else [], np.int64))
         self.tokens += part.tolist()
-        if self.exact == start and len(part) == self._chunk:
-            self.exact = end
-            if self._store is not None and self._digests[start // self._chunk] not in self._store:
-                self._store.put(self._digests[start // self._chunk], self.session.read_rows(start, end))
+        for first in range(start, end - self._chunk + 1, self._chunk):
+            if self.exact != first:
+                break
+            self.exact = first + self._chunk
+            if self._store is not None and self._digests[first // self._chunk] not in self._store:
+                self._store.put(self._digests[first // self._chunk], self.session.read_rows(first, self.exact))
         if not last:
             return None
         self._after = (end, logits.reshape(-1).copy())

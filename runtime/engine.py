@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 # Tokens computed at once: a prompt is fed in pieces of this size, so that memory does not grow with it. It is also the
 # grain in which an earlier prompt's beginning is used again.
-PREFILL_CHUNK = 64
+PREFILL_CHUNK = 64  # what prefixes are kept in, and what is computed at once while others wait
+PREFILL_AT_ONCE = 4  # chunks, where no bit depends on the cut; more gain little and take long to be cancelled
 TOKENIZER = "tokenizer.json"
 # Bytes of cache rows kept of earlier prompts' beginnings.
 PREFIX_BYTES = 128 << 20
@@ -46,7 +47,7 @@ def load(
     threads: int | None = None,
     max_seq_len: int | None = None,
     lanes: int = 1,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     reuse: str = "exact",
     prefix_bytes: int = PREFIX_BYTES,
     lock_weights: bool = False,
@@ -57,7 +58,8 @@ def load(
     max_seq_len: tokens the context has room for; default and limit: what the engine was built for.
     lanes: texts that a scheduler is to step together, if the engine can; more than 1 costs a single text a little.
         Last bits differ between engines loaded for one and for several, but not with how many run at a time.
-    prefill_chunk: tokens of a prompt that are computed at once; memory and the pace of cancelling follow it.
+    prefill_chunk: tokens of a prompt that are computed at once; memory and the pace of cancelling follow it. Default:
+        64, and 256 while nobody waits where the engine's results do not depend on it.
     reuse: what a prompt need not compute again because an earlier one began alike: "exact" (whole chunks: the answer is
         the same, bit for bit, as without), "all" (every token, also generated ones; the last bits may differ), "off".
     prefix_bytes: the most memory for beginnings of earlier prompts; least recently used goes first. 0: only what the
@@ -108,13 +110,15 @@ class Engine:
         bundle: Bundle,
         info: EngineInfo,
         session: Session,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         *,
         reuse: str = "exact",
         prefix_bytes: int = PREFIX_BYTES,
         held: contextlib.ExitStack | None = None,
     ) -> None:
         """`held`: what is let go when the engine is closed."""
+        at_once = PREFILL_AT_ONCE if prefill_chunk is None and session.cuts_alike else 1
+        prefill_chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
         if bundle.config.get("rope", {}).get("kind", "fixed") != "fixed":
             # Frequencies that follow the tokens so far: only a prompt computed whole is what the model was trained on.
             prefill_chunk = max(prefill_chunk, info.max_seq_len)
@@ -126,7 +130,8 @@ class Engine:
         self._held = held or contextlib.ExitStack()
         self._chunk = prefill_chunk
         self._reuse = reuse
-        self._context = Context(session, prefill_chunk, self.prefixes, reuse)
+        self._at_once = at_once
+        self._context = Context(session, prefill_chunk, self.prefixes, reuse, at_once)
         self._tokenizer: Tokenizer | None = None
         self._turn = 0  # counts calls: a generation whose turn has passed stops
 
@@ -352,7 +357,7 @@ class Engine:
         """
         session = session or self.session
         logits = np.empty((0, 0), np.float32)
-        for start, part in self._chunks(tokens):
+        for start, part in self._chunks(tokens, self.prefill_tokens):
             last = start + len(part) == len(tokens)
             logits = session.step(part, np.array([len(part) - 1] if last else [], np.int64))
         return logits.reshape(-1)
@@ -378,7 +383,7 @@ class Engine:
         Raises:
             EngineError: its cache does not fit the memory, or the engine is closed.
         """
-        return Context(self.session.another(), self._chunk, self.prefixes, self._reuse)
+        return Context(self.session.another(), self._chunk, self.prefixes, self._reuse, self._at_once)
 
     @property
     def turn(self) -> int:
@@ -432,9 +437,15 @@ class Engine:
             mend = f"ask for fewer new tokens or give a shorter prompt (the model has {most} positions)"
         return ContextFull(f"context is full: {what}; {mend}")
 
-    def _chunks(self, tokens: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
-        for start in range(0, len(tokens), self._chunk):
-            yield start, tokens[start : start + self._chunk]
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of a prompt that are computed at once while nobody waits."""
+        return self._chunk * self._at_once
+
+    def _chunks(self, tokens: NDArray[Any], size: int | None = None) -> Iterator[tuple[int, NDArray[Any]]]:
+        size = size or self._chunk
+        for start in range(0, len(tokens), size):
+            yield start, tokens[start : start + size]
 
     def _optional_json(self, name: str) -> dict[str, Any]:
         path = self.bundle.file(name)

@@ -307,7 +307,8 @@ class Scheduler:
                 slot.context.adopt(twin.context)
             slot.prompt = job.request.prompt
             job.reused_tokens = slot.context.start(slot.prompt, again=twin is not None)
-        return slot.context.advance()
+        # Streams keep their pace, and prompts take turns.
+        return slot.context.advance(in_turn=self.running > 1)
 
     def _twin(self, slot: _Slot) -> _Slot | None:
         """A slot that was given the very same prompt, and has begun or even computed it."""

@@ -48,12 +48,11 @@ class Moedge:
 
     def __init__(self, path: str, threads: int, context: int) -> None:
         import moedge
-        from moedge.runtime.engine import PREFILL_CHUNK
 
         # As llama.cpp without mmap: no page is to be read again while the other engine has its turn.
         self._engine = moedge.load(path, "cpu", threads=threads, max_seq_len=context, lock_weights=True)
         self.vocab = self._engine.info.vocab_size
-        self._chunk = PREFILL_CHUNK
+        self._chunk = self._engine.prefill_tokens
         self._sessions = [self._engine.session, self._engine.session.another()]
 
     def feed(self, tokens: NDArray[np.int64], long: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx
 import pytest
 from family_cases import FAMILIES, make_model, save_model
@@ -98,3 +99,22 @@ def test_nodes_of_a_layer(engine: tuple[str, Bundle]) -> None:
     most_stock, most_own = MOST_NODES[family]
     assert most_stock - 1 < stock <= most_stock
     assert most_own - 1 < own <= most_own
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_cuts_are_alike(engine: tuple[str, Bundle], lanes: int) -> None:
+    """Where a session says so, logits and routes have the same bits however the text is cut into steps."""
+    family, bundle = engine
+    with moedge.load(bundle, "cpu", threads=1, lanes=lanes) as loaded:
+        # Not with a product of float weights, a gate in stock nodes, or angles that follow the length.
+        assert loaded.session.cuts_alike == (family not in ("phimoe", "qwen2_moe", "deepseek"))
+        ids = np.random.default_rng(77).integers(0, loaded.info.vocab_size, 45)
+        told = []
+        for cuts in ([], [1], [44], [13, 14, 29], [31], list(range(1, 45))):
+            session, logits, weights = loaded.begin(), [], []
+            for part in np.split(ids, cuts):
+                logits.append(session.step(part, np.arange(len(part))).copy())
+                weights.append(session.routing.weights.copy())
+            told.append((np.concatenate(logits).tobytes(), np.concatenate(weights, axis=1).tobytes()))
+        assert not loaded.session.cuts_alike or len(set(told)) == 1

@@ -18,10 +18,10 @@ from moedge.profiles import estimate as estimate_module
 from moedge.profiles import roofline_cpu
 from moedge.profiles.device import DeviceProfile, load_profile
 from moedge.profiles.device_commands import estimate_command
-from moedge.profiles.estimate import CPU_PREFILL_CHUNK, bytes_per_token, decode_work, estimate
+from moedge.profiles.estimate import CPU_AT_ONCE, CPU_PREFILL_CHUNK, bytes_per_token, decode_work, estimate
 from moedge.profiles.roofline_cpu import Constants, CpuRoofline, load_fit, spread_of
 from moedge.profiles.shape import ModelShape
-from moedge.runtime.engine import PREFILL_CHUNK
+from moedge.runtime.engine import PREFILL_AT_ONCE, PREFILL_CHUNK
 from moedge.runtime.report import check_result
 
 CONTRACT_KEYS = (
@@ -199,7 +199,7 @@ def test_the_fit_finds_constants_that_made_its_times(monkeypatch: pytest.MonkeyP
 
 
 def test_the_cpus_prompt_chunk_is_the_engines() -> None:
-    assert CPU_PREFILL_CHUNK == PREFILL_CHUNK
+    assert (CPU_PREFILL_CHUNK, CPU_AT_ONCE) == (PREFILL_CHUNK, PREFILL_AT_ONCE)
 
 
 def test_prompt_by_hand() -> None:

@@ -417,6 +417,7 @@ def test_snapshots_of_caches_by_heads(tmp_path):
     session = OnnxruntimeCpuSession.__new__(OnnxruntimeCpuSession)
     entry = CacheEntry("key.0", 6, "float32", 2)
     session._cache = {entry.name: aligned_empty((1, 2, 10, 3), np.dtype(np.float32))}
+    session._entries = (entry,)
     session._capacity, session._length, session.load = 10, 4, None
     values = np.arange(24, dtype=np.float32).reshape(1, 2, 4, 3)
     session._cache["key.0"][:, :, :4] = values

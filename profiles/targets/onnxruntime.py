@@ -49,6 +49,10 @@ ACCURACY_LEVEL = 4
 LANES_MODEL = "model.lanes.onnx"
 # Sequences stepped together unless more are asked for: the graph is small, and whoever serves has it at once.
 LANES = 8
+# Of these a token's result depends on the others in the run: onnxruntime's products round by the number of rows, and
+# some angles follow the longest position.
+_SEE_THE_RUN = {"MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "QMoE", "Einsum"}
+_SEE_THE_RUN |= {"DynamicRotaryAngles", "LongRotaryAngles"}
 
 TAKES_TORCH_GRAPHS = True  # of a user's own model, whose config says nothing of its layers
 
@@ -187,6 +191,9 @@ def lower(
     if any(node.op_type == "MatMulNBits" for node in model.graph):
         model.metadata_props["moedge.pairs"] = "1"
     finish_model(model, {MS: 1, **({kernels.DOMAIN: 1} if own_kernels else {})})
+    # A load-aware gate has room for a run's tokens, however many they are.
+    if own_kernels and not loads and not any(node.op_type in _SEE_THE_RUN for node in model.graph.all_nodes()):
+        model.metadata_props[kernels.CUTS_ALIKE] = "1"
     return attention.cache
 
 

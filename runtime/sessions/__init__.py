@@ -111,6 +111,10 @@ class Session(Protocol):
         """Sequences, this one included, that one run of this engine can step."""
 
     @property
+    def cuts_alike(self) -> bool:
+        """Whether every result has the same bits however tokens are cut into steps."""
+
+    @property
     def routing(self) -> Routing:
         """The experts of the last step's tokens, in MoE layers' order; valid until the next step."""
 
@@ -166,6 +170,8 @@ class Session(Protocol):
 
 class OneLane:
     """`lanes` and `step_together` of a session whose engine steps one sequence a run."""
+
+    cuts_alike = False
 
     @property
     def lanes(self) -> int:

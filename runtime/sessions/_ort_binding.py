@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import EngineError
-from ..kernels import IN_PLACE
+from ..kernels import CUTS_ALIKE, IN_PLACE
 from . import Routing
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ def bind_routing(binding: Any, info: EngineInfo, routing: Routing) -> None:
         for name, values in routing._asdict().items():
             part = values[index]
             binding.bind_output(f"{name}.{layer}", *CPU, values.dtype.type, part.shape, part.ctypes.data)
+
+
+def cuts_alike(session: Any) -> bool:
+    """Whether the graph's results have the same bits however a prompt is cut into runs."""
+    return bool(session.get_modelmeta().custom_metadata_map.get(CUTS_ALIKE) == "1")
 
 
 def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str]) -> None:

@@ -24,6 +24,7 @@ from ._ort_binding import (
     bind_whole,
     changes_caches,
     check_interface,
+    cuts_alike,
     empty_routing,
     run_bound,
 )
@@ -68,6 +69,7 @@ class LaneRunner:
         self._frames: dict[int, _Frame] = {}
         self._frame: object = None  # the bound one
         self._in_place = changes_caches(session)
+        self.cuts_alike = cuts_alike(session)
         # onnxruntime's kernel over a cache by heads cannot do without a row: idle lanes take the run's first, and a
         # cache of one.
         self._idle = SequenceCache(info, 1)
@@ -171,6 +173,7 @@ class LaneSession(SequenceCache):
 
     def __init__(self, runner: LaneRunner, capacity: int) -> None:
         super().__init__(runner.info, capacity)
+        self.cuts_alike = runner.cuts_alike
         self._runner = runner
         self._open = True
         runner.users += 1

@@ -18,6 +18,8 @@ class CachedSequence:
     """`length`, `capacity`, `truncate`, `read_rows` and `append_rows` of `Session`, over cache tensors that a session
     reads and writes by `_read_cache` and `_write_cache`."""
 
+    cuts_alike = False
+
     def __init__(self, info: EngineInfo, capacity: int) -> None:
         self._entries = info.cache
         self._length = 0

@@ -24,6 +24,7 @@ from ._ort_binding import (
     bind_whole,
     changes_caches,
     check_interface,
+    cuts_alike,
     empty_routing,
     run_bound,
 )
@@ -106,6 +107,7 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
         self._threads = threads
         self._past = np.zeros(1, np.int64)  # for graphs that cannot see the length in a cache's shape
         self._in_place = changes_caches(session)
+        self.cuts_alike = cuts_alike(session)
         self._place = np.zeros((1, 1), np.int64)
         self._bound_views: list[tuple[str, str, View]] = []
         if self._in_place:
