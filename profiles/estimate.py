@@ -20,7 +20,8 @@ from .shape import bytes_per_token as bytes_per_token
 
 SCHEMA = 1
 PROMPT_TOKENS = 512  # where nothing else is asked for
-CPU_PREFILL_CHUNK, CPU_AT_ONCE = 64, 4  # runtime.engine's, for a CPU engine: tokens, and chunks where weights are integers
+# The runtime's, for CPU engines: tokens of a chunk, and chunks that go together where weights are integers.
+CPU_PREFILL_CHUNK, CPU_AT_ONCE = 64, 4
 
 
 def estimate(

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from checkpoints import make_model, save_model
 from onnx import numpy_helper
-from test_deep_verify import faults_of, run_deep
+from test_deep_verify import edit_engine, faults_of, run_deep
 
 import moedge
 from moedge.bundle import ENGINE_MANIFEST, Bundle, read_json
@@ -141,13 +141,13 @@ def test_a_wrong_gate_is_named(
 def test_a_lost_bias_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base gate's, of which the engine's graph has plain nodes alone."""
     build_again(bundle, "cpu")
-    graph = bundle / "engines/cpu/model.onnx"
-    model = onnx.load(graph, load_external_data=False)
-    model.graph.initializer.append(numpy_helper.from_array(np.zeros(8, np.float32), "planted.zero"))
-    for node in model.graph.node:
-        node.input[:] = ["planted.zero" if name == "layers.1.router.bias" else name for name in node.input]
-    graph.write_bytes(model.SerializeToString())
-    write_engine_manifest(graph.parent, read_json(graph.parent / ENGINE_MANIFEST))
+
+    def plant(model: onnx.ModelProto) -> None:
+        model.graph.initializer.append(numpy_helper.from_array(np.zeros(8, np.float32), "planted.zero"))
+        for node in model.graph.node:
+            node.input[:] = ["planted.zero" if name == "layers.1.router.bias" else name for name in node.input]
+
+    edit_engine(bundle, "cpu", plant)
     assert "as if the correction bias were lost" in faults_of(bundle)[0]
 
 
