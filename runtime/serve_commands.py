@@ -82,20 +82,19 @@ def serve_command(
         listener = stack.enter_context(_listen(host, port))
         opened = Bundle.open(bundle)
         profile = profile or choose_profile(opened)
-        if slots is None:
-            together = read_engine(opened, profile).max_batch
-            slots = together if together > 1 else SLOTS
+        built = read_engine(opened, profile).max_batch
         engine = stack.enter_context(
             load(
                 opened,
                 profile,
                 threads=threads,
                 max_seq_len=max_seq_len,
-                lanes=slots,
+                lanes=slots or max(built, SLOTS),
                 prefix_bytes=PREFIX_BYTES if prefix_bytes is None else prefix_bytes,
                 lock_weights=lock_weights,
             )
         )
+        slots = slots or (built if built > 1 else _default_slots(engine))
         model = name or str((engine.bundle.manifest.get("model") or {}).get("name") or engine.bundle.path.name)
         settings = Settings(name=model, slots=slots, keys=keys, **options)
         if not keys and not _is_loopback(host):
@@ -104,6 +103,16 @@ def serve_command(
         shown = f"[{address}]" if ":" in address else address
         click.echo(f"{model} on http://{shown}:{actual}/v1 ({engine.profile}, {settings.slots} slots)", err=True)
         _serve(engine, settings, listener)
+
+
+def _default_slots(engine: Any) -> int:
+    """What the engine steps together, as far as half of the memory that is free holds their contexts."""
+    from .machine import available_memory_bytes
+
+    free = available_memory_bytes()
+    context = max(1, engine.session.capacity * engine.info.cache_bytes_per_token)
+    most = engine.session.lanes if free is None else free // 2 // context
+    return max(SLOTS, min(int(engine.session.lanes), most))
 
 
 def _serve(engine: Any, settings: Settings, listener: socket.socket) -> None:

@@ -29,9 +29,7 @@ from load_client import Answer, Client, connected
 from verdicts import FLAT, Verdict, leave, show
 
 import moedge
-from moedge.bundle import Bundle
 from moedge.runtime import kernels, machine
-from moedge.runtime.preflight import choose_profile, read_engine
 
 PROMPTS = 40
 LONGEST_PROMPT, LONGEST_TEXT = 400, 192  # characters; tokens
@@ -56,6 +54,7 @@ class Server:
         line = next(line for line in self.log.splitlines() if " on http://" in line)
         self.model = line.split(" on http://")[0]
         self.port = int(re.findall(r":(\d+)/v1", line)[0])
+        self.slots = int(re.findall(r", (\d+) slots\)", line)[0])
         self.left_behind()  # an answer: from here on it has what it always has open
 
     @property
@@ -361,17 +360,16 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4, help="of one client and of all; 0: not at all")
     parser.add_argument("--queued", type=int, default=200, help="clients at once; 0: not at all")
     parser.add_argument("--seconds", type=float, default=0.0, help="of mixed load; 0: not at all")
-    parser.add_argument("--slots", type=int, help="default: what the engine was built for")
+    parser.add_argument("--slots", type=int, help="default: the server's own")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, help="write the page about it")
     parser.add_argument("--json", type=Path, help="write the figures")
     options = parser.parse_args()
-    bundle = Bundle.open(options.bundle)
-    options.slots = options.slots or read_engine(bundle, choose_profile(bundle)).max_batch
     queue = max(options.queued, 2 * options.clients)
     with tempfile.TemporaryDirectory() as folder:
-        limits = {"slots": options.slots, "threads": options.threads, "queue": queue}
+        limits = {"threads": options.threads, "queue": queue, **({"slots": options.slots} if options.slots else {})}
         server = Server(options.bundle, Path(folder) / "log", **limits)
+        options.slots = server.slots
         try:
             found, verdicts = asyncio.run(measure(options, server, queue))
         finally:

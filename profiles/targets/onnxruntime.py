@@ -49,6 +49,7 @@ ACCURACY_LEVEL = 4
 LANES_MODEL = "model.lanes.onnx"
 # Sequences stepped together unless more are asked for: the graph is small, and whoever serves has it at once.
 LANES = 8
+OWN_LANES = 32  # with our own ops, where a lane more costs no node
 # Of these a token's result depends on the others in the run: onnxruntime's products round by the number of rows, and
 # some angles follow the longest position.
 _SEE_THE_RUN = {"MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "QMoE", "Einsum"}
@@ -78,7 +79,8 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     kv_cache, scales = request.kv_cache or "fp32", _find_scales(request, progress)
     quantization = request.bundle.manifest["quantization"]
     graphs = {MODEL: 1, **({LANES_MODEL: lanes} if lanes > 1 else {})}
-    wanted = [(name, count, ours) for name, count in graphs.items() for ours in (False, True)]
+    wanted = [(name, count, False) for name, count in graphs.items()]
+    wanted += [(name, max(count, OWN_LANES) if count > 1 else 1, True) for name, count in graphs.items()]
     for place, (name, count, ours) in enumerate(wanted):
         if progress is not None:
             progress("lowering to onnxruntime", place, len(wanted))
@@ -123,7 +125,7 @@ def _find_scales(request: BuildRequest, progress: Progress | None) -> dict[str, 
 
 
 def count_lanes(request: BuildRequest) -> int:
-    """Sequences that the second graph steps together; 1 where there is none."""
+    """Sequences that the second stock graph steps together; 1 where there is none."""
     if is_load_aware(request.bundle):
         check_one_sequence(request.max_batch)
         return 1

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import EngineError
 from . import Routing, check_room, check_routing
 from ._ort_binding import (
     CPU,
@@ -53,7 +54,14 @@ class _Frame:
 class LaneRunner:
     """The graph, its binding, and what each lane is bound to. Thread-safe: runs wait for one another."""
 
-    def __init__(self, session: Any, info: EngineInfo, lanes: int, threads: int) -> None:
+    def __init__(self, session: Any, info: EngineInfo, threads: int) -> None:
+        shapes = {value.name: value.shape for value in session.get_inputs()}
+        if "lengths" not in shapes:
+            raise EngineError(
+                f"engine '{info.profile}' has no graph of several lanes; "
+                f"build it again: moedge build BUNDLE --profile {info.profile}"
+            )
+        lanes = int(shapes["lengths"][0])
         for lane in range(lanes):
             check_interface(session, info, lambda name, lane=lane: f"{name}.{lane}")  # type: ignore[misc]
         self.info = info

@@ -68,14 +68,14 @@ def open_session(bundle: Bundle, info: EngineInfo, options: SessionOptions) -> S
         EngineError: onnxruntime refuses the graph, or the cache does not fit the memory.
         DependencyError: onnxruntime is not installed.
     """
-    lanes = int(info.session.get("lanes", 1)) if options.lanes > 1 else 1
-    session, threads = open_onnxruntime(bundle, info, options, LANES_MODEL if lanes > 1 else MODEL)
+    several = options.lanes > 1 and int(info.session.get("lanes", 1)) > 1
+    session, threads = open_onnxruntime(bundle, info, options, LANES_MODEL if several else MODEL)
     capacity = options.max_seq_len or info.max_seq_len
-    if lanes == 1:
+    if not several:
         return OnnxruntimeCpuSession(session, info, capacity, threads)
     from ._ort_lanes import LaneRunner, LaneSession
 
-    return LaneSession(LaneRunner(session, info, lanes, threads), capacity)
+    return LaneSession(LaneRunner(session, info, threads), capacity)
 
 
 def open_onnxruntime(
