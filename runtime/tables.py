@@ -92,7 +92,7 @@ def sizes_table(document: dict[str, Any]) -> Table:
 
 
 def engines_table(document: dict[str, Any]) -> Table:
-    """The engines of an inspected bundle, and which of them run on this machine; the reasons stand below."""
+    """The engines of an inspected bundle and which run on this machine; below, why not, or with which kernels."""
     table = Table(title="engines", title_justify="left")
     for name in ("profile", "status", "backend", "context", "size", "here"):
         table.add_column(name, justify="right" if name in ("context", "size") else "left")
@@ -107,11 +107,19 @@ def engines_table(document: dict[str, Any]) -> Table:
             table.add_row(engine["profile"], engine["status"], "", "", "", here)
     if not document["engines"]:
         table.add_row("none", "", "", "", "", f"moedge build {document['bundle']} --profile cpu")
-    reasons = [engine["reason"] for engine in document["engines"] if not engine["runs_here"]]
-    if reasons:
-        table.caption = Text("\n".join(reasons))
+    notes = [_note(engine) for engine in document["engines"]]
+    if any(notes):
+        table.caption = Text("\n".join(note for note in notes if note))
         table.caption_justify = "left"
     return table
+
+
+def _note(engine: dict[str, Any]) -> str:
+    """Why an engine does not run here, or what computes it, where there is a choice."""
+    if not engine["runs_here"]:
+        return str(engine["reason"])
+    made_by = engine.get("kernels")
+    return f"{engine['profile']}: its kernels here are {made_by}" if made_by else ""
 
 
 def size(count: float) -> str:

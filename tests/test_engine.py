@@ -290,6 +290,9 @@ def test_inspect_command(fake_bundle, tmp_path):
     document = json.loads(CliRunner().invoke(inspect_command, [str(fake_bundle), "--json"]).stdout)
     assert document["model"]["name"] == "fake"
     assert [(engine["profile"], engine["runs_here"]) for engine in document["engines"]] == [("cpu", True)]
+    kernels = document["engines"][0]["kernels"]
+    text = CliRunner().invoke(inspect_command, [str(fake_bundle)]).stdout
+    assert (f"cpu: its kernels here are {kernels}" in text) == (kernels is not None)
     bare = tmp_path / "bare"
     shutil.copytree(fake_bundle, bare, ignore=shutil.ignore_patterns("engines"))
     text = CliRunner().invoke(inspect_command, [str(bare)]).stdout
