@@ -109,10 +109,9 @@ def _default_slots(engine: Any) -> int:
     """What the engine steps together, as far as half of the memory that is free holds their contexts."""
     from .machine import available_memory_bytes
 
-    free = available_memory_bytes()
-    context = max(1, engine.session.capacity * engine.info.cache_bytes_per_token)
-    most = engine.session.lanes if free is None else free // 2 // context
-    return max(SLOTS, min(int(engine.session.lanes), most))
+    lanes, free = int(engine.session.lanes), available_memory_bytes()
+    context = max(1, int(engine.session.capacity) * int(engine.info.cache_bytes_per_token))
+    return max(SLOTS, lanes if free is None else min(lanes, free // 2 // context))
 
 
 def _serve(engine: Any, settings: Settings, listener: socket.socket) -> None:
