@@ -148,7 +148,7 @@ def test_readers_that_read_slowly_get_everything(server):
     with connect(server) as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
         bias = {str(fake_engine.EOS): -100}
-        peer.sendall(request(stream=True, max_tokens=60, n=4, logprobs=20, logit_bias=bias))
+        peer.sendall(request(stream=True, max_tokens=60, n=8, logprobs=20, logit_bias=bias))
         began, found = time.monotonic(), b""
         while not found.endswith(b"0\r\n\r\n"):
             part = peer.recv(16 << 10)
