@@ -15,7 +15,7 @@ constexpr int64_t kManyTiles = 16;
 constexpr int64_t kUnits = 64;         // units of such a round: bounds the memory for what they give
 // Below this much work a second thread costs more than it saves: in multiplications, of which reading an element of a
 // cache takes the time of several.
-constexpr int64_t kAlone = 1 << 18;
+constexpr int64_t kAloneProducts = 1 << 18;
 constexpr int64_t kReading = 8;
 
 // Rows of queries of one group of heads; a row is a token and a head, heads side by side.
@@ -46,7 +46,7 @@ Tile tile_at(const Attention& a, int64_t index) {
   return {lane, index % a.groups, row, least(tile_rows(a), lane->rows * a.heads_a_group() - row)};
 }
 
-// What there is to do: tiles, the most rows of one, blocks of keys, work as `kAlone` has it.
+// What there is to do: tiles, the most rows of one, blocks of keys, work as `kAloneProducts` has it.
 struct Extent {
   int64_t tiles = 0, rows = 0, blocks = 0, work = 0;
 };
@@ -67,11 +67,11 @@ Extent extent_of(const Attention& a) {
   return all;
 }
 
-Part take_part(const Attention& a, int64_t rows, Memory* memory) {
+Part take_part(const Attention& a, int64_t rows, Blocks* blocks) {
   const int64_t columns = vectors_up(a.value_width);
-  float* largest = memory->take<float>(rows);
-  float* sums = memory->take<float>(rows);
-  return {largest, sums, memory->take<float>(rows * columns), columns};
+  float* largest = blocks->take<float>(rows);
+  float* sums = blocks->take<float>(rows);
+  return {largest, sums, blocks->take<float>(rows * columns), columns};
 }
 
 // Whether rows of `width` are read as they lie: by whole vectors, in fp32, or in what they are for few queries.
@@ -88,15 +88,15 @@ struct Work {
   Part part, state;
 };
 
-Work take_work(const Attention& a, int64_t rows, Memory* memory) {
+Work take_work(const Attention& a, int64_t rows, Blocks* blocks) {
   Work work{};
-  work.panel = memory->take<float>(a.width * kBlock);
-  if (!as_they_lie(a, a.width, kBlock)) work.keys = memory->take<float>(vectors_up(a.width) * kBlock);
+  work.panel = blocks->take<float>(a.width * kBlock);
+  if (!as_they_lie(a, a.width, kBlock)) work.keys = blocks->take<float>(vectors_up(a.width) * kBlock);
   if (!as_they_lie(a, a.value_width, kBlock) && !a.values_are_keys)
-    work.values = memory->take<float>(vectors_up(a.value_width) * kBlock);
-  work.scores = memory->take<float>(rows * kBlock);
-  work.part = take_part(a, rows, memory);
-  work.state = take_part(a, rows, memory);
+    work.values = blocks->take<float>(vectors_up(a.value_width) * kBlock);
+  work.scores = blocks->take<float>(rows * kBlock);
+  work.part = take_part(a, rows, blocks);
+  work.state = take_part(a, rows, blocks);
   return work;
 }
 
@@ -214,7 +214,7 @@ Plan make_plan(const Attention& a) {
   const Extent& all = plan.extent;
   plan.split = all.tiles < kManyTiles && all.blocks > 1;
   if (plan.split && all.tiles > 0) plan.round = least(all.blocks, divide_up(kUnits, all.tiles));
-  if (all.work > kAlone) plan.workers = count_workers(all.tiles * plan.round);
+  if (all.work > kAloneProducts) plan.workers = count_workers(all.tiles * plan.round);
   return plan;
 }
 
@@ -224,19 +224,19 @@ struct Scratch {
   Part* states;  // [tiles]
 };
 
-Scratch take_scratch(const Attention& a, const Plan& plan, Memory* memory) {
-  Scratch scratch{memory->take<Work>(plan.workers), nullptr, nullptr};
+Scratch take_scratch(const Attention& a, const Plan& plan, Blocks* blocks) {
+  Scratch scratch{blocks->take<Work>(plan.workers), nullptr, nullptr};
   for (int64_t i = 0; i < plan.workers; ++i) {
-    const Work work = take_work(a, plan.extent.rows, memory);
-    if (memory->base) scratch.works[i] = work;
+    const Work work = take_work(a, plan.extent.rows, blocks);
+    if (blocks->base) scratch.works[i] = work;
   }
   if (!plan.split) return scratch;
   const int64_t tiles = plan.extent.tiles;
-  scratch.parts = memory->take<Part>(tiles * plan.round);
-  scratch.states = memory->take<Part>(tiles);
+  scratch.parts = blocks->take<Part>(tiles * plan.round);
+  scratch.states = blocks->take<Part>(tiles);
   for (int64_t i = 0; i < tiles * plan.round + tiles; ++i) {
-    const Part part = take_part(a, plan.extent.rows, memory);
-    if (memory->base) (i < tiles ? scratch.states[i] : scratch.parts[i - tiles]) = part;
+    const Part part = take_part(a, plan.extent.rows, blocks);
+    if (blocks->base) (i < tiles ? scratch.states[i] : scratch.parts[i - tiles]) = part;
   }
   return scratch;
 }
@@ -265,16 +265,16 @@ void run_split(const Attention& a, const Plan& plan, const Scratch& s, const Par
 }  // namespace
 
 size_t attention_scratch(const Attention& attention) {
-  Memory memory{nullptr};
-  take_scratch(attention, make_plan(attention), &memory);
-  return memory.used;
+  Blocks blocks{nullptr};
+  take_scratch(attention, make_plan(attention), &blocks);
+  return blocks.used;
 }
 
 void run_attention(const Attention& a, void* scratch, const Parallel& parallel) {
   const Plan plan = make_plan(a);
   if (plan.extent.tiles == 0) return;
-  Memory memory{static_cast<char*>(scratch)};
-  const Scratch s = take_scratch(a, plan, &memory);
+  Blocks blocks{static_cast<char*>(scratch)};
+  const Scratch s = take_scratch(a, plan, &blocks);
   if (plan.split) return run_split(a, plan, s, parallel);
   share(parallel, plan.extent.tiles, plan.workers,
         [&](int64_t unit, int64_t worker) { run_tile(a, tile_at(a, unit), s.works[worker]); });

@@ -10,19 +10,11 @@ namespace moedge {
 
 namespace {
 
-constexpr int64_t kSome = 16 << 10;     // elements of rows for which a second thread is worth while
-constexpr int64_t kAlone = 1 << 17;     // multiplications, likewise
+constexpr int64_t kAloneProducts = 1 << 17;  // multiplications below which a second thread costs more than it saves
 constexpr int64_t kRowsATime = 96;      // tokens that share one pass over a head's matrix
 constexpr float kRound = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer
 constexpr float kLeastScale = 1e-30f;   // a scale of 0 would divide by it
 constexpr float kLargestFloat = 3.4028234e38f;
-
-// Runs body(first, end) over parts of the tokens.
-template <typename Body>
-void share_tokens(const Parallel& parallel, int64_t tokens, int64_t width, const Body& body) {
-  const int64_t some = divide_up(kSome, width);
-  parallel(divide_up(tokens, some), [&](int64_t part) { body(part * some, least(tokens, (part + 1) * some)); });
-}
 
 const Lane* lane_of(const Attention& a, int64_t token) {
   for (int64_t i = 0; i < a.lane_count; ++i)
@@ -80,9 +72,9 @@ struct GroupedScratch {
   float* heads;  // [tokens, width]: a rotated head of keys
 };
 
-GroupedScratch take_grouped(const GroupedAttention& g, Memory* memory) {
-  float* queries = memory->take<float>(g.core.tokens * g.core.heads * g.core.width);
-  return {queries, memory->take<float>(g.core.tokens * g.core.width)};
+GroupedScratch take_grouped(const GroupedAttention& g, Blocks* blocks) {
+  float* queries = blocks->take<float>(g.core.tokens * g.core.heads * g.core.width);
+  return {queries, blocks->take<float>(g.core.tokens * g.core.width)};
 }
 
 void prepare_token(const GroupedAttention& g, const GroupedScratch& s, int64_t token) {
@@ -128,21 +120,21 @@ struct LatentScratch {
 
 int64_t head_units(const LatentAttention& l) { return l.core.heads * divide_up(l.core.tokens, kRowsATime); }
 
-LatentScratch take_latent(const LatentAttention& l, Memory* memory) {
+LatentScratch take_latent(const LatentAttention& l, Blocks* blocks) {
   const Attention& a = l.core;
   const int64_t rank = vectors_up(l.rank);
   LatentScratch s{};
-  s.queries = memory->take<float>(a.tokens * a.heads * a.width);
-  s.mixed = memory->take<float>(a.tokens * a.heads * l.rank);
-  s.rows = memory->take<float>(a.tokens * a.width);
-  const bool small = a.tokens * a.heads * l.rank * (l.nope + l.value_size) < kAlone;
+  s.queries = blocks->take<float>(a.tokens * a.heads * a.width);
+  s.mixed = blocks->take<float>(a.tokens * a.heads * l.rank);
+  s.rows = blocks->take<float>(a.tokens * a.width);
+  const bool small = a.tokens * a.heads * l.rank * (l.nope + l.value_size) < kAloneProducts;
   s.workers = small ? 1 : count_workers(head_units(l));
-  s.works = memory->take<HeadWork>(s.workers);
+  s.works = blocks->take<HeadWork>(s.workers);
   for (int64_t i = 0; i < s.workers; ++i) {
-    float* matrix = memory->take<float>(most(l.nope, kPanelKeys) * rank);
-    float* panel = memory->take<float>(l.rank * kPanelKeys);
-    float* some = memory->take<float>(least(a.tokens, kRowsATime) * most(rank, kPanelKeys));
-    if (memory->base) s.works[i] = {matrix, panel, some};
+    float* matrix = blocks->take<float>(most(l.nope, kPanelKeys) * rank);
+    float* panel = blocks->take<float>(l.rank * kPanelKeys);
+    float* some = blocks->take<float>(least(a.tokens, kRowsATime) * most(rank, kPanelKeys));
+    if (blocks->base) s.works[i] = {matrix, panel, some};
   }
   return s;
 }
@@ -232,21 +224,21 @@ void write_latent(const LatentAttention& l, const LatentScratch& s, int64_t toke
 }  // namespace
 
 size_t grouped_scratch(const GroupedAttention& attention) {
-  Memory memory{nullptr};
-  take_grouped(attention, &memory);
-  return memory.used + attention_scratch(attention.core);
+  Blocks blocks{nullptr};
+  take_grouped(attention, &blocks);
+  return blocks.used + attention_scratch(attention.core);
 }
 
 void run_grouped(const GroupedAttention& g, void* scratch, const Parallel& parallel) {
-  Memory memory{static_cast<char*>(scratch)};
-  const GroupedScratch s = take_grouped(g, &memory);
+  Blocks blocks{static_cast<char*>(scratch)};
+  const GroupedScratch s = take_grouped(g, &blocks);
   const int64_t tokens = g.core.tokens, width = (g.core.heads + 2 * g.core.groups) * g.core.width;
-  share_tokens(parallel, tokens, width, [&](int64_t first, int64_t end) {
+  for_rows(tokens, width, parallel, [&](int64_t first, int64_t end) {
     for (int64_t token = first; token < end; ++token) prepare_token(g, s, token);
   });
   Attention core = g.core;
   core.queries = s.queries;
-  run_attention(core, memory.base + memory.used, parallel);
+  run_attention(core, blocks.base + blocks.used, parallel);
   if (!g.value_scales) return;
   for (int64_t row = 0; row < tokens * core.heads; ++row) {
     const float* scales = g.value_scales + row % core.heads / core.heads_a_group() * core.room;
@@ -255,16 +247,16 @@ void run_grouped(const GroupedAttention& g, void* scratch, const Parallel& paral
 }
 
 size_t latent_scratch(const LatentAttention& attention) {
-  Memory memory{nullptr};
-  take_latent(attention, &memory);
-  return memory.used + attention_scratch(attention.core);
+  Blocks blocks{nullptr};
+  take_latent(attention, &blocks);
+  return blocks.used + attention_scratch(attention.core);
 }
 
 void run_latent(const LatentAttention& l, void* scratch, const Parallel& parallel) {
-  Memory memory{static_cast<char*>(scratch)};
-  const LatentScratch s = take_latent(l, &memory);
+  Blocks blocks{static_cast<char*>(scratch)};
+  const LatentScratch s = take_latent(l, &blocks);
   const int64_t tokens = l.core.tokens, heads = l.core.heads, units = head_units(l);
-  share_tokens(parallel, tokens, l.core.width, [&](int64_t first, int64_t end) {
+  for_rows(tokens, l.core.width, parallel, [&](int64_t first, int64_t end) {
     for (int64_t token = first; token < end; ++token) write_latent(l, s, token);
   });
   const auto by_head = [&](auto work) {
@@ -277,7 +269,7 @@ void run_latent(const LatentAttention& l, void* scratch, const Parallel& paralle
   Attention core = l.core;
   core.queries = s.queries;
   core.out = s.mixed;
-  run_attention(core, memory.base + memory.used, parallel);
+  run_attention(core, blocks.base + blocks.used, parallel);
   by_head(expand_values);
 }
 

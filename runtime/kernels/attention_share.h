@@ -1,30 +1,16 @@
-// What the two halves of attention share: memory, and threads.
+// What the two halves of attention share: sizes, and threads.
 
 #pragma once
 
 #include <unistd.h>
 
 #include "attention.h"
+#include "scratch.h"
 
 namespace moedge {
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t vectors_up(int64_t a) { return divide_up(a, kVector) * kVector; }
-
-// Takes blocks off one piece of memory; without memory it counts what they would take.
-struct Memory {
-  char* base;
-  size_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* block = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return block;
-  }
-};
 
 // How many may work at once on `units`, each with memory of its own.
 inline int64_t count_workers(int64_t units) {

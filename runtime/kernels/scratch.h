@@ -27,7 +27,7 @@ struct Blocks {
 
   template <typename T>
   T* take(int64_t count) {
-    T* block = reinterpret_cast<T*>(base + used);
+    T* block = base ? reinterpret_cast<T*>(base + used) : nullptr;
     used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
     return block;
   }

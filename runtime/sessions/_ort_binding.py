@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import EngineError
-from ..kernels import CUTS_ALIKE, IN_PLACE
+from ..kernels import IN_PLACE
 from . import Routing
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def bind_whole(binding: Any, buffers: Iterable[Buffer], of_lane: Callable[[str],
         binding.bind_input(of_lane(f"past.{buffer.name}"), *CPU, buffer.kind, buffer.shape, buffer.address)
 
 
-def changes_caches(session: Any) -> bool:
-    """Whether the graph's own ops write the caches, which it then takes whole."""
-    return bool(session.get_modelmeta().custom_metadata_map.get(IN_PLACE) == "1")
+def is_marked(session: Any, mark: str) -> bool:
+    """Whether the graph's metadata says so of it: `IN_PLACE`, `CUTS_ALIKE` and the like."""
+    return bool(session.get_modelmeta().custom_metadata_map.get(mark) == "1")
 
 
 def empty_routing(info: EngineInfo, tokens: int) -> Routing:
@@ -66,11 +66,6 @@ def bind_routing(binding: Any, info: EngineInfo, routing: Routing) -> None:
             binding.bind_output(f"{name}.{layer}", *CPU, values.dtype.type, part.shape, part.ctypes.data)
 
 
-def cuts_alike(session: Any) -> bool:
-    """Whether the graph's results have the same bits however a prompt is cut into runs."""
-    return bool(session.get_modelmeta().custom_metadata_map.get(CUTS_ALIKE) == "1")
-
-
 def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str]) -> None:
     """Compare what the graph takes and gives with what engine.json says: a mix-up would write past a buffer.
 
@@ -79,7 +74,7 @@ def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str
     has = {value.name: value for value in [*session.get_inputs(), *session.get_outputs()]}
     routes = [f"{kind}.{layer}" for kind in ("experts", "weights") for layer in info.moe_layers]
     widths = dict.fromkeys(routes, info.num_experts_per_tok) | {"logits": info.vocab_size}
-    in_place = changes_caches(session)
+    in_place = is_marked(session, IN_PLACE)
     for entry in info.cache:
         if in_place:
             widths[of_lane(f"past.{entry.name}")] = entry.width // (entry.heads or 1)

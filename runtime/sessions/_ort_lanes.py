@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import EngineError
+from .. import kernels
 from . import Routing, check_room, check_routing
 from ._ort_binding import (
     CPU,
     bind_buffer,
     bind_routing,
     bind_whole,
-    changes_caches,
     check_interface,
-    cuts_alike,
     empty_routing,
+    is_marked,
     run_bound,
 )
 from ._ort_cache import SequenceCache, aligned_empty
@@ -68,7 +68,7 @@ class LaneRunner:
         self.lanes = lanes
         self.threads = threads
         self.users = 0
-        self._pairs = session.get_modelmeta().custom_metadata_map.get("moedge.pairs") == "1"
+        self._pairs = is_marked(session, "moedge.pairs")
         self.session: Any = session
         self._lock = threading.Lock()
         self._binding: Any = session.io_binding()
@@ -76,8 +76,8 @@ class LaneRunner:
         self._binding.bind_input("lengths", *CPU, np.int64, (lanes,), self._lengths.ctypes.data)
         self._frames: dict[int, _Frame] = {}
         self._frame: object = None  # the bound one
-        self._in_place = changes_caches(session)
-        self.cuts_alike = cuts_alike(session)
+        self._in_place = is_marked(session, kernels.IN_PLACE)
+        self.cuts_alike = is_marked(session, kernels.CUTS_ALIKE)
         # onnxruntime's kernel over a cache by heads cannot do without a row: idle lanes take the run's first, and a
         # cache of one.
         self._idle = SequenceCache(info, 1)

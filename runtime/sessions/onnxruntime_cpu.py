@@ -22,10 +22,9 @@ from ._ort_binding import (
     bind_buffer,
     bind_routing,
     bind_whole,
-    changes_caches,
     check_interface,
-    cuts_alike,
     empty_routing,
+    is_marked,
     run_bound,
 )
 from ._ort_cache import SequenceCache, View, aligned_empty
@@ -106,8 +105,8 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
         self._vocab = info.vocab_size
         self._threads = threads
         self._past = np.zeros(1, np.int64)  # for graphs that cannot see the length in a cache's shape
-        self._in_place = changes_caches(session)
-        self.cuts_alike = cuts_alike(session)
+        self._in_place = is_marked(session, kernels.IN_PLACE)
+        self.cuts_alike = is_marked(session, kernels.CUTS_ALIKE)
         self._place = np.zeros((1, 1), np.int64)
         self._bound_views: list[tuple[str, str, View]] = []
         if self._in_place:
