@@ -73,6 +73,8 @@ class Piece:
         """The integers that can be kept bit for bit; None for plain tensors, and where rows are cut or turned."""
         if self.packed is None or self.transpose or self.entry is not None:
             return None
+        if self.view is not None and self.packed.columns is not None:
+            return None  # heads of a latent, whose channels have one order for all that read it
         width = self.shape[-1]
         rows_only = self.view is None or self.view[-1] == width
         picked = len(self.pick) < len(self.view or self.shape) and Ellipsis not in self.pick

@@ -57,6 +57,8 @@ class Latent:
     interleaved: bool = True
     kind: str = "fp32"
     parts: int = 1
+    group: int = 0  # of k_up and v_up in codes; 0: floats
+    zero_points: bool = False
 
     @property
     def scale(self) -> float:
@@ -218,8 +220,7 @@ def grouped_reference(case: Grouped, run: Run) -> Array:
 def latent_reference(case: Latent, run: Run) -> Array:
     """y [S, n v]: keys and values expanded from the latent, which the op never does."""
     y, start = [], 0
-    k_up, v_up = run.constants["k_up"], run.constants["v_up"]
-    assert k_up is not None and v_up is not None
+    k_up, v_up = (dequantized(run.constants, name) for name in ("k", "v"))
     for length, size, caches in zip(run.lengths, run.sizes, run.caches, strict=True):
         own = slice(start, start + size)
         start += size
@@ -289,11 +290,44 @@ def make_run(
             "k_up": normal((case.heads, case.nope, case.rank), np.float32) / np.float32(case.rank**0.5),
             "v_up": normal((case.heads, case.value_size, case.rank), np.float32) / np.float32(case.rank**0.5),
         }
+        constants |= dict.fromkeys(("k_scales", "v_scales", "k_zeros", "v_zeros"))
+        if case.group:
+            constants |= quantize_heads(case, constants, generator)
     caches = [
         _make_caches(case, length, capacity or length + size, generator)
         for length, size in zip(lengths, sizes, strict=True)
     ]
     return Run(inputs, lengths, sizes, caches, constants)
+
+
+def quantize_heads(
+    case: Latent, floats: dict[str, Array | None], generator: np.random.Generator
+) -> dict[str, Array | None]:
+    """k_up and v_up in codes of 8 bits, with scales and, where the case has them, zero points."""
+    made: dict[str, Array | None] = {}
+    for name in ("k", "v"):
+        values = floats[f"{name}_up"]
+        assert values is not None
+        grouped = values.reshape(*values.shape[:2], -1, case.group)
+        scales = np.abs(grouped).max(-1) / np.float32(96)
+        zeros = generator.integers(112, 144, scales.shape) if case.zero_points else np.full(scales.shape, 128)
+        codes = np.clip(np.rint(grouped / scales[..., None]) + zeros[..., None], 0, 255)
+        made[f"{name}_up"] = codes.astype(np.uint8).reshape(values.shape)
+        made[f"{name}_scales"] = scales
+        made[f"{name}_zeros"] = zeros.astype(np.uint8) if case.zero_points else None
+    return made
+
+
+def dequantized(constants: dict[str, Array | None], name: str) -> Array:
+    """k_up or v_up float32, as `DequantizeLinear` has it."""
+    values, scales, zeros = (constants[f"{name}_{part}"] for part in ("up", "scales", "zeros"))
+    assert values is not None
+    if scales is None:
+        return values
+    points = np.float32(128) if zeros is None else zeros[..., None].astype(np.float32)
+    grouped = values.reshape(*scales.shape, -1).astype(np.float32)
+    found: Array = ((grouped - points) * scales[..., None]).reshape(values.shape)
+    return found
 
 
 def _make_caches(case: Grouped | Latent, length: int, capacity: int, generator: np.random.Generator) -> list[Array]:

@@ -11,6 +11,7 @@ from attention_cases import (
     Grouped,
     Latent,
     Run,
+    dequantized,
     grouped_model,
     latent_model,
     make_run,
@@ -37,6 +38,9 @@ CASES: list[Grouped | Latent] = [
     Latent(16, 32, 32, 128, 80, kind="fp16"),
     Latent(4, 32, 32, 128, 64, kind="int8", parts=5),
     Latent(3, 8, 4, 12, 70, kind="int8", parts=4),
+    Latent(4, 16, 8, 32, 16, group=16),
+    Latent(3, 5, 2, 256, 70, kind="fp16", group=128, zero_points=True),
+    Latent(2, 24, 8, 96, 20, kind="int8", parts=13, group=32),
 ]
 # Rows in the caches, rows of the run: by lane. Blocks are of 128 keys, panels of 64.
 RUNS = [
@@ -130,6 +134,35 @@ def test_one_lane_needs_no_sizes(library: Path) -> None:
         make: Any = grouped_model if isinstance(case, Grouped) else latent_model
         short = open_model(make(case, 1, run.constants, sizes=False), library)
         np.testing.assert_array_equal(run_model(short, run.copy()), run_model(open_case(case, run, library), run))
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 130])
+def test_codes_of_heads_give_the_bits_of_their_floats(rows: int, zero_points: bool, library: Path) -> None:
+    case = Latent(3, 20, 8, 128, 83, group=32, zero_points=zero_points)
+    run = make_run(case, [70], [rows], np.random.default_rng(rows))
+    floats = run.copy()
+    floats.constants = dict.fromkeys(run.constants) | {
+        f"{name}_up": dequantized(run.constants, name) for name in ("k", "v")
+    }
+    expected = run_model(open_case(case, floats, library), floats)
+    np.testing.assert_array_equal(run_model(open_case(case, run, library), run), expected)
+
+
+def test_codes_without_what_belongs_to_them_are_refused(library: Path) -> None:
+    case = Latent(4, 16, 8, 32, 16, group=16, zero_points=True)
+    spoils: list[tuple[str, Any]] = [
+        ("k_scales", lambda a: None),
+        ("v_scales", lambda a: a[..., :1]),
+        ("k_scales", lambda a: np.repeat(a, 2, axis=-1)),
+        ("v_zeros", lambda a: a[:, :-1]),
+        ("v_up", lambda a: a.astype(np.float32)),
+    ]
+    for name, spoil in spoils:
+        run = make_run(case, [6], [1], np.random.default_rng(8))
+        run.constants[name] = spoil(run.constants[name])
+        with pytest.raises(Exception, match=FIT):
+            run_model(open_case(case, run, library), run)
 
 
 def test_what_is_no_number_stays_with_those_who_see_it(library: Path) -> None:

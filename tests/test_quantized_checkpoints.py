@@ -230,9 +230,9 @@ def test_a_mixed_checkpoint_keeps_what_is_packed_and_quantizes_the_rest(tmp_path
     bundle = moedge.export(tmp_path / "c", tmp_path / "b", weights="int4", algorithm="rtn", group_size=16)
     classes = bundle.manifest["quantization"]["classes"]
     assert 0 < classes["experts"]["relative_error"] < 0.05
-    # Kept in 4 bits and in 8, and the up-projections of attention in float32: what most values have comes first.
+    # Kept in 4 bits and in 8, and the up-projections of attention in 8: what most values have comes first.
     assert classes["dense_mlp"]["dtype"] == "uint4" and classes["dense_mlp"]["also"] == ["uint8, group 16"]
-    assert classes["attention"]["dtype"] == "uint4" and classes["attention"]["also"] == ["float32"]
+    assert classes["attention"]["dtype"] == "uint4" and classes["attention"]["also"] == ["uint8, group 16"]
     assert "also" not in classes["experts"]
     ids = np.random.default_rng(SEED).integers(0, 320, (1, 48))
     near = np.abs(canonical_logits(tmp_path / "b", ids) - transformers_logits(model, ids))

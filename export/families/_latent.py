@@ -54,7 +54,10 @@ def _with_bias(attention: LatentAttentionConfig, ours: str, theirs: str, shape: 
 
 
 def _plan_up_projections(attention: LatentAttentionConfig, ours: str, source: str) -> list[Weight]:
-    """kv_b holds for each head nope rows of keys, then value rows: split, so that decoding can absorb each."""
+    """kv_b holds for each head nope rows of keys, then value rows: split, so that decoding can absorb each.
+
+    In 8 bits where others have 4: every head multiplies by them twice, and they are few.
+    """
     heads, nope, value, rank = (
         attention.num_heads,
         attention.qk_nope_head_dim,
@@ -66,6 +69,6 @@ def _plan_up_projections(attention: LatentAttentionConfig, ours: str, source: st
     keys = Piece(source, shape, view=view, pick=(slice(None), slice(0, nope)))
     values = Piece(source, shape, view=view, pick=(slice(None), slice(nope, nope + value)))
     return [
-        Weight(f"{ours}.k_up.weight", (heads, nope, rank), _ROLE, "keep", ((keys,),)),
-        Weight(f"{ours}.v_up.weight", (heads, value, rank), _ROLE, "keep", ((values,),)),
+        Weight(f"{ours}.k_up.weight", (heads, nope, rank), _ROLE, "table", ((keys,),)),
+        Weight(f"{ours}.v_up.weight", (heads, value, rank), _ROLE, "table", ((values,),)),
     ]

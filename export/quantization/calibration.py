@@ -52,7 +52,8 @@ class Calibration:
 
     def _open(self, name: str) -> Any:
         weight = self.plan[name]
-        if weight.precision == "keep" or len(weight.shape) < 2:
+        by_head = weight.precision == "table" and len(weight.shape) == 3
+        if weight.precision == "keep" or len(weight.shape) < 2 or by_head:
             return read_unit(self.checkpoint, weight, 0)
         return _Recording(self, weight)
 

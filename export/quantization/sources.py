@@ -105,6 +105,8 @@ def describe_sources(plan: list[Weight], errors: Mapping[str, _Measured]) -> lis
                 unpacked[piece.packed.origin] += 1
             elif piece.integers is not None:
                 kept[piece.packed.origin] += 1
+            elif errors[weight.role].relative == 0:  # into float32
+                unpacked[piece.packed.origin] += 1
             else:
                 again.setdefault(piece.packed.origin, Counter())[weight.role] += 1
     notes = [f"{count} matrices of {origin} keep their integers bit for bit" for origin, count in kept.items()]

@@ -288,6 +288,28 @@ class Rewriter:
         return nodes
 
 
+def values_of(rewriter: Rewriter, value: ir.Value | None) -> ir.Value:
+    """A stored matrix as float32, dequantized by nodes that onnxruntime runs once, when it loads the graph.
+
+    A `DequantizeLinear` of constants it would run in every step, in case a kernel takes the codes.
+    """
+    matrix = find_matrix(value)
+    if not matrix.bits:
+        assert value is not None
+        return value
+    op, ints, real = rewriter.op, rewriter.ints, int(ir.DataType.FLOAT)
+    *lead, width = matrix.shape
+    codes = op("Reshape", [op("Cast", [matrix.data], to=real), ints(*lead, -1, matrix.block_size)])
+    middle = 1 << (matrix.bits - 1)
+    points = rewriter.constant(f"float.{middle}", np.array(middle, np.float32))
+    if not matrix.symmetric:
+        points = op("Unsqueeze", [op("Cast", [matrix.zero_points], to=real), ints(-1)])
+    values = op("Mul", [op("Sub", [codes, points]), op("Unsqueeze", [matrix.scales, ints(-1)])])
+    whole = op("Reshape", [values, ints(*lead, width)])
+    whole.dtype, whole.shape = ir.DataType.FLOAT, ir.Shape([*lead, width])
+    return whole
+
+
 def replace_each(rewriter: Rewriter, nodes: list[ir.Node], lower: Callable[[ir.Node], Sequence[ir.Value]]) -> None:
     """Replace each node by what `lower` builds for it."""
     for node in nodes:

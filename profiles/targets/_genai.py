@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ...bundle import Bundle, read_json, write_json
 from ...export.config import MoEConfig
 from . import BuildRequest
-from ._canonical import attributes_of, find_calls, find_linears, finish_model, load_canonical, replace_each
+from ._canonical import attributes_of, find_calls, find_linears, finish_model, load_canonical, replace_each, values_of
 from ._ort_attention import MS, kernel_head_size, layer_of
 from ._ort_products import StockProducts
 from .onnxruntime import ACCURACY_LEVEL, _Lowering
@@ -167,7 +167,8 @@ class _Attention:
         """Absorbed form (arXiv:2405.04434, section 2.1.2): one head of keys [latent; rotated key], which are the values
         too. genai keeps both, so the cache takes twice the memory of the engine's own."""
         op, ops, ints = self.rewriter.op, self.rewriter.ops, self.rewriter.ints
-        q, latent, k_rope, cos, sin, k_up, v_up = call.inputs
+        q, latent, k_rope, cos, sin = call.inputs[:5]
+        k_up, v_up = (values_of(self.rewriter, value) for value in call.inputs[5:])
         a = attributes_of(call)
         heads, nope, rope, rank = a["num_heads"], a["qk_nope_head_dim"], a["qk_rope_head_dim"], a["kv_lora_rank"]
         width, room = rank + rope, kernel_head_size(rank + rope)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ._canonical import Array, Rewriter, attributes_of, find_calls
+from ._canonical import Array, Rewriter, attributes_of, find_calls, values_of
 from ._ort_kv import CacheEntry, GroupedCache, LatentCache
 
 MS = "com.microsoft"
@@ -79,16 +79,19 @@ class Lanes:
             return values[0]
         return self.rewriter.op("Gather", [self.rewriter.op("Concat", values, axis=axis), self.give], axis=axis)
 
-    def multiply_heads(self, rows: ir.Value, matrices: ir.Value | None, **attributes: Any) -> ir.Value:
-        """Rows [S, n, i], each head by its own of the stored `matrices` [n, i, o] (or as `FusedMatMul` is told)."""
+    def multiply_heads(self, rows: ir.Value, matrices: ir.Value, **attributes: Any) -> ir.Value:
+        """Rows [S, n, i], each head by its own of the constant `matrices` [n, i, o] (or as `FusedMatMul` is told)."""
         op, ints = self.rewriter.op, self.rewriter.ints
         if self.count == 1:
             result = op("FusedMatMul", [rows, matrices], domain=MS, transBatchA=1, **attributes)
             return op("Transpose", [result], perm=[1, 0, 2])
-        assert matrices is not None and matrices.shape is not None
+        assert matrices.shape is not None
         heads, first, second = matrices.shape.numpy()
         width, height = (second, first) if attributes.get("transB") else (first, second)
-        tall = self.rewriter.reshaped(matrices, [heads, 1, first, second])
+        if matrices.const_value is not None:
+            tall = self.rewriter.reshaped(matrices, [heads, 1, first, second])
+        else:
+            tall = op("Reshape", [matrices, ints(heads, 1, first, second)])
         by_head = op("Transpose", [rows], perm=[1, 0, 2])
         cut = op("Concat", [ints(heads), self.pieces, ints(-1, width)], axis=0)
         result = op("FusedMatMul", [op("Reshape", [by_head, cut]), tall], domain=MS, **attributes)
@@ -298,7 +301,8 @@ class AttentionLowering:
         Rows are token by token, [S, n, ...], so that those of a lane lie together.
         """
         op, ops, ints = self.rewriter.op, self.rewriter.ops, self.rewriter.ints
-        q, latent, k_rope, cos, sin, k_up, v_up = call.inputs
+        q, latent, k_rope, cos, sin = call.inputs[:5]
+        k_up, v_up = (values_of(self.rewriter, value) for value in call.inputs[5:])
         a = attributes_of(call)
         heads, nope, rope, rank = a["num_heads"], a["qk_nope_head_dim"], a["qk_rope_head_dim"], a["kv_lora_rank"]
         by_head = op("Reshape", [q, ints(-1, heads, nope + rope)])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ._canonical import Rewriter, attributes_of, find_calls
+from ._canonical import Rewriter, attributes_of, find_calls, values_of
 from ._ort_attention import MS, layer_of
 
 _GROUPED = ("GroupedAttention", "SinkAttention")
@@ -138,7 +138,8 @@ class CudaAttention:
         Scores of past and new tokens are computed apart and only the scores are joined, so that the past stays a view.
         """
         op, ops, ints = self.rewriter.op, self.rewriter.ops, self.rewriter.ints
-        q, latent, k_rope, cos, sin, k_up, v_up = call.inputs
+        q, latent, k_rope, cos, sin = call.inputs[:5]
+        k_up, v_up = (values_of(self.rewriter, value) for value in call.inputs[5:])
         a, name = attributes_of(call), f"latent.{layer_of(call)}"
         heads, nope, rope, rank = a["num_heads"], a["qk_nope_head_dim"], a["qk_rope_head_dim"], a["kv_lora_rank"]
         past = self._add_past(name, ["P", rank + rope], rank + rope)

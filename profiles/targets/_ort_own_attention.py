@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ...runtime.kernels import DOMAIN, IN_PLACE
-from ._canonical import attributes_of, find_calls
+from ._canonical import attributes_of, find_calls, find_matrix
 from ._ort_attention import GROUPED, AttentionLowering, kernel_head_size, layer_of
 from ._ort_kv import CacheEntry
 
@@ -40,9 +40,15 @@ class OwnAttentionLowering(AttentionLowering):
         a, cache = attributes_of(call), self._latent_cache(call)
         entries = cache.entries(layer_of(call))
         caches = self._take_caches(entries)
+        *rows, k_up, v_up = call.inputs
+        ups = [find_matrix(value) for value in (k_up, v_up)]
+        codes: list[ir.Value | None] = [None] * 4
+        if all(up.bits == 8 for up in ups):
+            k_up, v_up = (up.data for up in ups)
+            codes = [*(up.scales for up in ups), *(None if up.symmetric else up.zero_points for up in ups)]
         attended = self.rewriter.op(
             "LatentAttention",
-            [*call.inputs, self.lengths, self.sizes, *caches],
+            [*rows, k_up, v_up, self.lengths, self.sizes, *codes, *caches],
             domain=DOMAIN,
             scale=float(a["scale"]),
             interleaved=a["interleaved"],

@@ -199,25 +199,25 @@ class LoweredWeights:
         return math.sqrt(self.squared_error / self.squares) if self.squares else None
 
     def heads(self, name: str, matrix: Matrix, *, turned: bool) -> ir.Value:
-        """[heads, a, b] floating point, `turned` to [heads, b, a]."""
+        """[heads, a, b] as floating point, `turned` to [heads, b, a]."""
         count, rows, width = matrix.shape
         shape = (count, width, rows) if turned else (count, rows, width)
 
         def chunks() -> Iterator[Array]:
-            view = _bytes_or_floats(matrix.data)
+            view = self._values(matrix)
             for head in range(count):
                 yield self._real(view[head].T if turned else view[head])
 
         return self.add(name, self.real, shape, chunks)
 
     def head_rows(self, name: str, matrices: list[Matrix]) -> ir.Value:
-        """[heads, a, r] floating point matrices as [heads * a, r], one above the other."""
+        """[heads, a, r] matrices as floating point [heads * a, r], one above the other."""
         width = matrices[0].shape[2]
         rows = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
 
         def chunks() -> Iterator[Array]:
             for matrix in matrices:
-                for head in _bytes_or_floats(matrix.data):
+                for head in self._values(matrix):
                     yield self._real(head)
 
         return self.add(name, self.real, (rows, width), chunks)

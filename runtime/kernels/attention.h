@@ -47,6 +47,18 @@ struct Part {
   }
 };
 
+// A matrix [rows, width] of one head in codes of 8 bits; 2^shift of a row share a scale and a zero point (null: 128).
+// A value is (code - zero point) * scale, rounded once.
+struct HeadCodes {
+  const uint8_t* codes;
+  const float* scales;         // [rows, groups]
+  const uint8_t* zero_points;  // likewise
+  int64_t rows, width;
+  int shift;
+
+  int64_t groups() const { return width >> shift; }
+};
+
 struct AttentionKernels {
   // fp16 or int8 -> fp32, exact.
   void (*widen)(Element element, const void* from, int64_t count, float* to);
@@ -70,6 +82,13 @@ struct AttentionKernels {
   void (*soften)(float* scores, int64_t count, int64_t from, int64_t to, float scale, float* largest, float* sum);
   // Rows of `part` joined to those of `into`. A row whose sum is 0 holds nothing.
   void (*merge)(const Part& into, const Part& part, int64_t rows);
+  // What codes stand for, [rows, width].
+  void (*dequantize)(const HeadCodes& matrix, float* to);
+  // c [rows, width] = a [rows, matrix.rows] by the matrix, as `multiply` gives it. Groups are of whole vectors.
+  void (*absorb)(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& matrix, float* c, int64_t c_stride);
+  // c [rows, matrix.rows] = a [rows, width] by the transposed matrix, likewise; at most kFewRows rows, as many columns
+  // are written as a multiple of kVector.
+  void (*expand)(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& matrix, float* c, int64_t c_stride);
 };
 
 const AttentionKernels* attention_kernels(const Kernels* kernels);  // of the same instruction set
@@ -134,6 +153,24 @@ struct GroupedAttention {
 size_t grouped_scratch(const GroupedAttention& attention);
 void run_grouped(const GroupedAttention& attention, void* scratch, const Parallel& parallel);
 
+// Matrices of all heads, [heads, rows, width]: floats, or codes.
+struct HeadMatrices {
+  const float* floats;  // null: codes
+  HeadCodes codes;      // those of the first head
+  int64_t rows, width;
+
+  const float* floats_at(int64_t head) const { return floats + head * rows * width; }
+  HeadCodes codes_at(int64_t head, int64_t first, int64_t count) const {
+    HeadCodes part = codes;
+    const int64_t row = head * rows + first;
+    part.codes += row * width;
+    part.scales += row * codes.groups();
+    if (part.zero_points) part.zero_points += row * codes.groups();
+    part.rows = count;
+    return part;
+  }
+};
+
 // q [tokens, heads * (nope + rope)], latent [tokens, rank], k_rope [tokens, rope], k_up [heads, nope, rank], v_up
 // [heads, value_size, rank] -> y [tokens, heads * value_size].
 struct LatentAttention {
@@ -142,8 +179,7 @@ struct LatentAttention {
   const float* latent;
   const float* k_rope;
   Rotation rotation;
-  const float* k_up;
-  const float* v_up;
+  HeadMatrices k_up, v_up;
   int64_t nope, rope, rank, value_size;
   float* y;
 };

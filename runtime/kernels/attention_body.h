@@ -7,7 +7,7 @@
 //          Float            a vector of floats
 //          larger, smaller  a if it is larger (smaller) than b, else b: of a NaN in b, b
 //          power            2^n for what adding kRound made of n
-//          load_half, load_bytes, store_half, transpose (a square of vectors, in place)
+//          load_half, load_bytes (signed), load_codes (unsigned), store_half, transpose (a square of vectors, in place)
 
 #pragma once
 
@@ -19,6 +19,8 @@
 namespace {
 
 using moedge::Element;
+using moedge::HeadCodes;
+using moedge::kFewRows;
 using moedge::kPanelKeys;
 using moedge::kVector;
 using moedge::Part;
@@ -29,93 +31,177 @@ constexpr int32_t kRoundBits = 0x4b400000;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// How elements of a cache become floats, a vector at a time.
+// A matrix that is read by whole vectors: of floats, of a cache's halves or bytes, of codes with scales.
 template <class S>
 struct Floats {
-  using Type = float;
-  static typename S::Float load(const float* from) { return S::load(from); }
+  const float* from;
+  int64_t stride;
+  typename S::Float load(int64_t row, int64_t column) const { return S::load(from + row * stride + column); }
 };
 template <class S>
 struct Halves {
-  using Type = uint16_t;
-  static typename S::Float load(const uint16_t* from) { return S::load_half(from); }
+  const uint16_t* from;
+  int64_t stride;
+  typename S::Float load(int64_t row, int64_t column) const { return S::load_half(from + row * stride + column); }
 };
 template <class S>
 struct Bytes {
-  using Type = int8_t;
-  static typename S::Float load(const int8_t* from) { return S::load_bytes(from); }
+  const int8_t* from;
+  int64_t stride;
+  typename S::Float load(int64_t row, int64_t column) const { return S::load_bytes(from + row * stride + column); }
 };
+template <class S>
+struct Codes {
+  HeadCodes m;
+  typename S::Float load(int64_t row, int64_t column) const {
+    const int64_t group = row * m.groups() + (column >> m.shift);
+    const float zero = m.zero_points ? static_cast<float>(m.zero_points[group]) : 128.0f;
+    const typename S::Float code = S::subtract(S::load_codes(m.codes + row * m.width + column), S::floats(zero));
+    return S::multiply(code, S::floats(m.scales[group]));
+  }
+};
+
+// Calls run with rows of a cache as such a matrix.
+template <class S, typename Run>
+void with_rows(const Rows& rows, const Run& run) {
+  if (rows.element == Element::kFloat)
+    run(Floats<S>{static_cast<const float*>(rows.from), rows.stride});
+  else if (rows.element == Element::kHalf)
+    run(Halves<S>{static_cast<const uint16_t*>(rows.from), rows.stride});
+  else
+    run(Bytes<S>{static_cast<const int8_t*>(rows.from), rows.stride});
+}
 
 // --- products ----------------------------------------------------------------------------------------------------
 
+// From column `at` of b on.
 template <class S, class E, int M, int N>
-__attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, const typename E::Type* b, int64_t b_stride,
-                                             int64_t depth, float* c, int64_t c_stride) {
+__attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, const E& from, int64_t at, int64_t depth,
+                                             float* c, int64_t c_stride) {
+  const E b = from;
   typename S::Float sum[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) sum[m][n] = S::floats(0.0f);
   for (int64_t k = 0; k < depth; ++k) {
     typename S::Float column[N];
-    for (int n = 0; n < N; ++n) column[n] = E::load(b + k * b_stride + n * S::lanes);
+    for (int n = 0; n < N; ++n) column[n] = b.load(k, at + n * S::lanes);
     for (int m = 0; m < M; ++m) {
       const typename S::Float one = S::floats(a[m * a_stride + k]);
       for (int n = 0; n < N; ++n) sum[m][n] = S::fused(one, column[n], sum[m][n]);
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) S::store(c + m * c_stride + n * S::lanes, sum[m][n]);
+    for (int n = 0; n < N; ++n) S::store(c + m * c_stride + at + n * S::lanes, sum[m][n]);
 }
 
 // `rows` of 1 to M.
 template <class S, class E, int M, int N>
-void multiply_rows(const float* a, int64_t a_stride, int64_t rows, const typename E::Type* b, int64_t b_stride, int64_t depth,
-                   float* c, int64_t c_stride) {
+void multiply_rows(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t at, int64_t depth, float* c,
+                   int64_t c_stride) {
   if constexpr (M > 1)
-    if (rows < M) return multiply_rows<S, E, M - 1, N>(a, a_stride, rows, b, b_stride, depth, c, c_stride);
-  multiply_tile<S, E, M, N>(a, a_stride, b, b_stride, depth, c, c_stride);
+    if (rows < M) return multiply_rows<S, E, M - 1, N>(a, a_stride, rows, b, at, depth, c, c_stride);
+  multiply_tile<S, E, M, N>(a, a_stride, b, at, depth, c, c_stride);
 }
 
 // Columns in tiles of N vectors, what is left in narrower ones; rows in tiles of at most M, alike in size.
 template <class S, class E, int M, int N>
-void multiply_columns(const float* a, int64_t a_stride, int64_t rows, const typename E::Type* b, int64_t b_stride, int64_t depth,
+void multiply_columns(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t at, int64_t depth,
                       int64_t columns, float* c, int64_t c_stride) {
   constexpr int64_t wide = N * S::lanes;
   const int64_t tiles = (rows + M - 1) / M, some = (rows + tiles - 1) / tiles;
-  int64_t at = 0;
   for (; at + wide <= columns; at += wide)
     for (int64_t r = 0; r < rows; r += some)
-      multiply_rows<S, E, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b + at, b_stride, depth,
-                             c + r * c_stride + at, c_stride);
+      multiply_rows<S, E, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b, at, depth, c + r * c_stride,
+                                c_stride);
   if constexpr (wide > kVector)
-    if (at < columns)
-      multiply_columns<S, E, M, N / 2>(a, a_stride, rows, b + at, b_stride, depth, columns - at, c + at, c_stride);
+    if (at < columns) multiply_columns<S, E, M, N / 2>(a, a_stride, rows, b, at, depth, columns, c, c_stride);
 }
 
 template <class S, class E>
-void multiply_any(const float* a, int64_t a_stride, int64_t rows, const typename E::Type* b, int64_t b_stride, int64_t depth,
-                     int64_t columns, float* c, int64_t c_stride) {
+void multiply_any(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t depth, int64_t columns, float* c,
+                  int64_t c_stride) {
   if (rows == 1)
-    multiply_columns<S, E, 1, 2 * S::wide>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
+    multiply_columns<S, E, 1, 2 * S::wide>(a, a_stride, rows, b, 0, depth, columns, c, c_stride);
   else if (rows <= S::few)
-    multiply_columns<S, E, S::few, S::wide>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
+    multiply_columns<S, E, S::few, S::wide>(a, a_stride, rows, b, 0, depth, columns, c, c_stride);
   else if (rows > 0)
-    multiply_columns<S, E, S::rows, S::vectors>(a, a_stride, rows, b, b_stride, depth, columns, c, c_stride);
+    multiply_columns<S, E, S::rows, S::vectors>(a, a_stride, rows, b, 0, depth, columns, c, c_stride);
+}
+
+template <class S>
+void multiply(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
+              int64_t columns, float* c, int64_t c_stride) {
+  multiply_any<S>(a, a_stride, rows, Floats<S>{b, b_stride}, depth, columns, c, c_stride);
 }
 
 template <class S>
 void weigh(const float* shares, int64_t shares_stride, int64_t rows, const Rows& values, int64_t depth, int64_t columns,
            float* c, int64_t c_stride) {
-  const auto run = [&](auto element) {
-    using E = decltype(element);
-    const typename E::Type* b = static_cast<const typename E::Type*>(values.from);
-    multiply_any<S, E>(shares, shares_stride, rows, b, values.stride, depth, columns, c, c_stride);
-  };
-  if (values.element == Element::kFloat)
-    run(Floats<S>{});
-  else if (values.element == Element::kHalf)
-    run(Halves<S>{});
-  else
-    run(Bytes<S>{});
+  with_rows<S>(values, [&](auto b) { multiply_any<S>(shares, shares_stride, rows, b, depth, columns, c, c_stride); });
+}
+
+// --- codes ---------------------------------------------------------------------------------------------------------
+
+template <class S>
+void dequantize(const HeadCodes& m, float* to) {
+  const Codes<S> codes{m};
+  for (int64_t r = 0; r < m.rows; ++r)
+    for (int64_t w = 0; w < m.width; w += S::lanes) S::store(to + r * m.width + w, codes.load(r, w));
+}
+
+template <class S>
+void absorb(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& m, float* c, int64_t c_stride) {
+  multiply_any<S>(a, a_stride, rows, Codes<S>{m}, m.rows, m.width, c, c_stride);
+}
+
+// Squares of codes are transposed in registers, and scaled behind that. Few rows take two at once: each is a chain.
+template <class S, int M>
+void expand_rows(const float* a, int64_t a_stride, const HeadCodes& m, float* c, int64_t c_stride) {
+  using Float = typename S::Float;
+  constexpr int64_t lanes = S::lanes;
+  constexpr int squares = M <= 4 ? 2 : 1;
+  for (int64_t r = 0; r < m.rows; r += squares * lanes) {
+    int64_t sources[squares * lanes];
+    for (int64_t i = 0; i < squares * lanes; ++i) sources[i] = least(r + i, m.rows - 1);
+    Float sum[squares][M];
+    for (int s = 0; s < squares; ++s)
+      for (int i = 0; i < M; ++i) sum[s][i] = S::floats(0.0f);
+    for (int64_t w = 0; w < m.width;) {
+      const int64_t group = w >> m.shift;
+      float scales[squares * lanes], zeros[squares * lanes];
+      for (int64_t i = 0; i < squares * lanes; ++i) {
+        scales[i] = m.scales[sources[i] * m.groups() + group];
+        zeros[i] = m.zero_points ? static_cast<float>(m.zero_points[sources[i] * m.groups() + group]) : 128.0f;
+      }
+      for (const int64_t end = (group + 1) << m.shift; w < end; w += lanes) {
+        for (int s = 0; s < squares; ++s) {
+          const Float scale = S::load(scales + s * lanes), zero = S::load(zeros + s * lanes);
+          Float square[lanes];
+          for (int64_t i = 0; i < lanes; ++i) square[i] = S::load_codes(m.codes + sources[s * lanes + i] * m.width + w);
+          S::transpose(square);
+          for (int64_t i = 0; i < lanes; ++i) {
+            const Float value = S::multiply(S::subtract(square[i], zero), scale);
+            for (int k = 0; k < M; ++k) sum[s][k] = S::fused(S::floats(a[k * a_stride + w + i]), value, sum[s][k]);
+          }
+        }
+      }
+    }
+    for (int s = 0; s < squares && r + s * lanes < m.rows; ++s)
+      for (int k = 0; k < M; ++k) S::store(c + k * c_stride + r + s * lanes, sum[s][k]);
+  }
+}
+
+// `rows` of 1 to M.
+template <class S, int M>
+void expand_some(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& m, float* c, int64_t c_stride) {
+  if constexpr (M > 1)
+    if (rows < M) return expand_some<S, M - 1>(a, a_stride, rows, m, c, c_stride);
+  expand_rows<S, M>(a, a_stride, m, c, c_stride);
+}
+
+template <class S>
+void expand(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& m, float* c, int64_t c_stride) {
+  expand_some<S, kFewRows>(a, a_stride, rows, m, c, c_stride);
 }
 
 // --- blocks of a cache ---------------------------------------------------------------------------------------------
@@ -138,21 +224,22 @@ void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t wid
 
 // Each square of keys is transposed in registers, and used there. Few rows take two at once: each is a chain.
 template <class S, class E, int M>
-void score_rows(const float* queries, int64_t width, const typename E::Type* from, int64_t stride, int64_t keys,
-                float* scores, int64_t scores_stride) {
+void score_rows(const float* queries, int64_t width, const E& from, int64_t keys, float* scores,
+                int64_t scores_stride) {
   constexpr int64_t lanes = S::lanes;
   constexpr int squares = M <= 4 ? 2 : 1;
   for (int64_t r = 0; r < keys; r += squares * lanes) {
-    const typename E::Type* sources[squares * lanes];
-    for (int64_t i = 0; i < squares * lanes; ++i) sources[i] = from + least(r + i, keys - 1) * stride;
+    decltype(from.from) sources[squares * lanes];
+    for (int64_t i = 0; i < squares * lanes; ++i) sources[i] = from.from + least(r + i, keys - 1) * from.stride;
     typename S::Float sum[squares][M];
     for (int s = 0; s < squares; ++s)
       for (int m = 0; m < M; ++m) sum[s][m] = S::floats(0.0f);
     for (int64_t w = 0; w < width; w += lanes) {
       for (int s = 0; s < squares; ++s) {
         typename S::Float square[lanes];
-        for (int64_t i = 0; i < lanes; ++i) square[i] = E::load(sources[s * lanes + i] + w);
-        for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[s * lanes + i] + squares * lanes * stride + w);
+        for (int64_t i = 0; i < lanes; ++i) square[i] = E{sources[s * lanes + i], 0}.load(0, w);
+        for (int64_t i = 0; i < lanes; ++i)
+          __builtin_prefetch(sources[s * lanes + i] + squares * lanes * from.stride + w);
         S::transpose(square);
         if (w + lanes <= width) {
           for (int64_t i = 0; i < lanes; ++i)
@@ -172,27 +259,19 @@ void score_rows(const float* queries, int64_t width, const typename E::Type* fro
 
 // `rows` of 1 to M.
 template <class S, class E, int M>
-void score_some(const float* queries, int64_t width, int64_t rows, const typename E::Type* from, int64_t stride,
-                int64_t keys, float* scores, int64_t scores_stride) {
+void score_some(const float* queries, int64_t width, int64_t rows, const E& from, int64_t keys, float* scores,
+                int64_t scores_stride) {
   if constexpr (M > 1)
-    if (rows < M) return score_some<S, E, M - 1>(queries, width, rows, from, stride, keys, scores, scores_stride);
-  score_rows<S, E, M>(queries, width, from, stride, keys, scores, scores_stride);
+    if (rows < M) return score_some<S, E, M - 1>(queries, width, rows, from, keys, scores, scores_stride);
+  score_rows<S, E, M>(queries, width, from, keys, scores, scores_stride);
 }
 
 template <class S>
 void score(const float* queries, int64_t width, int64_t rows, const Rows& from, int64_t keys, float* scores,
            int64_t scores_stride) {
-  const auto run = [&](auto element) {
-    using E = decltype(element);
-    const typename E::Type* first = static_cast<const typename E::Type*>(from.from);
-    score_some<S, E, moedge::kFewRows>(queries, width, rows, first, from.stride, keys, scores, scores_stride);
-  };
-  if (from.element == Element::kFloat)
-    run(Floats<S>{});
-  else if (from.element == Element::kHalf)
-    run(Halves<S>{});
-  else
-    run(Bytes<S>{});
+  with_rows<S>(from, [&](auto keys_from) {
+    score_some<S, decltype(keys_from), kFewRows>(queries, width, rows, keys_from, keys, scores, scores_stride);
+  });
 }
 
 template <class S>
@@ -316,7 +395,8 @@ void merge(const Part& into, const Part& part, int64_t rows) {
 template <class S>
 constexpr moedge::AttentionKernels make_attention() {
   static_assert(kVector % S::lanes == 0 && S::vectors * S::lanes >= kVector, "columns are multiples of kVector");
-  return {widen<S>, narrow<S>, transpose_rows<S>, multiply_any<S, Floats<S>>, score<S>, weigh<S>, soften<S>, merge<S>};
+  return {widen<S>,  narrow<S>, transpose_rows<S>, multiply<S>, score<S>, weigh<S>, soften<S>, merge<S>,
+          dequantize<S>, absorb<S>, expand<S>};
 }
 
 }  // namespace

@@ -30,6 +30,11 @@ struct Wide128 {
     memcpy(&four, from, 4);
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
   }
+  static Float load_codes(const uint8_t* from) {
+    uint32_t four;
+    memcpy(&four, from, 4);
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four))))));
+  }
   static void store_half(uint16_t* to, Float value) { vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(value))); }
 
   static void transpose(Float (&a)[4]) {

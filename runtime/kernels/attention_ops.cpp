@@ -9,9 +9,10 @@
 //                   each lane keys and values [1, g, capacity, room] float, float16 or int8 -> y [S, n d]; attributes
 //                   num_heads, num_key_value_heads, head_dim, scale, interleaved, window (0: none)
 // LatentAttention   q [S, n (nope + rope)], latent [S, rank], k_rope [S, rope], cos and sin [1, S, rope / 2], k_up
-//                   [n, nope, rank], v_up [n, v, rank], lengths, sizes, then for each lane the cache [capacity, rank +
-//                   rope], after it in int8 its scales float [capacity, parts] -> y [S, n v]; attributes scale,
-//                   interleaved, scaled (1: the caches are int8 with scales)
+//                   [n, nope, rank] and v_up [n, v, rank] float, or codes uint8, lengths, sizes, then of codes the scales
+//                   float and zero points uint8 (or none: 128) [n, .., rank / group]: of k_up, of v_up, of k_up, of v_up;
+//                   then for each lane the cache [capacity, rank + rope], after it in int8 its scales float [capacity,
+//                   parts] -> y [S, n v]; attributes scale, interleaved, scaled (1: the caches are int8 with scales)
 
 #include <stdio.h>
 
@@ -178,7 +179,21 @@ struct LatentOp : AttentionOp {
   OrtStatus* run(OrtKernelContext* context) const;
 };
 
-constexpr size_t kLatentLanes = 9;
+constexpr size_t kLatentLanes = 13;
+
+// Matrices of heads with what belongs to their codes; false where these do not fit each other.
+bool read_matrices(const Tensor& values, const Tensor& scales, const Tensor& zero_points, HeadMatrices* out) {
+  const int64_t heads = values.shape[0], rows = values.shape[1], width = values.shape[2];
+  *out = {values.kind == kFloat ? values.as<float>() : nullptr, {}, rows, width};
+  if (values.kind == kFloat) return !scales.data && !zero_points.data;
+  if (values.kind != kUint8 || scales.kind != kFloat || scales.rank != 3 || scales.shape[2] < 1) return false;
+  const int64_t groups = scales.shape[2], group = width / groups;
+  int shift = 0;
+  while ((int64_t{1} << shift) < group) ++shift;
+  out->codes = {values.as<uint8_t>(), scales.as<float>(), zero_points.as<uint8_t>(), rows, width, shift};
+  const bool points = !zero_points.data || (zero_points.kind == kUint8 && zero_points.is(heads, rows, groups));
+  return scales.is(heads, rows, groups) && groups << shift == width && group % kVector == 0 && points;
+}
 
 OrtStatus* LatentOp::run(OrtKernelContext* context) const {
   Tensor in[kMaxInputs];
@@ -211,7 +226,8 @@ OrtStatus* LatentOp::run(OrtKernelContext* context) const {
   const bool fits = heads > 0 && l.rank > 0 && l.rope % 2 == 0 && q.is(tokens, heads * (l.nope + l.rope)) &&
                     latent.shape[0] == tokens && k_rope.shape[0] == tokens &&
                     is_row_of_angles(cos, tokens, l.rope / 2) && is_row_of_angles(sin, tokens, l.rope / 2) &&
-                    k_up.is(heads, l.nope, l.rank) && v_up.is(heads, l.value_size, l.rank);
+                    k_up.is(heads, l.nope, l.rank) && v_up.is(heads, l.value_size, l.rank) &&
+                    read_matrices(k_up, in[9], in[11], &l.k_up) && read_matrices(v_up, in[10], in[12], &l.v_up);
   if (!fits) return invalid("moedge.cpu.LatentAttention: the inputs' shapes do not fit each other");
   Lane lanes[kMostLanes];
   if (OrtStatus* status = read_lanes(context, in[7], in[8], kLatentLanes, scaled ? 2 : 1, &l.core, lanes))
@@ -226,15 +242,14 @@ OrtStatus* LatentOp::run(OrtKernelContext* context) const {
   l.latent = latent.as<float>();
   l.k_rope = k_rope.as<float>();
   l.rotation = {cos.as<float>(), sin.as<float>(), l.rope / 2, interleaved != 0};
-  l.k_up = k_up.as<float>();
-  l.v_up = v_up.as<float>();
   l.y = static_cast<float*>(y);
   return with_scratch(context, latent_scratch(l),
                       [&](void* scratch, const Parallel& parallel) { run_latent(l, scratch, parallel); });
 }
 
 constexpr int kGroupedTypes[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kInt64, kInt64, kFloat, kFloat, kFloat, kAnyType};
-constexpr int kLatentTypes[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kInt64, kInt64, kAnyType};
+constexpr int kLatentTypes[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kAnyType, kAnyType, kInt64, kInt64,
+                                kFloat, kFloat, kUint8, kUint8, kAnyType};
 
 }  // namespace
 
@@ -244,7 +259,7 @@ const OrtCustomOp* grouped_attention_op() {
 }
 
 const OrtCustomOp* latent_attention_op() {
-  static constexpr Op op = make_op<LatentOp>("LatentAttention", kLatentTypes, 10, 8, true);
+  static constexpr Op op = make_op<LatentOp>("LatentAttention", kLatentTypes, 14, 8, true);
   return &op;
 }
 

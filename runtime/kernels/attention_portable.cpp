@@ -58,6 +58,9 @@ struct Plain {
   static Float load_bytes(const int8_t* from) {
     return each([&](int i) { return static_cast<float>(from[i]); });
   }
+  static Float load_codes(const uint8_t* from) {
+    return each([&](int i) { return static_cast<float>(from[i]); });
+  }
   static void store_half(uint16_t* to, Float value) {
     for (int i = 0; i < 4; ++i) to[i] = narrow_half(value.lane[i]);
   }

@@ -105,7 +105,7 @@ void prepare_token(const GroupedAttention& g, const GroupedScratch& s, int64_t t
 
 // One worker's memory.
 struct HeadWork {
-  float* matrix;  // rows of a head's matrix, padded to whole vectors where they are not
+  float* matrix;  // rows of a head's matrix, in floats and whole vectors where they are not
   float* panel;   // [rank, kPanelKeys]
   float* some;    // [kRowsATime, ...]: a product's result
 };
@@ -139,13 +139,19 @@ LatentScratch take_latent(const LatentAttention& l, Blocks* blocks) {
   return s;
 }
 
-// `rows` of a matrix [.., rank], to be read by whole vectors; `stride` is set to theirs.
-const float* whole_vectors(const float* from, int64_t rows, int64_t rank, float* room, int64_t* stride) {
-  *stride = vectors_up(rank);
-  if (*stride == rank) return from;
-  for (int64_t i = 0; i < rows; ++i) {
-    memcpy(room + i * *stride, from + i * rank, static_cast<size_t>(rank) * sizeof(float));
-    memset(room + i * *stride + rank, 0, static_cast<size_t>(*stride - rank) * sizeof(float));
+// Rows `first` to `first + count` of a head's matrix, to be read by whole vectors; `stride` is set to theirs.
+const float* whole_vectors(const Attention& a, const HeadMatrices& m, int64_t head, int64_t first, int64_t count,
+                           float* room, int64_t* stride) {
+  *stride = vectors_up(m.width);
+  if (!m.floats) {
+    a.kernels->dequantize(m.codes_at(head, first, count), room);
+    return room;
+  }
+  const float* from = m.floats_at(head) + first * m.width;
+  if (*stride == m.width) return from;
+  for (int64_t i = 0; i < count; ++i) {
+    memcpy(room + i * *stride, from + i * m.width, static_cast<size_t>(m.width) * sizeof(float));
+    memset(room + i * *stride + m.width, 0, static_cast<size_t>(*stride - m.width) * sizeof(float));
   }
   return room;
 }
@@ -155,10 +161,14 @@ void absorb_queries(const LatentAttention& l, const LatentScratch& s, int64_t he
                     const HeadWork& work) {
   const Attention& a = l.core;
   const int64_t size = l.nope + l.rope;
-  int64_t stride = 0;
-  const float* matrix = whole_vectors(l.k_up + head * l.nope * l.rank, l.nope, l.rank, work.matrix, &stride);
   const float* q = l.q + (first * a.heads + head) * size;
-  a.kernels->multiply(q, a.heads * size, count, matrix, stride, l.nope, stride, work.some, stride);
+  int64_t stride = l.rank;
+  if (!l.k_up.floats && count <= kFewRows) {
+    a.kernels->absorb(q, a.heads * size, count, l.k_up.codes_at(head, 0, l.nope), work.some, stride);
+  } else {
+    const float* matrix = whole_vectors(a, l.k_up, head, 0, l.nope, work.matrix, &stride);
+    a.kernels->multiply(q, a.heads * size, count, matrix, stride, l.nope, stride, work.some, stride);
+  }
   for (int64_t i = 0; i < count; ++i) {
     float* query = s.queries + ((first + i) * a.heads + head) * a.width;
     memcpy(query, work.some + i * stride, static_cast<size_t>(l.rank) * sizeof(float));
@@ -173,12 +183,15 @@ void expand_values(const LatentAttention& l, const LatentScratch& s, int64_t hea
   const float* mixed = s.mixed + (first * a.heads + head) * l.rank;
   for (int64_t at = 0; at < l.value_size; at += kPanelKeys) {
     const int64_t rows = least(kPanelKeys, l.value_size - at);
-    int64_t stride = 0;
-    const float* matrix =
-        whole_vectors(l.v_up + (head * l.value_size + at) * l.rank, rows, l.rank, work.matrix, &stride);
-    a.kernels->transpose(matrix, stride, rows, l.rank, work.panel);
-    a.kernels->multiply(mixed, a.heads * l.rank, count, work.panel, kPanelKeys, l.rank, vectors_up(rows), work.some,
-                        kPanelKeys);
+    if (!l.v_up.floats && count <= kFewRows) {
+      a.kernels->expand(mixed, a.heads * l.rank, count, l.v_up.codes_at(head, at, rows), work.some, kPanelKeys);
+    } else {
+      int64_t stride = 0;
+      const float* matrix = whole_vectors(a, l.v_up, head, at, rows, work.matrix, &stride);
+      a.kernels->transpose(matrix, stride, rows, l.rank, work.panel);
+      a.kernels->multiply(mixed, a.heads * l.rank, count, work.panel, kPanelKeys, l.rank, vectors_up(rows), work.some,
+                          kPanelKeys);
+    }
     for (int64_t i = 0; i < count; ++i)
       memcpy(l.y + ((first + i) * a.heads + head) * l.value_size + at, work.some + i * kPanelKeys,
              static_cast<size_t>(rows) * sizeof(float));
