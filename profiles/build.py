@@ -31,9 +31,10 @@ from ..errors import BuildError, UsageError
 from ..runtime import machine
 from ..runtime.preflight import seal_of
 from .device import DeviceProfile, load_profile
-from .estimate import cache_element_bytes
+from .estimate import check_kv_cache
 from .fit import Fit, check_fit, size
 from .plan import BuildPlan, for_engines, plan_engines
+from .shape import cache_element_bytes
 from .targets import BuildRequest, check_takes, find_target, pick_target
 
 BUILD_FOLDER_MANIFEST = "build.json"
@@ -98,7 +99,8 @@ def build(
         max_memory: bytes that building may take: TensorRT's network is then cut into ranges of layers.
         prefill_chunk: the most tokens that a run of a TensorRT engine takes (256).
         expert_buckets: of a load-aware bundle: a chunk's experts work on buckets of what the gate lets them have.
-        kv_cache: the type of the KV cache, where the target has a choice: fp32, fp16 or int8.
+        kv_cache: the type of the KV cache, where the target has a choice: fp32, fp16 or int8. On a CPU it is fp16
+            where the weights are integers and our own kernels are compiled, else fp32.
         latent_attention: absorbed (a small cache) or expanded (a cache by head, and TensorRT's attention kernels);
             auto: expanded where the device holds it.
         precision: fp8 quantizes the weights again, for GPUs of compute capability 8.9 and later; None: the bundle's.
@@ -301,9 +303,10 @@ def check_build_fit(
         if bundle.config["attention"]["kind"] == "torch":
             raise BuildError("kv_cache: a PyTorch model's own graph keeps no KV cache; leave --kv-cache out")
         try:
-            element = cache_element_bytes(bundle.config, device, kv_cache)
+            check_kv_cache(device, kv_cache)
         except UsageError as error:
             raise BuildError(str(error)) from None
+        element = cache_element_bytes(bundle.manifest, device.target, kv_cache)
     return check_fit(bundle.manifest, device, max_batch, max_seq_len, cache_bytes_per_element=element)
 
 

@@ -10,8 +10,9 @@ import click
 
 from ..bundle import Bundle
 from .device import DeviceProfile, list_profiles, load_profile
-from .estimate import cache_element_bytes, estimate
+from .estimate import estimate
 from .fit import Fit, check_fit, size
+from .shape import cache_element_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +52,7 @@ def profiles_command(name: str | None, as_json: bool) -> None:
     "--batch", "--max-batch", "batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."
 )
 @click.option("--max-seq-len", type=click.IntRange(1), help="Room in the KV cache. [default: prompt and new tokens]")
-@click.option("--kv-cache", metavar="TYPE", help="fp32, fp16 or int8, where the device's target has a choice.")
+@click.option("--kv-cache", metavar="TYPE", help="fp32, fp16 or int8 (CPU). [default: as of build]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout (a list for several profiles).")
 def estimate_command(
     bundle: Path,
@@ -84,7 +85,7 @@ def estimate_command(
     from ..runtime.report import render_table
 
     length = results[0]["fit"]["max_seq_len"]
-    elements = [cache_element_bytes(manifest["config"], device, kv_cache) for device in devices]
+    elements = [cache_element_bytes(manifest, device.target, kv_cache) for device in devices]
     fits = [
         check_fit(manifest, device, batch, length, cache_bytes_per_element=element)
         for device, element in zip(devices, elements, strict=True)

@@ -15,7 +15,7 @@ from .device import DeviceProfile
 from .fit import PREFILL_CHUNK, check_fit
 from .roofline import ENDS, GPU, JETSON, Pass, Roofline, Work
 from .roofline_cpu import load_fit
-from .shape import CACHE_ELEMENT_BYTES, KV_CACHES, READ_IN_FULL, ModelShape, kv_element_bytes
+from .shape import KV_CACHES, READ_IN_FULL, ModelShape, cache_element_bytes
 from .shape import bytes_per_token as bytes_per_token
 
 SCHEMA = 1
@@ -56,7 +56,8 @@ def estimate(
     length = max_seq_len or prompt_tokens + new_tokens
     _check_counts(shape, prompt_tokens, new_tokens, batch, length)
     context = prompt_tokens + new_tokens // 2
-    element = cache_element_bytes(manifest["config"], device, kv_cache)
+    check_kv_cache(device, kv_cache)
+    element = cache_element_bytes(manifest, device.target, kv_cache)
     bits = _integer_bits(manifest)
     step = decode_work(shape, device, batch, context, bits, element)
     prefill = prefill_work(shape, device, prompt_tokens, bits, element)
@@ -95,19 +96,12 @@ def estimate(
     }
 
 
-def cache_element_bytes(config: Mapping[str, Any], device: DeviceProfile, kv_cache: str | None) -> float:
-    """Bytes of an element of the KV cache: what the device's target does by itself, or of the type asked for.
-
-    Raises:
-        UsageError: the target has no such choice.
-    """
-    if kv_cache is None:
-        return CACHE_ELEMENT_BYTES[device.target]
+def check_kv_cache(device: DeviceProfile, kv_cache: str | None) -> None:
+    """Raises UsageError where the device's target cannot keep its KV cache in that type."""
     known = KV_CACHES.get(device.target, ())
-    if kv_cache not in known:
+    if kv_cache is not None and kv_cache not in known:
         has = f"has {', '.join(known)}" if known else "has no choice of it"
         raise UsageError(f"kv_cache {kv_cache!r}: target {device.target} {has}; leave --kv-cache out, or change it")
-    return kv_element_bytes(kv_cache, config)
 
 
 def decode_work(

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ProfileError
 from .advice import Suggestion, narrower_weights, suggest
 from .device import DeviceProfile, list_profiles, load_profile
-from .shape import CACHE_ELEMENT_BYTES, ModelShape
+from .shape import ELEMENT_BYTES, ModelShape, cache_element_bytes
 
 # Assumptions. The prompt goes through in chunks of this many tokens; only one chunk's activations are alive.
 PREFILL_CHUNK = 256
@@ -135,7 +135,7 @@ def estimate_workspace(shape: ModelShape, target: str, max_batch: int, max_seq_l
     chosen ones, in fp32 on a CPU and fp16 on a GPU.
     """
     tokens = max(min(PREFILL_CHUNK, max_seq_len), max_batch)
-    element = CACHE_ELEMENT_BYTES[target]
+    element = ELEMENT_BYTES[target]
     experts = shape.experts_per_token if target.startswith("onnxruntime") else shape.experts
     sparse = 3 * (experts * shape.expert_width + shape.shared_width) if shape.moe_layers else 0
     widest = max(sparse, 3 * shape.dense_width if shape.dense_layers else 0, 4 * shape.hidden_size)
@@ -167,7 +167,8 @@ class _Question:
     def cache_bytes(self, target: str, tokens: int) -> int:
         if self.cache_bytes_per_token is not None:
             return tokens * self.cache_bytes_per_token
-        return self.shape.cache_bytes(tokens, self.cache_element_bytes or CACHE_ELEMENT_BYTES[target])
+        element = self.cache_element_bytes or cache_element_bytes(self.manifest, target)
+        return self.shape.cache_bytes(tokens, element)
 
     def ask(
         self,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BundleError, shorten
+from ..runtime import kernels
 
 # Tensor classes of the manifest's `sizes` that every decode step reads in full; `embedding` and `experts` it reads in
 # part.
@@ -16,9 +17,10 @@ READ_IN_FULL = ("norm", "attention", "dense_mlp", "router", "shared_experts", "h
 # The same of a torch model's own graph, whose linear layers have no names that say what they are for.
 READ_IN_FULL_OF_TORCH = ("linear", "other")
 
-# Bytes of one KV cache element by target: onnxruntime computes in fp32 on a CPU, what runs on a GPU in fp16.
-CACHE_ELEMENT_BYTES = {"onnxruntime": 4, "onnxruntime_cuda": 2, "tensorrt_rtx": 2, "tensorrt": 2}
-# What else a target can keep it in, the first by itself.
+# Bytes of an element that a target computes with, and keeps in its KV cache where it has no choice: onnxruntime has
+# fp32 on a CPU, what runs on a GPU fp16.
+ELEMENT_BYTES = {"onnxruntime": 4, "onnxruntime_cuda": 2, "tensorrt_rtx": 2, "tensorrt": 2}
+# What a target with a choice can keep its KV cache in; `default_kv_cache` says which it takes by itself.
 KV_CACHES = {"onnxruntime": ("fp32", "fp16", "int8")}
 _MOST = 1 << 50  # bytes, parameters, tokens: more than any model's
 _MOST_BLOCK = 64  # channels of an int8 latent that share a scale
@@ -113,6 +115,23 @@ class ModelShape:
 def latent_block(rank: int, rope: int) -> int:
     """Channels of an int8 latent that share a scale: none of them on both sides of the border of latent and key."""
     return math.gcd(math.gcd(rank, rope), _MOST_BLOCK)
+
+
+def default_kv_cache(manifest: Mapping[str, Any]) -> str:
+    """The type of the KV cache where there is a choice and nobody asks for one.
+
+    fp16 beside integer weights, whose rounding is coarser by far; fp32 where weights are exact, and where onnxruntime's
+    own ops run, which are slower with fp16.
+    """
+    integers = (manifest.get("quantization") or {}).get("weights") in ("int4", "int8")
+    return "fp16" if integers and kernels.library() is not None else "fp32"
+
+
+def cache_element_bytes(manifest: Mapping[str, Any], target: str, kv_cache: str | None = None) -> float:
+    """Bytes of an element of the KV cache on a target, of one of its KV_CACHES' types or of what it takes by itself."""
+    if target not in KV_CACHES:
+        return ELEMENT_BYTES[target]
+    return kv_element_bytes(kv_cache or default_kv_cache(manifest), manifest["config"])
 
 
 def kv_element_bytes(kv_cache: str, config: Mapping[str, Any]) -> float:

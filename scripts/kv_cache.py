@@ -76,7 +76,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         quality = score(Path(folder) / "sample", options.characters)
     page = ["# The KV cache's type", "", "Written by `scripts/kv_cache.py`; not to be edited.", ""]
-    page += ["`moedge build BUNDLE --profile cpu --kv-cache fp16`. fp32 is the default.", ""]
+    page += ["`moedge build BUNDLE --profile cpu` takes fp16 where the weights are integers and moedge's own kernels"]
+    page += ["are compiled, else fp32. `--kv-cache` asks for another; engine.json says what it is (`kv_cache`).", ""]
     page += [f"The sample model at int4 on the first {options.characters:,} characters of its held-out text:", ""]
     page += quality
     contexts = [int(word) for word in options.contexts.split(",")]

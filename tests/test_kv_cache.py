@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from moedge.errors import BuildError, UsageError
 from moedge.profiles.device import load_profile
 from moedge.profiles.estimate import estimate
 from moedge.profiles.fit import check_fit
-from moedge.profiles.shape import bytes_per_token, kv_element_bytes
+from moedge.profiles.shape import bytes_per_token, default_kv_cache, kv_element_bytes
+from moedge.runtime import kernels
 from moedge.runtime.preflight import read_engine
 from moedge.runtime.sessions import Session, SessionOptions, backend_module
 
@@ -169,6 +171,27 @@ def test_wrong_types_are_refused(tiny_bundle: Path) -> None:
     options = ["build", str(tiny_bundle), "--profile", "rtx4090", "--portable", "--kv-cache", "fp16"]
     result = CliRunner().invoke(cli.main, options)
     assert "--portable engines keep their KV cache in their own type" in str(result.exception)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_what_nobody_asks_for(
+    tiny_bundle: Path, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 beside integers where our own ops run; everybody who counts bytes counts those."""
+    exact, device = Bundle.open(bundles["fp32"]).manifest, load_profile("raspberry-pi-5")
+    integers = Bundle.open(tiny_bundle).manifest
+    for manifest, variable, kind in ((integers, "", "fp16"), (exact, "", "fp32"), (integers, "stock", "fp32")):
+        monkeypatch.setenv(kernels.VARIABLE, variable)
+        assert default_kv_cache(manifest) == kind
+        shape: dict[str, Any] = {"prompt_tokens": 8, "new_tokens": 2}
+        by_itself, asked = (estimate(manifest, device, **shape, kv_cache=each) for each in (None, kind))
+        assert by_itself["bytes_per_token"] == asked["bytes_per_token"]
+        assert by_itself["fit"] == asked["fit"] == check_fit(manifest, device, 1, 10).to_json()
+    monkeypatch.delenv(kernels.VARIABLE)
+    path = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    result = CliRunner().invoke(cli.main, ["build", str(path), "--profile", "cpu"], catch_exceptions=False)
+    assert "int4 weights, fp32 activations, fp16 KV cache" in result.stdout
+    assert read_json(path / "engines" / "cpu" / "engine.json", BuildError)["kv_cache"] == "fp16"
 
 
 def test_a_dry_run_counts_the_type(tiny_bundle: Path) -> None:

@@ -16,6 +16,7 @@ from ...bundle import MODEL, Progress
 from ...errors import BuildError, require
 from ...export.gating import list_gates
 from ...runtime import kernels
+from ..shape import default_kv_cache
 from . import BuildRequest
 from ._canonical import (
     Array,
@@ -75,8 +76,8 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     refuse_chunks(request)
     from ._genai import write_genai
 
-    fused, lanes = has_router_weights(), count_lanes(request)
-    kv_cache, scales = request.kv_cache or "fp32", _find_scales(request, progress)
+    fused, lanes, scales = has_router_weights(), count_lanes(request), _find_scales(request, progress)
+    kv_cache = request.kv_cache or default_kv_cache(request.bundle.manifest)
     quantization = request.bundle.manifest["quantization"]
     graphs = {MODEL: 1, **({LANES_MODEL: lanes} if lanes > 1 else {})}
     wanted = [(name, count, False) for name, count in graphs.items()]
