@@ -11,13 +11,16 @@ import click
 
 from ..bundle import MANIFEST, Bundle
 from ..progress import console_progress
-from .options import ALGORITHMS, BY_CHANNEL, GROUP_SIZES, WEIGHTS_CHOICES, LoadAware, names_builder
+from .options import ALGORITHMS, BY_CHANNEL, GROUP_SIZES, HEAD, HEAD_CHOICES, WEIGHTS_CHOICES, LoadAware, names_builder
 
 
 @click.command("export")
 @click.argument("source")
 @click.option("-o", "--output", required=True, metavar="BUNDLE", type=click.Path(path_type=Path), help="Output.")
 @click.option("--weights", type=click.Choice(WEIGHTS_CHOICES), default="int4", show_default=True)
+@click.option(
+    "--head", type=click.Choice(HEAD_CHOICES), help=f"Of the head, where weights are int4.  [default: {HEAD}]"
+)
 @click.option(
     "--group-size",
     type=click.Choice([*(str(size) for size in sorted(GROUP_SIZES)), "channel"]),
@@ -60,6 +63,7 @@ def export_command(
     source: str,
     output: Path,
     weights: str,
+    head: str | None,
     group_size: str,
     algorithm: str,
     zero_points: bool | None,
@@ -84,6 +88,7 @@ def export_command(
     """
     common: dict[str, Any] = {
         "weights": weights,
+        "head": head,
         "group_size": BY_CHANNEL if group_size == "channel" else int(group_size),
         "algorithm": algorithm,
         "zero_points": zero_points,

@@ -98,16 +98,18 @@ class Choice:
     by_channel: bool = False
 
 
-def plan_layout(plan: list[Weight], weights: str, group_size: int, *, zero_points: bool) -> Layout:
+def plan_layout(
+    plan: list[Weight], weights: str, group_size: int, *, zero_points: bool, head: str = "int8"
+) -> Layout:
     """Give each tensor its dtype, group size and place. `zero_points`: those of linears are their own, not the middle.
 
-    `group_size`: the largest; `BY_CHANNEL` for one scale a row. Integers that a quantized checkpoint brings are kept as
-    they are, whatever `weights` and `group_size` say.
+    `group_size`: the largest; `BY_CHANNEL` for one scale a row. `head`: int8 or int4, where `weights` are int4.
+    Integers that a quantized checkpoint brings are kept as they are, whatever is asked for.
     """
     allocator = _Allocator()
     symmetric: dict[Dtype, int] = {}
     brought = _gather_brought(plan)
-    choices = [(weight, _choose(weight, brought, weights, group_size, zero_points)) for weight in plan]
+    choices = [(weight, _choose(weight, brought, weights, group_size, zero_points, head)) for weight in plan]
     for weight, choice in choices:
         if choice.group_size and not choice.zero_points:
             count = math.prod(weight.shape) // choice.group_size
@@ -149,7 +151,7 @@ def _gather_brought(plan: list[Weight]) -> dict[str, set[Integers]]:
 
 
 def _choose(
-    weight: Weight, brought: dict[str, set[Integers]], weights: str, group_size: int, zero_points: bool
+    weight: Weight, brought: dict[str, set[Integers]], weights: str, group_size: int, zero_points: bool, head: str
 ) -> Choice:
     """What was brought, else what was asked for. A matrix that no group size divides stays float32."""
     if weight.precision == "keep":
@@ -161,8 +163,9 @@ def _choose(
     widths = (weight.shape[-1], *weight.group_with)
     by_channel = group_size == BY_CHANNEL
     group_size = max(GROUP_SIZES) if by_channel else group_size
-    dtype: Dtype = "uint8" if weights == "int8" or weight.precision == "table" else "uint4"
-    if zero_points and weight.precision != "table":
+    wide = weight.precision == "table" or (weight.role == "head" and head == "int8")
+    dtype: Dtype = "uint8" if weights == "int8" or wide else "uint4"
+    if zero_points and not wide:
         group = pick_group_size(group_size, *widths, even=dtype == "uint4")
         if group is not None:
             return Choice(dtype, group, True, by_channel)

@@ -93,10 +93,11 @@ def calibration_bytes(weights: list[Weight], config: MoEConfig, tokens: int) -> 
     for weight in weights:
         if weight.precision == "linear":
             times = config.moe.num_experts_per_tok if weight.role == "experts" else 1
-            layer = weight.name.split(".")[1]
+            layer = weight.name.rpartition("layers.")[2].split(".")[0]
             layers[layer] = layers.get(layer, 0) + times * weight.shape[-1]
             widest = max(widest, weight.shape[-1])
-            largest = max(largest, math.prod(weight.unit_shape))
+            if weight.role != "head":  # the largest matrix, of which only a chunk of rows is ever held
+                largest = max(largest, math.prod(weight.unit_shape))
     recorded = tokens * (max(layers.values(), default=0) + 4 * config.hidden_size)
     return 4 * (recorded + _COPIES * largest) + _MOMENTS * 8 * widest * widest
 

@@ -28,6 +28,7 @@ from .digests import Digest, Key
 from .families import Family, find_family
 from .functions import DOMAIN
 from .graph import build_canonical_graph, check_graph, save_graph
+from .heads import choose_head, copies_embedding, untie_head
 from .layout import Layout, plan_layout
 from .load_balance import make_load_aware
 from .memory import calibration_bytes, plan_memory
@@ -54,6 +55,7 @@ def export_checkpoint(
     output: str | os.PathLike[str],
     *,
     weights: str = "int4",
+    head: str | None = None,
     group_size: int = 128,
     algorithm: str = "rtn",
     zero_points: bool | None = None,
@@ -71,11 +73,12 @@ def export_checkpoint(
         source: folder with config.json and safetensors.
         output: the bundle's folder; it appears when everything is written and checked, or not at all.
         weights: fp32, fp16, int8 or int4.
+        head: int8 or int4, where weights are int4; None: int8. A tied head becomes a copy when it is int4.
         group_size: input channels that share a scale; the largest that divides a tensor's width is used, up to this;
             0 is one scale for each output channel.
         algorithm: how weights are quantized.
         zero_points: whether each group of a layer's matrices gets a zero point of its own, or all are symmetric;
-            None is the algorithm's own way. Embeddings and head are symmetric.
+            None is the algorithm's own way. Embeddings and an int8 head are symmetric.
         verify: run the parity check.
         force: replace a folder that holds files.
         adapter: a PEFT folder of a LoRA adapter that is merged on the way.
@@ -91,16 +94,20 @@ def export_checkpoint(
         BundleError: the output cannot be written.
     """
     check_options(weights, group_size)
+    head = choose_head(weights, head)
     quantizer = find_algorithm(algorithm)
     checkpoint = Checkpoint.open(source)
     family = find_family(checkpoint)
     config = family.read_config(checkpoint)
     plan, notes = _make_plan(checkpoint, family, config, adapter)
+    config, plan = untie_head(config, plan, head)
+    if copies_embedding(plan):
+        notes.append("the head is tied to the embedding; in int4 it is stored beside it")
     quantizer, extra = _calibrate(quantizer, checkpoint, config, plan, calibration)
     if load_aware is not None:
         config = make_load_aware(config, load_aware)
     own = quantizer.ZERO_POINTS if zero_points is None else zero_points
-    layout = plan_layout(plan, weights, group_size, zero_points=own)
+    layout = plan_layout(plan, weights, group_size, zero_points=own, head=head)
     target = Path(output)
     if not target.name:
         target = target.resolve()  # "." is another folder once it has been replaced
@@ -118,7 +125,7 @@ def export_checkpoint(
         _copy_files(checkpoint.path, staged)
         said = quantizer.notes() if isinstance(quantizer, Calibrated) else []
         manifest = _describe(checkpoint, config, layout, errors, [*notes, *describe_sources(plan, errors), *said])
-        manifest["quantization"].update(weights=weights, group_size=group_size, algorithm=algorithm)
+        manifest["quantization"].update(weights=weights, head=head, group_size=group_size, algorithm=algorithm)
         manifest["provenance"]["verified"] = verify
         manifest["files"] = {path.name: file_entry(path) for path in sorted(staged.iterdir())}
         write_json(staged / MANIFEST, manifest)
@@ -212,7 +219,9 @@ def _describe(
 ) -> dict[str, Any]:
     from .. import __version__
 
-    parameters = sum(math.prod(stored.weight.shape) for stored in layout.stored.values())
+    plan = [stored.weight for stored in layout.stored.values()]
+    twice = layout["head.weight"].weight.size if copies_embedding(plan) else 0
+    parameters = sum(weight.size for weight in plan) - twice
     experts = sum(math.prod(s.weight.shape) for s in layout.stored.values() if s.weight.role == "experts")
     idle = experts * (config.moe.num_experts - config.moe.num_experts_per_tok) // config.moe.num_experts
     gate = config.moe.gate
@@ -275,6 +284,6 @@ def _sizes(config: MoEConfig, layout: Layout) -> dict[str, int]:
     """Bytes by role; a tied table counts as the head, which is what reads all of it."""
     sizes = layout.sizes_by_role()
     if config.tie_word_embeddings:
-        sizes["head"] = sizes.pop("embedding")
+        sizes["head"] = sizes.get("head", 0) + sizes.pop("embedding")
     roles = ("embedding", "norm", "attention", "dense_mlp", "router", "shared_experts", "experts", "head")
     return {role: sizes.get(role, 0) for role in roles}

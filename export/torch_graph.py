@@ -275,7 +275,7 @@ class _Planner:
 def _precision(use: _Use) -> Precision:
     if "other" in use.kinds or use.role == "router":
         return "keep"
-    return "table" if "table" in use.kinds or use.role == "head" else "linear"
+    return "table" if "table" in use.kinds else "linear"
 
 
 def _kind_of(node: ir.Node, index: int, turned: bool) -> str:

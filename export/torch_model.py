@@ -27,6 +27,7 @@ from ..errors import BundleError, UsageError, require
 from .digests import Digest, Key
 from .functions import DOMAIN
 from .graph import save_graph
+from .heads import choose_head
 from .layout import Layout, plan_layout
 from .options import names_builder
 from .pipeline import check_options, check_room, describe_classes
@@ -54,6 +55,7 @@ def export_torch_model(
     output: str | os.PathLike[str],
     *,
     weights: str = "int4",
+    head: str | None = None,
     group_size: int = 128,
     algorithm: str = "rtn",
     zero_points: bool | None = None,
@@ -70,6 +72,7 @@ def export_torch_model(
             "my_package:build_model", which is imported with the current folder on the path: this runs its code.
         output: the bundle's folder; it appears when everything is written and checked, or not at all.
         weights: fp32, fp16, int8 or int4: of the experts, the linear layers and the embeddings.
+        head: as of `export_checkpoint`; a tied one stays int8.
         group_size: as of `export_checkpoint`.
         algorithm: rtn or hqq.
         zero_points: as of `export_checkpoint`.
@@ -89,6 +92,7 @@ def export_torch_model(
     require("torch", purpose="export a torch model")
     require("onnxscript", "torch", "export a torch model")
     check_options(weights, group_size)
+    head = choose_head(weights, head)
     quantizer = find_algorithm(algorithm)
     if isinstance(quantizer, Calibrated) or hasattr(quantizer, "calibrate"):
         raise UsageError(f"algorithm {algorithm} calibrates on a checkpoint; for a torch model use rtn or hqq")
@@ -100,8 +104,9 @@ def export_torch_model(
         vocab = _probe(name, model)
         positions = _find_positions(name, model, max_positions)
         graph = canonicalize(trace(name, model), model, name)
+        head = _settle_head(graph, head)
         own = quantizer.ZERO_POINTS if zero_points is None else zero_points
-        layout = plan_layout(graph.plan, weights, group_size, zero_points=own)
+        layout = plan_layout(graph.plan, weights, group_size, zero_points=own, head=head)
         check_room(target, layout.nbytes)
         canonical = graph.build(layout, target)
         with staged_directory(target, force=force, replaces=MANIFEST) as staged:
@@ -115,7 +120,7 @@ def export_torch_model(
             for path in files:
                 shutil.copyfile(path, staged / path.name)
             manifest = _describe(name, graph, layout, errors, vocab, positions)
-            manifest["quantization"].update(weights=weights, group_size=group_size, algorithm=algorithm)
+            manifest["quantization"].update(weights=weights, head=head, group_size=group_size, algorithm=algorithm)
             manifest["provenance"]["verified"] = verify
             manifest["files"] = {path.name: file_entry(path) for path in sorted(staged.iterdir())}
             write_json(staged / MANIFEST, manifest)
@@ -335,6 +340,14 @@ def _find_tokenizer(tokenizer: str | os.PathLike[str] | None) -> list[Path]:
         raise BundleError(f"{place}: no tokenizer.json there; name that file or a folder that holds it")
     beside = [file.parent / name for name in _TOKENIZER_FILES[1:]]
     return [file, *(path for path in beside if path.is_file())] if place.is_dir() else [file]
+
+
+def _settle_head(graph: TorchGraph, head: str) -> str:
+    """What was asked for; int8 with a note where the embedding's rows are looked up in the same matrix."""
+    if head == "int4" and any(weight.role == "head" and weight.precision == "table" for weight in graph.plan):
+        graph.notes.append("the head is the embedding's own table, and stays int8")
+        return "int8"
+    return head
 
 
 def _describe(

@@ -21,7 +21,8 @@ from .quantization import Integers, PackedMatrix, Quantized, check_finite
 Role = Literal[
     "embedding", "norm", "attention", "dense_mlp", "router", "shared_experts", "experts", "head", "linear", "other"
 ]
-# linear: quantized to the export's precision; table: int8 when that is below; keep: float32 always.
+# linear: quantized to the export's precision (the head to its own); table: int8 when that is below (an embedding's rows
+# are looked up, and onnxruntime looks up no nibbles); keep: float32 always.
 Precision = Literal["linear", "table", "keep"]
 Index = tuple[Any, ...]
 

@@ -23,8 +23,9 @@ _BITS: dict[str, Callable[[int], float]] = {
     "uint4": lambda group: 4.0 + 36.0 / group,
     "int4": lambda group: 4.0 + 32.0 / group,
 }
-_NARROWER = {"fp16": "float16", "int8": "uint8", "int4": "uint4"}
-_STAY_INT8 = ("embedding", "head")
+# By what stands behind `--weights`: the dtype of most tensors.
+_INT4_HEAD = "int4 --head int4"
+_NARROWER = {"fp16": "float16", "int8": "uint8", "int4": "uint4", _INT4_HEAD: "uint4"}
 _NEVER_QUANTIZED = ("norm", "router", "other")
 _GRAIN = 256  # tokens of context: below it, the next smaller powers of two down to 16
 
@@ -56,7 +57,7 @@ class _Change:
 def suggest(ask: Ask, narrower: Mapping[str, int], batch: int, length: int) -> tuple[Suggestion, ...]:
     """The changes that make it fit, the fewest at a time, bits before context before batch; empty where none does.
 
-    narrower: bytes of all weights by `--weights` option, the widest first.
+    narrower: bytes of all weights by what stands behind `--weights`, the widest first.
     """
     for kinds in (("b", "c", "n"), ("bc", "bn", "cn"), ("bcn",)):
         found = [_find(ask, kind, narrower, batch, length) for kind in kinds]
@@ -118,10 +119,15 @@ def narrower_weights(manifest: Mapping[str, Any]) -> dict[str, int]:
 
     Integers that a quantized checkpoint brought are kept by every export: of those nothing is promised.
     """
-    have = (manifest.get("quantization") or {}).get("weights")
+    quantization, sizes = manifest.get("quantization") or {}, manifest["sizes"]
+    have = quantization.get("weights")
+    if have == "int4" and quantization.get("head") == "int4":
+        have = _INT4_HEAD
     options = list(_NARROWER)
+    if not (sizes.get("embedding") and sizes.get("head")):  # a tied head of fewer bits is a copy: more bytes, not fewer
+        options.remove(_INT4_HEAD)
     later = options[options.index(have) + 1 :] if have in options else options
-    now = sum(manifest["sizes"].values())
+    now = sum(sizes.values())
     found = {option: narrower_weight_bytes(manifest, option) for option in later}
     return {option: count for option, count in found.items() if count < now}
 
@@ -140,6 +146,7 @@ def _laid_out_bytes(manifest: Mapping[str, Any], option: str) -> int | None:
         from ..export.checkpoint import Checkpoint
         from ..export.config import moe_config_from_json
         from ..export.families import find_family
+        from ..export.heads import choose_head
         from ..export.layout import plan_layout
         from ..export.options import GROUP_SIZES
 
@@ -147,11 +154,14 @@ def _laid_out_bytes(manifest: Mapping[str, Any], option: str) -> int | None:
         plan = find_family(Checkpoint(Path(), {"model_type": config.family}, {})).plan_weights(config)
     except (ImportError, KeyError, TypeError, CheckpointError):
         return None
-    return sum(plan_layout(plan, option, max(GROUP_SIZES), zero_points=False).sizes_by_role().values())
+    weights, _, head = option.partition(" --head ")
+    layout = plan_layout(plan, weights, max(GROUP_SIZES), zero_points=False, head=choose_head(weights, head or None))
+    return sum(layout.sizes_by_role().values())
 
 
 def _narrower_sizes(manifest: Mapping[str, Any], option: str) -> Iterator[float]:
-    """By class: as narrow already, or never quantized, stay; embedding and head stop at int8."""
+    """By class: as narrow already, or never quantized, stay; the embedding stops at int8, the head where not asked."""
+    stop = {"int4": ("embedding", "head"), _INT4_HEAD: ("embedding",)}.get(option, ())
     classes = (manifest.get("quantization") or {}).get("classes") or {}
     for name, count in manifest["sizes"].items():
         entry = classes.get(name) or {}
@@ -160,5 +170,5 @@ def _narrower_sizes(manifest: Mapping[str, Any], option: str) -> Iterator[float]
             yield count
             continue
         group = entry.get("group_size") or 128
-        wanted = "uint8" if option == "int4" and name in _STAY_INT8 else _NARROWER[option]
+        wanted = "uint8" if name in stop else _NARROWER[option]
         yield count * min(1.0, _BITS[wanted](group) / bits(group))

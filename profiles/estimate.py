@@ -123,7 +123,7 @@ def decode_work(
             attention,
         ),
         Work("experts", shape.expert_bytes(batch), experts, linear, bits),
-        _head_work(shape, batch, linear, bits),
+        _head_work(shape, batch, linear),
     ]
     return Pass(work, batch, batch)
 
@@ -156,7 +156,7 @@ def prefill_work(
             Work("experts", read, _expert_flops(shape, tokens, evaluated), linear, bits),
         ]
         if start + tokens == prompt_tokens:
-            work.append(_head_work(shape, 1, linear, bits))
+            work.append(_head_work(shape, 1, linear))
         chunks.append(Pass(work, tokens))
     return chunks
 
@@ -186,11 +186,9 @@ def _dense_work(shape: ModelShape, tokens: int, precision: str, bits: int) -> li
     ]
 
 
-def _head_work(shape: ModelShape, rows: int, precision: str, bits: int) -> Work:
-    """The head, which integers of 4 bits stop at 8 for."""
-    return Work(
-        "head", shape.sizes.get("head", 0), 2 * rows * shape.vocab_size * shape.hidden_size, precision, 8 if bits else 0
-    )
+def _head_work(shape: ModelShape, rows: int, precision: str) -> Work:
+    flops = 2 * rows * shape.vocab_size * shape.hidden_size
+    return Work("head", shape.sizes.get("head", 0), flops, precision, shape.head_bits)
 
 
 def _expert_flops(shape: ModelShape, tokens: int, experts: int) -> float:

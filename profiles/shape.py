@@ -48,6 +48,7 @@ class ModelShape:
     attention_parameters: int
     attention_flops_per_row: int
     latent_attention: bool
+    head_bits: int = 0  # of the head's integers, 0 where they are none
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> ModelShape:
@@ -200,7 +201,18 @@ def _shape(manifest: Mapping[str, Any]) -> ModelShape:
         attention_parameters=parameters,
         attention_flops_per_row=per_row,
         latent_attention=config["attention"]["kind"] != "gqa",
+        head_bits=_head_bits(manifest),
     )
+
+
+def _head_bits(manifest: Mapping[str, Any]) -> int:
+    """Of the head's integers; a tied head is the embedding's table. 8 of quantized weights that say no more."""
+    quantization = manifest.get("quantization") or {}
+    name = "embedding" if manifest["config"].get("tie_word_embeddings") else "head"
+    entry = (quantization.get("classes") or {}).get(name)
+    if entry is None:
+        return 8 if quantization.get("weights") in ("int8", "int4") else 0
+    return {"uint4": 4, "uint8": 8}.get(str(entry.get("dtype")), 0)
 
 
 def _attention(config: Mapping[str, Any]) -> tuple[int, int]:

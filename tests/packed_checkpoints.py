@@ -119,16 +119,21 @@ Convert = Callable[[str, Array], tuple[Tensors, Array]]
 
 
 def convert_checkpoint(
-    model: Any, folder: Path, convert: Convert, settings: dict[str, Any], skip: tuple[str, ...] = ()
+    model: Any,
+    folder: Path,
+    convert: Convert,
+    settings: dict[str, Any],
+    skip: tuple[str, ...] = (),
+    takes: Callable[[str], bool] = is_linear,
 ) -> Path:
-    """Save `model` with its projections packed by `convert(stem, values) -> (tensors, values they stand for)`, and put
-    those values into the model itself. Names that contain one of `skip` stay as they are."""
+    """Save `model` with the matrices that `takes` names packed by `convert(stem, values) -> (tensors, values they stand
+    for)`, and put those values into the model itself. Names that contain one of `skip` stay as they are."""
     import torch
 
     model.save_pretrained(folder)
     tensors: Tensors = load_file(folder / "model.safetensors")
     state = model.state_dict()
-    for name in [name for name in tensors if is_linear(name) and not any(part in name for part in skip)]:
+    for name in [name for name in tensors if takes(name) and not any(part in name for part in skip)]:
         packed, restored = convert(name.removesuffix(".weight"), tensors.pop(name).float().numpy())
         tensors.update({key: to_torch(value) for key, value in packed.items()})
         with torch.no_grad():

@@ -15,7 +15,7 @@ from model_manifests import deepseek_v2_lite
 import moedge
 from moedge.bundle import Bundle
 from moedge.errors import BundleError
-from moedge.profiles.advice import _largest, narrower_weight_bytes
+from moedge.profiles.advice import _largest, narrower_weight_bytes, narrower_weights
 from moedge.profiles.device import load_profile
 from moedge.profiles.fit import check_fit, estimate_workspace, size
 from moedge.profiles.shape import ModelShape
@@ -191,7 +191,8 @@ def test_advice_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
         memory = round(check_fit(manifest, device, batch, length).total_bytes * draw.uniform(0.05, 1.2))
         device = dataclasses.replace(device, memory_bytes=memory, memory_reserved_bytes=memory // 10)
         fit = check_fit(manifest, device, batch, length)
-        narrower = {name: narrower_weight_bytes(manifest, name) for name in ("fp16", "int8", "int4")}
+        options = ("fp16", "int8", "int4", "int4 --head int4")
+        narrower = {name: narrower_weight_bytes(manifest, name) for name in options}
         weights = {None: fit.weight_bytes} | {k: n for k, n in narrower.items() if n < fit.weight_bytes}
 
         def total(name: str | None, count: int, tokens: int) -> int:
@@ -230,7 +231,8 @@ def read_advice(option: str, batch: int, length: int) -> tuple[str | None, int, 
     """(weights, batch, context) that the options ask for."""
     words = option.replace(" and ", " ").split()
     asked = dict(zip(words, words[1:]))  # noqa: B905
-    return asked.get("--weights"), int(asked.get("--max-batch", batch)), int(asked.get("--max-seq-len", length))
+    weights = f"{asked['--weights']} --head int4" if "--head" in asked else asked.get("--weights")
+    return weights, int(asked.get("--max-batch", batch)), int(asked.get("--max-seq-len", length))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "mixtral", "qwen2_moe"])
@@ -240,6 +242,12 @@ def test_fewer_bits_are_what_an_export_then_takes(family: str, tmp_path: Path) -
     save_model(make_model(family, name), family, tmp_path / "checkpoint")
     moedge.export(tmp_path / "checkpoint", tmp_path / "fp16", weights="fp16", verify=False)
     manifest = Bundle.open(tmp_path / "fp16").manifest
-    for option in ("int8", "int4"):
-        moedge.export(tmp_path / "checkpoint", tmp_path / option, weights=option, verify=False)
-        assert narrower_weight_bytes(manifest, option) == sum(Bundle.open(tmp_path / option).sizes.values())
+    options = ["int8", "int4"] + ["int4 --head int4"] * (not manifest["config"]["tie_word_embeddings"])
+    assert list(narrower_weights(manifest)) == options
+    for place, option in enumerate(options):
+        weights, _, head = option.partition(" --head ")
+        bundle = moedge.export(
+            tmp_path / "checkpoint", tmp_path / str(place), weights=weights, head=head or None, verify=False
+        )
+        assert narrower_weight_bytes(manifest, option) == sum(bundle.sizes.values())
+        assert option not in narrower_weights(bundle.manifest)

@@ -282,6 +282,7 @@ def test_calibration_records_what_each_matrix_is_multiplied_with(tiny_checkpoint
         ("layers.1.attn.o.weight", 0, f"{attention}.o_proj"),
         *((f"layers.2.experts.{ours}.weight", expert, f"{experts}.{expert}.{theirs}")
           for expert in range(8) for ours, theirs in (("gate_up", "up_proj"), ("down", "down_proj"))),
+        ("head.weight", 0, "lm_head"),
     ]  # fmt: skip
     for name, unit, theirs in pairs:
         ours = calibration.inputs(name, unit)
@@ -289,7 +290,7 @@ def test_calibration_records_what_each_matrix_is_multiplied_with(tiny_checkpoint
         expected = seen[theirs].reshape(-1, ours.shape[-1]) if theirs in seen else np.zeros((0, ours.shape[-1]))
         assert len(ours) == len(expected)
         np.testing.assert_allclose(ours.T @ ours, expected.T @ expected, rtol=1e-3, atol=1e-3)
-    assert calibration.inputs("head.weight", 0) is None
+    assert calibration.inputs("embed.weight", 0) is None
 
 
 @pytest.mark.parametrize(("tokens", "fitted"), [(0, False), (gptq.MIN_TOKENS - 1, False), (gptq.MIN_TOKENS, True)])

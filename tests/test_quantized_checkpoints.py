@@ -119,6 +119,19 @@ def test_logits_are_those_of_the_dequantized_model(name: str, tmp_path: Path) ->
     assert np.median(np.abs(actual - expected[0])) < 0.15 * expected.std()
 
 
+@pytest.mark.parametrize("name", ["gptq 4 sym", "gptq 4 asym", "ct w4 sym"])
+def test_a_quantized_head_stays_at_its_four_bits(name: str, tmp_path: Path) -> None:
+    """Whatever is asked of heads that come plain; with all else in float32, transformers agrees."""
+    model = make_model(SEED)
+    convert_checkpoint(model, tmp_path / "c", *INTEGER_FORMATS[name], takes="lm_head.weight".__eq__)
+    bundle = moedge.export(tmp_path / "c", tmp_path / "b", weights="fp32")
+    head = bundle.manifest["quantization"]["classes"]["head"]
+    assert (head["dtype"], head["zero_points"], head["relative_error"]) == ("uint4", "asym" in name, 0)
+    ids = np.random.default_rng(SEED).integers(0, 320, (1, 48))
+    expected = transformers_logits(model, ids)
+    np.testing.assert_allclose(canonical_logits(tmp_path / "b", ids), expected, rtol=0, atol=1e-4)
+
+
 def unpack_theirs(name: str, tensors: dict[str, Any], stem: str) -> Array:
     """uint8 [out, in] straight from the definition of each format, apart from both the packer and the reader."""
     if name.startswith("gptq"):

@@ -90,6 +90,22 @@ def make_tied() -> Tied:
     return model
 
 
+def make_untied() -> Tied:
+    class Untied(Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(HIDDEN, VOCAB)
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            x = self.embedding(input_ids)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    torch.manual_seed(4)
+    return Untied().eval()
+
+
 def torch_logits(model: Any, ids: list[int]) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].numpy()
@@ -149,6 +165,17 @@ def test_bundle_is_canonical_and_says_what_it_holds(bundle: tuple[str, Path]) ->
     outside = {tensor.name for tensor in model.graph.initializer if tensor.external_data}
     assert "model.embedding.weight" in outside and "layers.0.experts.gate_up.weight" in outside
     assert sum(manifest["sizes"].values()) <= (folder / "weights.bin").stat().st_size
+
+
+def test_a_head_in_four_bits_where_it_is_not_the_embedding(tmp_path: Path, trace_once: None) -> None:
+    options: dict[str, Any] = {"head": "int4", "group_size": 16, "force": True}
+    tied = export_torch_model(make_tied, tmp_path / "b", **options).manifest
+    assert tied["provenance"]["notes"][-1] == "the head is the embedding's own table, and stays int8"
+    assert (tied["quantization"]["head"], tied["quantization"]["classes"]["head"]["dtype"]) == ("int8", "uint8")
+    own = export_torch_model(make_untied, tmp_path / "b", **options)
+    classes = own.manifest["quantization"]["classes"]
+    assert (classes["head"]["dtype"], classes["embedding"]["dtype"]) == ("uint4", "uint8")
+    assert len(own.manifest["provenance"]["notes"]) == 1 and own.manifest["quantization"]["head"] == "int4"
 
 
 def test_a_nan_in_a_router_is_reported(bundle: tuple[str, Path], tmp_path: Path) -> None:

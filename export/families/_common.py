@@ -48,7 +48,7 @@ def plan_decoder(
             plan += plan_gated_mlp(f"{ours}.mlp", f"{theirs}.mlp", hidden, config.intermediate_size, "dense_mlp")
     plan += plan_norm(config, "final_norm", "model.norm")
     if not config.tie_word_embeddings:
-        plan.append(plain("head.weight", "lm_head.weight", (vocab, hidden), "head", "table"))
+        plan.append(plain("head.weight", "lm_head.weight", (vocab, hidden), "head", "linear"))
     if config.head_bias:
         plan.append(plain("head.bias", "lm_head.bias", (vocab,), "head", "keep"))
     return plan

@@ -29,14 +29,14 @@ class Calibration:
         self.recorded: dict[tuple[str, int], list[Array]] = {}
 
     def inputs(self, name: str, unit: int) -> Array | None:
-        """float32 [tokens, in], none for an expert that no token chose; None for what is in no layer.
+        """float32 [tokens, in], none for an expert that no token chose; None for what is in no layer and no head.
 
         Layers must be asked for in order: those passed are forgotten.
         """
         weight = self.plan[name]
-        if not name.startswith("layers.") or weight.precision != "linear":
+        if not name.startswith(("layers.", "head.")) or weight.precision != "linear":
             return None
-        layer = int(name.split(".")[1])
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else self.config.num_hidden_layers
         assert layer >= self.layer, f"{name} is asked for after layer {self.layer}"
         while self.layer < layer:
             self._run_next()
@@ -48,6 +48,11 @@ class Calibration:
             self.hidden = [reference.embed_tokens(self._open, tokens) for tokens in self.sequences]
         self.layer += 1
         self.recorded = {}
+        if self.layer == self.config.num_hidden_layers:
+            # Not multiplied: the logits of all tokens are large, and nothing comes after them.
+            normed = [reference.norm(self.config, self._open, "final_norm", x) for x in self.hidden]
+            self.recorded["head.weight", 0] = normed
+            return
         self.hidden = [reference.run_layer(self.config, self._open, self.layer, x) for x in self.hidden]
 
     def _open(self, name: str) -> Any:

@@ -1,0 +1,181 @@
+"""The head at 4 bits: what is stored, that every target reads it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import family_cases
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+from lowered_graph import LoweredGraph
+from test_onnxruntime_cuda import lower_and_run
+
+import moedge
+from moedge import cli
+from moedge.bundle import MODEL, Bundle
+from moedge.export.checkpoint import Checkpoint
+from moedge.export.families import find_family
+from moedge.export.heads import untie_head
+from moedge.export.layout import plan_layout
+from moedge.export.quantization import find_algorithm
+from moedge.export.reader import WeightsReader
+from moedge.profiles.device import load_profile
+from moedge.profiles.estimate import bytes_per_token, estimate
+from moedge.profiles.shape import ModelShape
+from moedge.profiles.targets import onnxruntime as target
+from moedge.profiles.targets._canonical import load_canonical
+from moedge.profiles.targets._trt_check import NetworkRunner
+from moedge.profiles.targets.tensorrt_network import WEIGHTS_FILE, lower_network
+
+Array = np.ndarray[Any, Any]
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from it. " * 6
+# Untied, tied, and tied with a divisor of the logits or a bias of the head.
+CASES = [
+    ("qwen3_moe", "normalized_mqa"),
+    ("qwen3_moe", "every_expert_window_tied"),
+    ("granitemoe", "odd_experts_top_1_biases_tied"),
+    ("phimoe", "both_experts_window_tied"),
+]
+
+
+def export(family: str, name: str, folder: Path, **options: Any) -> Bundle:
+    """Parity checked; the checkpoint lies beside."""
+    family_cases.save_model(family_cases.make_model(family, name), family, folder / "checkpoint")
+    return moedge.export(folder / "checkpoint", folder / "bundle", **{"head": "int4", "group_size": 32} | options)
+
+
+def canonical_logits(bundle: Bundle, ids: Array) -> Array:
+    session = ort.InferenceSession(str(bundle.file(MODEL)))
+    logits: Array = session.run(None, {"input_ids": ids[None]})[0][0]
+    return logits
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("algorithm", ["rtn", "hqq"])
+@pytest.mark.parametrize(("family", "name"), CASES[:2])
+def test_codes_are_the_algorithms_own(
+    family: str, name: str, algorithm: str, zero_points: bool, tmp_path: Path
+) -> None:
+    """Of the head's tensor, or of the embedding's where that is the head; the embedding itself stays at 8 bits."""
+    bundle = export(family, name, tmp_path, algorithm=algorithm, zero_points=zero_points)
+    checkpoint = Checkpoint.open(tmp_path / "checkpoint")
+    module = find_family(checkpoint)
+    config = module.read_config(checkpoint)
+    _, plan = untie_head(config, module.plan_weights(config), "int4")
+    layout = plan_layout(plan, "int4", 32, zero_points=zero_points, head="int4")
+    reader = WeightsReader(bundle.file("weights.bin"), layout)
+    head, embedding = layout["head.weight"], layout["embed.weight"]
+    source = checkpoint.read("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
+    wanted = find_algorithm(algorithm).quantize(
+        source.astype(np.float32), 4, head.group_size, zero_points=not head.shared_zero_points
+    )
+    np.testing.assert_array_equal(reader.read_rows(head, 0, config.vocab_size), wanted.dequantize())
+    assert (head.data.dtype, embedding.data.dtype) == ("uint4", "uint8") and embedding.shared_zero_points
+    assert head.shared_zero_points is not zero_points
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_every_engine_of_the_cpu_reads_it(
+    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: None
+) -> None:
+    bundle = export(family, name, tmp_path, zero_points=family == "phimoe")
+    classes = bundle.manifest["quantization"]["classes"]
+    assert (classes["head"]["dtype"], classes["embedding"]["dtype"]) == ("uint4", "uint8")
+    assert bundle.manifest["quantization"]["head"] == "int4" and bundle.manifest["provenance"]["verified"]
+    ids = np.random.default_rng(3).integers(0, bundle.config["vocab_size"], 24)
+    expected = canonical_logits(bundle, ids)
+    model, _ = load_canonical(bundle)
+    cache = target.lower(model, accuracy_level=0, fused_experts=target.has_router_weights())
+    found = LoweredGraph(model, cache, bundle.path).step(ids)["logits"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
+    moedge.build(bundle.path, "cpu")
+    for kernels in ("", "stock"):
+        if kernels:
+            monkeypatch.setenv("MOEDGE_KERNELS", kernels)
+        with moedge.load(bundle.path, "cpu") as engine:
+            found = engine.logits(ids)
+        assert np.median(np.abs(found - expected)) < 0.1 * expected.std()
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    model = og.Model(str(bundle.engine_dir("cpu")))
+    generator = og.Generator(model, og.GeneratorParams(model))
+    generator.append_tokens(ids.astype(np.int32))
+    np.testing.assert_allclose(generator.get_output("logits")[0, 0], found[-1], atol=0.02 * np.abs(found).max())
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_the_targets_of_gpus_read_it(family: str, name: str, zero_points: bool, tmp_path: Path) -> None:
+    bundle = export(family, name, tmp_path, zero_points=zero_points)
+    model, config = load_canonical(bundle)
+    network = lower_network(model, config, 40, real=ir.DataType.FLOAT)
+    network.weights.write(tmp_path / WEIGHTS_FILE)
+    network.save(tmp_path, MODEL)
+    assert network.model.graph.initializers["head.weight.lowered"].dtype == ir.DataType.INT4
+    ids = np.random.default_rng(3).integers(0, config.vocab_size, 24)
+    expected = canonical_logits(bundle, ids)
+    on_cuda = lower_and_run(bundle, ids, ir.DataType.FLOAT)
+    for found in (NetworkRunner(tmp_path / MODEL).step(ids)["logits"], on_cuda):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+def test_a_tied_head_becomes_a_copy_that_counts_once(tmp_path: Path) -> None:
+    """What a token reads falls, what lies on the disk grows; the parameters are the checkpoint's."""
+    copied = export(*CASES[1], tmp_path)
+    tied = moedge.export(tmp_path / "checkpoint", tmp_path / "tied", group_size=32, verify=False)
+    assert copied.manifest["model"] == tied.manifest["model"]
+    assert "the head is tied to the embedding; in int4 it is stored beside it" in copied.manifest["provenance"]["notes"]
+    assert (tied.sizes["embedding"], copied.sizes["embedding"]) == (0, tied.sizes["head"])
+    vocab, hidden = tied.config["vocab_size"], tied.config["hidden_size"]
+    assert copied.sizes["head"] == vocab * hidden // 2 + 4 * vocab * hidden // 32
+    assert bytes_per_token(tied.manifest, 64) - bytes_per_token(copied.manifest, 64) == vocab * hidden // 2
+    assert [ModelShape.from_manifest(bundle.manifest).head_bits for bundle in (tied, copied)] == [8, 4]
+    assert tied.manifest["quantization"]["head"] == "int8"
+
+
+def test_gptq_fits_the_head_to_what_it_is_multiplied_with(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Another one than hqq's, and parity checked, in an export as in each of its parts."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    options: dict[str, Any] = {"head": "int4", "group_size": 32}
+    fitted = moedge.export(
+        tiny_checkpoint, tmp_path / "gptq", algorithm="gptq", calibration=tmp_path / "text.txt", **options
+    )
+    plain = moedge.export(tiny_checkpoint, tmp_path / "hqq", algorithm="hqq", **options)
+    errors = [bundle.manifest["quantization"]["classes"]["head"]["relative_error"] for bundle in (fitted, plain)]
+    assert errors[0] > 1.02 * errors[1] and fitted.manifest["provenance"]["verified"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"head": "fp16"}, "head 'fp16' is not known; known: int8, int4"),
+        (
+            {"weights": "int8", "head": "int4"},
+            "head 'int4' is for weights int4, and these are int8; leave --head out, or use --weights int4",
+        ),
+    ],
+)
+def test_what_is_refused(options: dict[str, str], told: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(moedge.CheckpointError) as raised:
+        moedge.export(tiny_checkpoint, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert str(raised.value) == told and not (tmp_path / "out").exists()
+
+
+def test_the_command_and_a_bundle_of_before(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    command = ["export", str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--head", "int4", "--group-size", "32"]
+    result = CliRunner().invoke(cli.main, command)
+    assert result.exit_code == 0 and "\n  head: uint4, group 32, relative error " in result.stdout
+    shutil.copytree(tiny_bundle, tmp_path / "old")
+    manifest = json.loads((tmp_path / "old" / "moedge.json").read_text())
+    del manifest["quantization"]["head"]
+    (tmp_path / "old" / "moedge.json").write_text(json.dumps(manifest))
+    with moedge.load(tmp_path / "old", "cpu") as old, moedge.load(tiny_bundle, "cpu") as new:
+        np.testing.assert_array_equal(old.logits([1, 5, 9]), new.logits([1, 5, 9]))
+    device = load_profile("rtx4090")
+    first, second = (estimate(Bundle.open(path).manifest, device) for path in (tmp_path / "old", tiny_bundle))
+    assert first["itl_ms"] == second["itl_ms"]
