@@ -18,7 +18,7 @@ from moedge.errors import BundleError
 from moedge.profiles.advice import _largest, narrower_weight_bytes, narrower_weights
 from moedge.profiles.device import load_profile
 from moedge.profiles.fit import check_fit, estimate_workspace, size
-from moedge.profiles.shape import ModelShape
+from moedge.profiles.shape import ModelShape, default_kv_cache
 
 GIB = 1 << 30
 
@@ -34,7 +34,8 @@ def test_parts_by_hand() -> None:
     assert fit.total_bytes == fit.weight_bytes + fit.cache_bytes + 123_456_789 + 600 * 2**20
     assert fit.fits and not fit.suggestions and not fit.devices_that_fit
     assert fit.explain().startswith("DeepSeek-V2-Lite fits rtx4090: it needs 9.")
-    assert check_fit(manifest, load_profile("cpu"), 2, 4096).cache_bytes == 2 * fit.cache_bytes  # fp32 there
+    element = {"fp16": 2, "fp32": 4}[default_kv_cache(manifest)]
+    assert check_fit(manifest, load_profile("cpu"), 2, 4096).cache_bytes == 2 * 4096 * 27 * (512 + 64) * element
     narrow = check_fit(manifest, load_profile("cpu"), 2, 4096, cache_bytes_per_element=1)
     assert 2 * narrow.cache_bytes == fit.cache_bytes
 
