@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import Bundle
 from ..errors import EngineError
 from .engine import Engine, load
+from .mailbox import Mailbox
 from .requests import TextRequest, make_request
 from .scheduler import Job, Scheduler, Update
 from .writing import TokenLogprob
@@ -30,16 +32,12 @@ if TYPE_CHECKING:
 class AsyncGeneration(AsyncIterator[str]):
     """Pieces of text, each of whole characters. Leaving it unfinished (`aclose`, a cancelled task) frees its slot."""
 
-    def __init__(self, scheduler: Scheduler, request: TextRequest, seconds: float) -> None:
+    def __init__(self, scheduler: Scheduler, mailbox: Mailbox, request: TextRequest, seconds: float) -> None:
         self.prompt_tokens = len(request.prompt)
-        self._updates: asyncio.Queue[Update] = asyncio.Queue()
+        self._inbox = mailbox.inbox()  # holds no reference to `self`, which ends the job when it goes
+        self._updates: deque[Update] = deque()
         self._over = False
-        loop, updates = asyncio.get_running_loop(), self._updates
-
-        def deliver(_: int, update: Update) -> None:  # holds no reference to `self`, which ends the job when it goes
-            loop.call_soon_threadsafe(updates.put_nowait, update)
-
-        (self._job,) = scheduler.submit([request], deliver, seconds=seconds)
+        (self._job,) = scheduler.submit([request], self._inbox.put, seconds=seconds)
 
     @property
     def tokens(self) -> list[int]:
@@ -63,11 +61,13 @@ class AsyncGeneration(AsyncIterator[str]):
 
     async def __anext__(self) -> str:
         while not self._over:
-            try:
-                update = await self._updates.get()
-            except asyncio.CancelledError:
-                self._job.cancel()
-                raise
+            if not self._updates:
+                try:
+                    self._updates.extend(update for _, update in await self._inbox.next())
+                except asyncio.CancelledError:
+                    self._job.cancel()
+                    raise
+            update = self._updates.popleft()
             self._over = update.done
             if self._over and self._job.error is not None:
                 raise self._job.error
@@ -90,7 +90,8 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine, *, slots: int = 4, queue: int = 64, owns_engine: bool = False) -> None:
         self.engine = engine
-        self.scheduler = Scheduler(engine, slots=slots, queue=queue)
+        self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
+        self.scheduler = Scheduler(engine, slots=slots, queue=queue, told=self._ring)
         self._owns_engine = owns_engine
 
     @classmethod
@@ -125,10 +126,20 @@ class AsyncEngine:
         """
         if not self.scheduler.open:
             raise EngineError("this AsyncEngine is closed; load it again")
-        return AsyncGeneration(self.scheduler, make_request(self.engine, prompt, **options), seconds)
+        return AsyncGeneration(self.scheduler, self._mailbox(), make_request(self.engine, prompt, **options), seconds)
 
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Take no more texts, let those there are go on for `drain_s` seconds, then cancel them and free the memory."""
         await asyncio.to_thread(self.scheduler.close, drain_s)
         if self._owns_engine:
             self.engine.close()
+
+    def _mailbox(self) -> Mailbox:
+        """That of the running loop."""
+        for ended in [loop for loop in list(self._mailboxes) if loop.is_closed()]:
+            self._mailboxes.pop(ended, None)
+        return self._mailboxes.setdefault(asyncio.get_running_loop(), Mailbox())
+
+    def _ring(self) -> None:
+        for mailbox in list(self._mailboxes.values()):
+            mailbox.ring()

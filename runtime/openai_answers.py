@@ -14,6 +14,7 @@ from .tokens import Tokenizer
 from .writing import TokenLogprob
 
 _LEAST = -9999.0  # what OpenAI gives for a probability of 0; JSON has no infinity
+_encode = json.JSONEncoder().encode
 # Finish reasons of jobs that OpenAI has no word for: the text is shorter than it could have been.
 _FINISH = {"deadline": "length", "cancelled": "length"}
 
@@ -75,7 +76,7 @@ class Answer:
             before, _, after = sse(self.piece(place, mark, sent, tokens, False, False)).partition(f'"{mark}"'.encode())
             self._frames[place] = before, after
         before, after = self._frames[place]
-        return before + json.dumps(text).encode() + after
+        return before + _encode(text).encode() + after
 
     def opening(self, place: int) -> dict[str, Any] | None:
         """What a stream begins with for each text: the role in a chat, the echo of a prompt."""

@@ -116,13 +116,14 @@ class Sampler:
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._random: np.random.Generator | None = None
 
-    def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token's id for the `logits` [vocab].
+    def choose(self, logits: NDArray[np.float32], best: int | None = None) -> int:
+        """The next token's id for the `logits` [vocab]; `best`: the place of the largest (of NaN, where there is any).
 
         Raises:
             EngineError: the logits hold NaN or have no finite maximum.
         """
-        best = int(np.argmax(logits))  # NaN counts as the largest
+        if best is None:
+            best = int(np.argmax(logits))  # NaN counts as the largest
         if not math.isfinite(logits[best]):
             raise EngineError(
                 f"the model gave no usable logits (the largest is {float(logits[best])}): the weights or the engine "

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A step for each (context, token): logits [vocab] each, valid until that context's next step, or why there are none.
-Stepper = Callable[[Sequence[tuple[Context, int]]], list["NDArray[np.float32] | Exception"]]
+# A step for each (context, token): logits [vocab] each, valid until that context's next step, or why there are none;
+# or all of them in one array [texts, vocab].
+Stepper = Callable[[Sequence[tuple[Context, int]]], "NDArray[np.float32] | list[NDArray[np.float32] | Exception]"]
 
 _LONGEST_WAIT = 60  # seconds that a refused client is told to wait at most
 
@@ -73,7 +74,12 @@ class Job:
     """
 
     def __init__(
-        self, request: TextRequest, writer: TextWriter, deliver: Callable[[Update], None], deadline: float
+        self,
+        request: TextRequest,
+        writer: TextWriter,
+        deliver: Callable[[int, Update], None],
+        place: int,
+        deadline: float,
     ) -> None:
         self.request = request
         self.writer = writer
@@ -84,6 +90,7 @@ class Job:
         self.deadline = deadline
         self.cancelled = False
         self._deliver = deliver
+        self._place = place
 
     def cancel(self) -> None:
         """End it before its next step; from any thread."""
@@ -99,7 +106,7 @@ class Job:
     def tell(self, text: str, done: bool) -> None:
         """Pass on what came. A consumer that fails has gone."""
         try:
-            self._deliver(Update(text, len(self.writer.tokens), done))
+            self._deliver(self._place, Update(text, len(self.writer.tokens), done))
         except Exception:
             self.cancelled = True
 
@@ -129,7 +136,7 @@ class Scheduler:
         observer: Observer | None = None,
         told: Callable[[], None] | None = None,
     ) -> None:
-        """`told` is called in the worker's thread whenever consumers were, and nothing is to tell for a while."""
+        """`observer` may be exchanged later. `told` is called in the worker's thread whenever consumers were, and nothing is to tell for a while."""
         check_whole("slots", slots)
         check_whole("queue", queue)
         self.engine = engine
@@ -144,7 +151,7 @@ class Scheduler:
         lanes = engine.session.lanes
         self._step = stepper or (step_in_lanes if lanes > 1 else step_in_turn)
         self._together = slots if stepper is not None or lanes == 1 else lanes  # texts in one call of it
-        self._observer = observer
+        self.observer = observer
         self._told = told or (lambda: None)
         self._thread = threading.Thread(target=self._run, name="moedge-scheduler", daemon=True)
         self._thread.start()
@@ -195,7 +202,7 @@ class Scheduler:
         jobs = []
         for place, request in enumerate(requests):
             writer = TextWriter(request, self.engine.tokenizer, self._eos)
-            jobs.append(Job(request, writer, _bound(deliver, place), deadline))
+            jobs.append(Job(request, writer, deliver, place, deadline))
         with self._wake:
             if not self.open:
                 raise EngineError("the scheduler is closed and takes no more texts")
@@ -269,16 +276,19 @@ class Scheduler:
     def _decode(self) -> None:
         """One step for every text that decodes."""
         ready = [slot for slot in self._slots if slot.job is not None and not slot.filling]
-        if ready and self._observer is not None:
-            self._observer.stepped(len(ready))
+        if ready and self.observer is not None:
+            self.observer.stepped(len(ready))
         for start in range(0, len(ready), self._together):
             group = ready[start : start + self._together]
             work = [(slot.context, slot.job.writer.tokens[-1]) for slot in group if slot.context and slot.job]
-            for slot, logits in zip(group, self._step(work), strict=True):
+            found = self._step(work)
+            # For all at once: numpy takes longer to begin than to look through a row.
+            best = found.argmax(axis=1).tolist() if isinstance(found, np.ndarray) else [None] * len(group)
+            for slot, logits, likeliest in zip(group, found, best, strict=True):
                 if isinstance(logits, Exception):
                     self._fail(slot, logits)
                 else:
-                    self._take(slot, logits)
+                    self._take(slot, logits, likeliest)
 
     def _fill_one(self) -> None:
         """One chunk of one prompt, the slots in turn."""
@@ -322,18 +332,18 @@ class Scheduler:
         twin = self._twin(slot)
         return twin is not None and twin.job is not None and twin.filling
 
-    def _take(self, slot: _Slot, logits: NDArray[np.float32]) -> None:
-        """The next token of a slot's text, and what follows from it."""
+    def _take(self, slot: _Slot, logits: NDArray[np.float32], best: int | None = None) -> None:
+        """The next token of a slot's text, and what follows from it; `best`: the place of the largest logit."""
         job, context = slot.job, slot.context
         assert job is not None and context is not None
         try:
-            text = job.writer.take(logits)
+            text = job.writer.take(logits, best)
         except Exception as error:
             self._fail(slot, error)
             return
         now = time.monotonic()
-        if self._observer is not None:
-            self._observer.token_came(job, now - job.last_token)
+        if self.observer is not None:
+            self.observer.token_came(job, now - job.last_token)
         job.last_token = now
         writer = job.writer
         if writer.finish_reason is None and context.session.length >= context.session.capacity:
@@ -375,15 +385,17 @@ class Scheduler:
     def _finish(self, job: Job, text: str) -> None:
         taken = time.monotonic() - job.submitted
         self._mean_seconds += 0.2 * (taken - self._mean_seconds)
-        if self._observer is not None:
-            self._observer.finished(job)
+        if self.observer is not None:
+            self.observer.finished(job)
         job.tell(text, True)
 
 
-def step_in_lanes(work: Sequence[tuple[Context, int]]) -> list[NDArray[np.float32] | Exception]:
+def step_in_lanes(
+    work: Sequence[tuple[Context, int]],
+) -> NDArray[np.float32] | list[NDArray[np.float32] | Exception]:
     """A step for each (context, token), in one run; where that fails one after the other, to see whose fault it was."""
     try:
-        return list(step_together(work))
+        return step_together(work)
     except EngineError as error:
         return step_in_turn(work) if len(work) > 1 else [error]
 
@@ -397,7 +409,3 @@ def step_in_turn(work: Sequence[tuple[Context, int]]) -> list[NDArray[np.float32
         except Exception as error:
             found.append(error)
     return found
-
-
-def _bound(deliver: Callable[[int, Update], None], place: int) -> Callable[[Update], None]:
-    return lambda update: deliver(place, update)

@@ -45,6 +45,14 @@ SLOTS = 4  # where the engine steps one text at a time
 @click.option("--max-texts", type=_POSITIVE, default=8, show_default=True, help="In one request: prompts times n.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, help="Seconds.")
 @click.option("--drain", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds for texts to end.")
+@click.option(
+    "--stream-interval",
+    type=click.FloatRange(0, 10_000),
+    default=20.0,
+    show_default=True,
+    metavar="MS",
+    help="Where more than 4 texts stream, tokens go out so often, together; 0: each as it comes.",
+)
 @click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="Log of who asked for how much.")
 @click.option("--threads", type=_POSITIVE, help="Threads that compute. [default: physical cores]")
 @click.option("--max-seq-len", type=_POSITIVE, metavar="N", help="Room in each context, below the engine's own.")
@@ -62,6 +70,7 @@ def serve_command(
     max_seq_len: int | None,
     prefix_bytes: int | None,
     lock_weights: bool,
+    stream_interval: float,
     **options: Any,
 ) -> None:
     """OpenAI-compatible HTTP server.
@@ -96,7 +105,7 @@ def serve_command(
         )
         slots = slots or (built if built > 1 else _default_slots(engine))
         model = name or str((engine.bundle.manifest.get("model") or {}).get("name") or engine.bundle.path.name)
-        settings = Settings(name=model, slots=slots, keys=keys, **options)
+        settings = Settings(name=model, slots=slots, keys=keys, stream_interval=stream_interval / 1000, **options)
         if not keys and not _is_loopback(host):
             click.echo(f"warning: {host} can be reached by others and no API key is needed (--api-keys)", err=True)
         address, actual = listener.getsockname()[:2]

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -25,6 +26,7 @@ from starlette.exceptions import HTTPException
 
 from ..errors import EngineError, MoedgeError
 from .engine import Engine
+from .mailbox import Mailbox
 from .openai_answers import Answer, error_document
 from .openai_types import ChatRequest, CompletionRequest, unsupported
 from .requests import ContextFull, TextRequest, make_request
@@ -33,7 +35,7 @@ from .server_audit import AuditLog
 from .server_guard import Guard, Keys, Limits
 from .server_metrics import Metrics
 from .server_patience import patient_protocol
-from .server_runs import ClientGone, Mailbox, Refusal, Run, unless_gone
+from .server_runs import ClientGone, Refusal, Run, unless_gone
 from .server_streams import EventStream
 
 _PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/readyz", "/metrics", "/openapi.json"}
@@ -53,6 +55,7 @@ class Settings:
     all_bodies: int = 64 << 20  # of all requests that are being read or taken in
     header_seconds: float = 10.0
     write_seconds: float = 30.0  # for a client to take 32 KiB, or what there is
+    stream_interval: float = 0.02  # between two writes to a stream, where more than a few run
     connections: int = 900
     max_prompt_tokens: int | None = None  # None: what the context has room for
     max_new_tokens: int | None = None  # None: likewise; more is cut to it
@@ -72,14 +75,24 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         engine.tokenizer  # noqa: B018  (a bundle without one is refused at once, not with the first request)
-        self.mailbox = Mailbox()
-        self.scheduler = Scheduler(
-            engine, slots=settings.slots, queue=settings.queue, observer=self.metrics, told=self.mailbox.ring
-        )
+        self.mailbox = Mailbox(settings.stream_interval)
+        self.scheduler = Scheduler(engine, slots=settings.slots, queue=settings.queue, told=self.mailbox.ring)
         self.metrics.watch(self.scheduler)
         self.created = int(time.time())
         self._audit = AuditLog(settings.audit, engine.bundle) if settings.audit is not None else None
         self._serving: Counter[str] = Counter()
+
+    def warm_up(self) -> None:
+        """Make a short text before the first client does, for whom the modules that are imported when they are needed and
+        the memory that is touched for the first time would be a wait."""
+        if self.engine.tokenizer.has_chat_template:
+            with contextlib.suppress(MoedgeError):  # a template that refuses so short a chat
+                self.engine.tokenizer.chat([{"role": "user", "content": "a"}])
+        over = threading.Event()
+        request = make_request(self.engine, [0], max_new_tokens=2, temperature=1.0, seed=0, logprobs=0)
+        self.scheduler.submit([request], lambda _, update: over.set() if update.done else None)
+        over.wait()
+        self.scheduler.observer = self.metrics  # which have clients' texts alone
 
     async def close(self) -> None:
         """Let the texts end, for as long as the settings say; then cancel them."""
@@ -99,10 +112,10 @@ class Service:
             if not self._serving[key]:
                 del self._serving[key]
 
-    def run(self, requests: list[TextRequest], seconds: float | None) -> Run:
-        """Let texts run, for as long as the client and the settings allow."""
+    def run(self, requests: list[TextRequest], seconds: float | None, *, whole: bool) -> Run:
+        """Let texts run, for as long as the client and the settings allow; `whole`: read when they are over."""
         most = min(self.settings.timeout, math.inf if seconds is None else seconds)
-        return Run(self.scheduler, self.mailbox, requests, most, self.failure)
+        return Run(self.scheduler, self.mailbox, requests, most, self.failure, whole=whole)
 
     def audit(self, key: str, path: str, answer: Answer) -> None:
         """Write down who asked for how much, if that is wanted."""
@@ -178,6 +191,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
+            await asyncio.to_thread(service.warm_up)
             yield
         finally:
             await service.close()
@@ -240,7 +254,7 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         try:
             small = request.state.body_bytes <= _SMALL_BODY
             made = service.requests_of(body) if small else await asyncio.to_thread(service.requests_of, body)
-            run, (_, echo, total) = service.run(made[0], body.timeout), made
+            run, (_, echo, total) = service.run(made[0], body.timeout, whole=not body.stream), made
         except BaseException:
             places.close()
             raise
@@ -250,9 +264,8 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         places.callback(run.cancel)
         try:
             if not body.stream:
-                await unless_gone(request, run.rest())
-                return JSONResponse(found.whole(run.texts))
-            first = await unless_gone(request, run.next())
+                return JSONResponse(found.whole(await unless_gone(request.receive, run.rest())))
+            first = await unless_gone(request.receive, run.next())
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             return EventStream(run, found, first, usage, places.pop_all())
         finally:

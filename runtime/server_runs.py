@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from starlette.requests import Request
-
+from .mailbox import Mailbox
 from .requests import TextRequest
 from .scheduler import Job, Scheduler, Update
+
+if TYPE_CHECKING:
+    from .server_guard import Receive
 
 _T = TypeVar("_T")
 
@@ -28,33 +28,6 @@ class ClientGone(Exception):
     """Nobody waits for the answer."""
 
 
-class Mailbox:
-    """What the scheduler's thread has for the event loop, which is woken once for all texts of a round."""
-
-    def __init__(self) -> None:
-        self._letters: deque[tuple[Run, int, Update]] = deque()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def belong(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Deliver in this loop."""
-        self._loop = loop
-
-    def put(self, run: Run, place: int, update: Update) -> None:
-        """Put something in; from any thread."""
-        self._letters.append((run, place, update))
-
-    def ring(self) -> None:
-        """Have everything delivered; from any thread."""
-        if self._letters and self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # a loop that has ended: nobody reads any more
-                self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        while self._letters:
-            run, place, update = self._letters.popleft()
-            run.take(place, update)
-
-
 class Run:
     """The texts of one request while they run.
 
@@ -69,25 +42,16 @@ class Run:
         requests: list[TextRequest],
         seconds: float,
         failure: Callable[[Exception], Refusal],
+        *,
+        whole: bool,
     ) -> None:
-        """`failure` says what a client is told of a text that failed."""
+        """`failure` says what a client is told of a text that failed; `whole`: nothing is read before it is over."""
         self._failure = failure
-        self._came: list[tuple[int, Update]] = []
-        self._awaited: asyncio.Future[None] | None = None
         self._left = len(requests)
-        self.texts = [""] * len(requests)
-        mailbox.belong(asyncio.get_running_loop())
+        self._inbox = mailbox.inbox(whole=whole)
         if not scheduler.open:
             raise Refusal(503, "the server is closing", "closing")
-        self.jobs: list[Job] = scheduler.submit(
-            requests, lambda place, update: mailbox.put(self, place, update), seconds=seconds
-        )
-
-    def take(self, place: int, update: Update) -> None:
-        """Something came, in the event loop."""
-        self._came.append((place, update))
-        if self._awaited is not None and not self._awaited.done():
-            self._awaited.set_result(None)
+        self.jobs: list[Job] = scheduler.submit(requests, self._inbox.put, seconds=seconds)
 
     def cancel(self) -> None:
         """Nobody waits any more."""
@@ -100,15 +64,13 @@ class Run:
         Raises:
             Refusal: a text failed, or had no token when its time was over.
         """
-        if not self._came and self._left:
-            self._awaited = asyncio.get_running_loop().create_future()
-            await self._awaited
-        came, self._came = self._came, []
+        if not self._left:
+            return []
+        came = await self._inbox.next()
         for place, update in came:
             if update.done:
                 self._left -= 1
                 self._check(self.jobs[place])
-            self.texts[place] += update.text
         return came
 
     def _check(self, job: Job) -> None:
@@ -119,21 +81,24 @@ class Run:
         if job.writer.finish_reason == "cancelled":
             raise Refusal(503, "the server is closing", "closing")
 
-    async def rest(self) -> None:
-        """Read until all is over."""
-        while await self.next():
-            pass
+    async def rest(self) -> list[str]:
+        """Wait until all is over; the texts. Raises as `next`."""
+        parts: list[list[str]] = [[] for _ in self.jobs]
+        while came := await self.next():
+            for place, update in came:
+                parts[place].append(update.text)
+        return ["".join(text) for text in parts]
 
 
-async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
-    """What `work` gives, unless the client closes the connection before.
+async def unless_gone(receive: Receive, work: Awaitable[_T]) -> _T:
+    """What `work` gives, unless the client closes the connection before; `receive` is ASGI's.
 
     Raises:
         ClientGone: it did.
     """
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(watch())

@@ -10,8 +10,9 @@ from fastapi.responses import StreamingResponse
 
 from .openai_answers import Answer, error_document, sse
 from .scheduler import Update
-from .server_runs import Refusal, Run
+from .server_runs import ClientGone, Refusal, Run, unless_gone
 
+_MOST = 64 << 10  # bytes made before the reader has taken what went before
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -31,15 +32,16 @@ class EventStream(StreamingResponse):
         self._places = places
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        with self._places:
-            await super().__call__(scope, receive, send)
+        # Without starlette's group of tasks, which looks after each piece.
+        with self._places, contextlib.suppress(ClientGone):
+            await unless_gone(receive, self.stream_response(send))
 
 
 async def _events(run: Run, answer: Answer, first: list[tuple[int, Update]], usage: bool) -> AsyncIterator[bytes]:
-    """Chunks of whole events: all that came while the last chunk was being written go as one."""
+    """Chunks of whole events, one event for each update: all that came while the last was being written go as one."""
     sent = [0] * len(run.jobs)
     openings = [answer.opening(place) for place in range(len(run.jobs))]
-    chunk = b"".join(sse(opening) for opening in openings if opening is not None)
+    chunk = bytearray(b"".join(sse(opening) for opening in openings if opening is not None))
     came, left = first, len(run.jobs)
     try:
         while came:
@@ -48,11 +50,15 @@ async def _events(run: Run, answer: Answer, first: list[tuple[int, Update]], usa
                 last = update.done and not left and not usage
                 chunk += answer.event(place, update.text, sent[place], update.tokens, update.done, last)
                 sent[place] = update.tokens
-            yield chunk
-            chunk = b""
+                if len(chunk) >= _MOST:
+                    yield bytes(chunk)
+                    chunk.clear()
+            if left and chunk:
+                yield bytes(chunk)
+                chunk.clear()
             came = await run.next()
         if usage:
-            chunk = sse(answer.closing())
+            chunk += sse(answer.closing())
     except Refusal as refusal:
-        chunk = sse(error_document(str(refusal), "server_error", refusal.code))
-    yield chunk + sse("[DONE]")
+        chunk += sse(error_document(str(refusal), "server_error", refusal.code))
+    yield bytes(chunk + sse("[DONE]"))

@@ -32,6 +32,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders
 
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -47,6 +48,9 @@ class Tokenizer:
         self._config = read_json(config_path, EngineError) if config_path.is_file() else {}
         self._folder = folder
         self._adds = self._special_rule()
+        # Of bytes that are put one behind the other a token's are its own; elsewhere its neighbours matter.
+        self._by_bytes = isinstance(self._backend.decoder, decoders.ByteLevel)
+        self._pieces: dict[int, str] = {}
 
     def __len__(self) -> int:
         return int(self._backend.get_vocab_size())
@@ -68,6 +72,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; special tokens are left out unless `skip_special` is False."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def piece(self, token: int) -> str:
+        """The text of a token that is the same wherever it stands; "" where that cannot be said."""
+        found = self._pieces.get(token)
+        if found is None:
+            text = self.decode([token]) if self._by_bytes else ""
+            found = self._pieces[token] = "" if _REPLACEMENT in text else text
+        return found
 
     def token_id(self, token: str) -> int | None:
         """The id of a token given as text."""
@@ -152,6 +164,11 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is unfinished."""
+        if self._read == len(self._ids):
+            piece = self._tokenizer.piece(token)
+            if piece:
+                self._ids, self._read = [token], 1
+                return piece
         self._ids.append(token)
         return self._take(patient=len(self._ids) - self._read < _PATIENCE)
 
@@ -187,6 +204,8 @@ class StopMatcher:
 
     def push(self, piece: str) -> tuple[str, bool]:
         """The text that may be given out now, and whether a stop text has come (it and what follows are dropped)."""
+        if not self._stops:
+            return piece, False
         self._held += piece
         places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:

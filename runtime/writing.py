@@ -47,13 +47,15 @@ class TextWriter:
             self._decoder = StreamDecoder(tokenizer, request.prompt.tolist(), whole=request.whole_prompt)
         self._eos = eos
 
-    def take(self, logits: NDArray[np.float32]) -> str:
+    def take(self, logits: NDArray[np.float32], best: int | None = None) -> str:
         """Choose the next token from `logits` [vocab]; the text that may be given out now.
+
+        best: the place of the largest logit, where that is known.
 
         Raises:
             EngineError: the logits hold NaN or have no finite maximum.
         """
-        token = self._sampler.choose(logits)
+        token = self._sampler.choose(logits, best)
         if self.request.logprobs is not None:
             self.logprobs.append(_logprob(logits, token, self.request.logprobs))
         self.tokens.append(token)

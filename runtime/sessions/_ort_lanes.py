@@ -83,6 +83,7 @@ class LaneRunner:
         self._idle = SequenceCache(info, 1)
         self._idle_rows = 1 if self._idle.buffers and not self._in_place else 0
         self._bound: list[SequenceCache | None] = [None] * lanes
+        self._busy = lanes  # lanes that are not known to be idle, and bound so
 
     def run_chunk(
         self, cache: SequenceCache, input_ids: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.float32]
@@ -134,7 +135,7 @@ class LaneRunner:
 
     def _run(self, caches: Sequence[SequenceCache], count: int) -> None:
         """Run with `caches` in the first lanes, `count` new rows in each."""
-        for lane in range(self.lanes):
+        for lane in range(max(len(caches), self._busy)):
             cache = caches[lane] if lane < len(caches) else self._idle
             busy = cache is not self._idle
             self._lengths[lane] = cache.length if busy else 0
@@ -143,6 +144,7 @@ class LaneRunner:
                 self._bind_views(lane, cache, int(self._lengths[lane]), count if busy else 0)
             if not bound:
                 self._bind_buffers(lane, cache)
+        self._busy = len(caches)
         run_bound(self.session, self._binding)
 
     def _bind_buffers(self, lane: int, cache: SequenceCache) -> None:
@@ -185,7 +187,8 @@ class LaneSession(SequenceCache):
         self._runner = runner
         self._open = True
         runner.users += 1
-        self._routing = empty_routing(runner.info, 0)
+        self._routing = empty_routing(runner.info, 0)  # of the last chunk
+        self._lane: tuple[_Frame, int] | None = None  # of the last single token
         self._logits = np.empty((1, runner.info.vocab_size), np.float32)  # of `step`; the runner's are everybody's
 
     @property
@@ -198,7 +201,7 @@ class LaneSession(SequenceCache):
 
     @property
     def routing(self) -> Routing:
-        return self._routing
+        return self._routing if self._lane is None else _of_lane(self._lane[0].routing, self._lane[1])
 
     def step(
         self, input_ids: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.float32] | None = None
@@ -211,6 +214,7 @@ class LaneSession(SequenceCache):
         check_room(self._capacity, self._length, count)
         logits = np.empty((len(rows), self._runner.info.vocab_size), np.float32) if out is None else out
         self._routing = self._runner.run_chunk(self, input_ids, rows, logits)
+        self._lane = None
         check_routing(self._routing, self._runner.info.moe_layers, self._length)
         self._length += count
         return logits
@@ -220,13 +224,17 @@ class LaneSession(SequenceCache):
         if len(tokens) != len(sessions) or len(sessions) > self._runner.lanes:
             raise ValueError(f"{len(tokens)} tokens for {len(sessions)} sequences in {self._runner.lanes} lanes")
         for session in sessions:
-            check_room(session._capacity, session._length, 1)
+            if session._length >= session._capacity:
+                check_room(session._capacity, session._length, 1)
         frame = self._runner.run_together(sessions, tokens)
-        experts, weights = frame.routing
+        moe_layers = self._runner.info.moe_layers
+        try:
+            check_routing(frame.routing, moe_layers, 0)  # all at once; where there is NaN, whose it is
+        except EngineError:
+            for lane, session in enumerate(sessions):
+                check_routing(_of_lane(frame.routing, lane), moe_layers, session._length)
         for lane, session in enumerate(sessions):
-            session._routing = Routing(experts[:, lane : lane + 1], weights[:, lane : lane + 1])
-            check_routing(session._routing, self._runner.info.moe_layers, session._length)
-        for session in sessions:
+            session._lane = frame, lane
             session._length += 1
         return frame.logits[: len(sessions)]
 
@@ -246,3 +254,7 @@ class LaneSession(SequenceCache):
         if not self._runner.users:
             self._runner.close()
         self.free()
+
+
+def _of_lane(routing: Routing, lane: int) -> Routing:
+    return Routing(routing.experts[:, lane : lane + 1], routing.weights[:, lane : lane + 1])
