@@ -118,6 +118,11 @@ class _Slot:
         self.prompt: NDArray[np.int64] | None = None  # the last that was begun here
         self.filling = False  # the prompt (or what slid) is not computed yet
 
+    @property
+    def decodes(self) -> bool:
+        """Whether its text takes part in steps."""
+        return self.job is not None and not self.filling
+
 
 class Scheduler:
     """Runs texts in `slots` slots, with up to `queue` more waiting. Thread-safe. A context manager: its end cancels.
@@ -146,6 +151,7 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self._order: list[_Slot] = []  # in which texts are stepped
         self._turn = 0  # the slot whose prompt is next
         self._mean_seconds = 1.0  # a text takes, lately
         lanes = engine.session.lanes
@@ -275,11 +281,11 @@ class Scheduler:
 
     def _decode(self) -> None:
         """One step for every text that decodes."""
-        ready = [slot for slot in self._slots if slot.job is not None and not slot.filling]
+        ready = self._in_order()
         if ready and self.observer is not None:
             self.observer.stepped(len(ready))
         for start in range(0, len(ready), self._together):
-            group = ready[start : start + self._together]
+            group = ready[start : start + self._together]  # a copy: texts end while it is gone through
             work = [(slot.context, slot.job.writer.tokens[-1]) for slot in group if slot.context and slot.job]
             found = self._step(work)
             # For all at once: numpy takes longer to begin than to look through a row.
@@ -289,6 +295,18 @@ class Scheduler:
                     self._fail(slot, logits)
                 else:
                     self._take(slot, logits, likeliest)
+
+    def _in_order(self) -> list[_Slot]:
+        """The slots whose texts decode, each where it was in the last round: an engine binds a cache to its place, and
+        only the last moves where one went."""
+        order = self._order
+        for place in reversed(range(len(order))):
+            if not order[place].decodes:
+                order[place] = order[-1]
+                order.pop()
+        if len(order) < self.running:
+            order += [slot for slot in self._slots if slot.decodes and slot not in order]
+        return order
 
     def _fill_one(self) -> None:
         """One chunk of one prompt, the slots in turn."""

@@ -1,12 +1,15 @@
 """Load on `moedge serve`, judged: exit code 1 where a bar is missed. Not part of the tests.
 
-    python scripts/load_server.py BUNDLE --clients 32 --queued 200 -o docs/serving-load.md --json load.json
-    python scripts/load_server.py BUNDLE --seconds 1800
+    python scripts/load_server.py BUNDLE -o docs/serving-load.md
+    python scripts/load_server.py BUNDLE --turns 0 --queued 0 --seconds 1800 -o docs/serving-load.md
 
 In turns of a few seconds one client alone and all --clients together stream greedy texts of mixed lengths. Then
 --queued clients ask at once, and every answer is compared, token for token, with what `moedge.load` gives the prompt
 alone. Then, for --seconds, a mixture: texts, clients that leave in the middle, nonsense, floods, endless headers;
 the server's resident memory is to stay flat.
+
+With -o the figures are put into a JSON file beside the page, in the place of earlier ones of the same part, and the page
+is made of all that is there: its parts may come from several runs.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ LONGEST_PROMPT, LONGEST_TEXT = 400, 192  # characters; tokens
 ALONE_S, CROWD_S = 3.0, 6.0
 SLOWEST, TIMES = 3.0, 3.0  # of the median stream; of one client's rate
 WAVES = 3
+PARTS = {"rates": "Many clients beside one", "queue": "A queue", "mixture": "Everything at once"}
 
 
 class Server:
@@ -318,8 +322,9 @@ class Mixture:
             writer.close()
 
 
-async def measure(options: argparse.Namespace, server: Server, queue: int) -> tuple[dict[str, Any], list[Verdict]]:
-    load, figures, verdicts = Load(server), {}, []
+async def measure(options: argparse.Namespace, server: Server, queue: int) -> dict[str, dict[str, Any]]:
+    """The figures and verdicts of each part that was asked for."""
+    load, parts = Load(server), {}
     expected = answers_alone(options.bundle, options.slots)
     steps = {
         "rates": (options.turns, lambda: compare_rates(load, options.clients, options.turns)),
@@ -328,29 +333,34 @@ async def measure(options: argparse.Namespace, server: Server, queue: int) -> tu
     }
     for name, (wanted, step) in steps.items():
         if wanted:
-            figures[name], found = await step()
-            figures[name]["wrong"] = load.wrong[:5]
-            verdicts += found
+            figures, found = await step()
             show(found)
-    return figures, verdicts
+            parts[name] = {**figures, "wrong": load.wrong[:5], "verdicts": found}
+    return parts
 
 
-def make_page(figures: dict[str, Any]) -> str:
-    """The document of what was found."""
-    rows = [f"| {bar} | {found} | {'yes' if met else '**no**'} |" for bar, found, met in figures["verdicts"]]
-    return "\n".join([
-        "# Serving under load",
-        "",
-        "Written by `scripts/load_server.py`; not to be edited.",
-        "",
-        f"{figures['model']}, {figures['slots']} slots, {figures['threads']} threads, on {figures['machine']}; the "
-        "clients run on the same processor.",
-        "",
-        "| bar | found | met |",
-        "| --- | --- | --- |",
-        *rows,
-        "",
-    ])
+def make_page(parts: dict[str, dict[str, Any]]) -> str:
+    """The document of what was found; parts of one server's run stand together."""
+    lines = ["# Serving under load", "", "Written by `scripts/load_server.py`; not to be edited.", ""]
+    about = ""
+    for name in (name for name in PARTS if name in parts):
+        part = parts[name]
+        if part["about"] != about:
+            about = part["about"]
+            lines += [f"{about}; the clients run on the same processor.", ""]
+        lines += [f"## {PARTS[name]}", "", "| bar | found | met |", "| --- | --- | --- |"]
+        lines += [f"| {bar} | {found} | {'yes' if met else '**no**'} |" for bar, found, met in part["verdicts"]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_page(page: Path, parts: dict[str, dict[str, Any]]) -> None:
+    """Put the parts beside those that the page has from other runs, and write it anew."""
+    kept = page.with_suffix(".json")
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    known |= parts
+    kept.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    page.write_text(make_page(known), encoding="utf-8")
 
 
 def main() -> None:
@@ -362,8 +372,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="of mixed load; 0: not at all")
     parser.add_argument("--slots", type=int, help="default: the server's own")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("-o", "--output", type=Path, help="write the page about it")
-    parser.add_argument("--json", type=Path, help="write the figures")
+    parser.add_argument("-o", "--output", type=Path, help="the page about it, and its figures beside it as JSON")
     options = parser.parse_args()
     queue = max(options.queued, 2 * options.clients)
     with tempfile.TemporaryDirectory() as folder:
@@ -371,20 +380,20 @@ def main() -> None:
         server = Server(options.bundle, Path(folder) / "log", **limits)
         options.slots = server.slots
         try:
-            found, verdicts = asyncio.run(measure(options, server, queue))
+            parts = asyncio.run(measure(options, server, queue))
         finally:
             code = server.end()
         clean = "Traceback" not in server.log
-        said = f"exit code {code}, {'no' if clean else 'a'} traceback"
-        verdicts.append(Verdict("it ends cleanly", said, clean and not code))
-        show(verdicts[-1:])
-    about = {"model": server.model, "slots": options.slots, "threads": options.threads, "machine": machine.cpu_name()}
-    figures = {**about, **found, "verdicts": verdicts}
+    said = f"exit code {code}, {'no' if clean else 'a'} traceback"
+    end = Verdict("the server ends cleanly", said, clean and not code)
+    show([end])
+    where = f"{server.model}, {options.slots} slots, {options.threads} threads, on {machine.cpu_name()}"
+    for part in parts.values():
+        part["about"] = where
+        part["verdicts"].append(end)
     if options.output:
-        options.output.write_text(make_page(figures), encoding="utf-8")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    leave(verdicts)
+        write_page(options.output, parts)
+    leave([verdict for part in parts.values() for verdict in part["verdicts"]])
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ def serving(engine: Engine, *, send_buffer: int | None = None, **settings: Any) 
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         service = config.app.state.service
+        while not server.started and thread.is_alive():
+            time.sleep(0.002)
         here = Serving(listener.getsockname()[1], service, server)
         try:
             yield here

@@ -116,15 +116,19 @@ def test_memory_refused_while_a_slot_is_made_fails_that_request_alone(engine, mo
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
-def test_the_scripts_judge(monkeypatch):
-    """A bar that is missed is said to be missed, and the page shows it."""
+def test_the_scripts_judge(monkeypatch, tmp_path):
+    """A bar that is missed is said to be missed, and the page shows it, with what it has from other runs."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import load_server
 
     met, missed = load_server.Verdict("a bar", "5", True), load_server.Verdict("another", "9", False)
-    about = {"model": "m", "slots": 4, "threads": 2, "machine": "one"}
-    page = load_server.make_page({**about, "verdicts": [met, missed]})
-    assert "| a bar | 5 | yes |" in page and "| another | 9 | **no** |" in page
+    page = tmp_path / "load.md"
+    load_server.write_page(page, {"rates": {"about": "m, 4 slots", "verdicts": [met]}})
+    load_server.write_page(page, {"mixture": {"about": "m, 8 slots", "verdicts": [missed]}})
+    load_server.write_page(page, {"rates": {"about": "m, 8 slots", "verdicts": [met, met]}})
+    text = page.read_text()
+    assert text.count("| a bar | 5 | yes |") == 2 and "| another | 9 | **no** |" in text
+    assert "4 slots" not in text and text.count("m, 8 slots; ") == 1
 
     class Silent:
         wrong: list[str] = []

@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 class _Frame:
     """The arrays of a run with one token in each of the first `active` lanes, made once and filled for each run."""
 
-    def __init__(self, info: EngineInfo, active: int, lanes: int, idle_rows: int, pairs: bool) -> None:
+    def __init__(
+        self, info: EngineInfo, active: int, lanes: int, idle_rows: int, pairs: bool, logits: NDArray[np.float32]
+    ) -> None:
+        """`logits`: where those of every frame go."""
         count = active + (active % 2 if pairs else 0)
         self.active = active
         self.input_ids = np.zeros(count, np.int64)
@@ -47,8 +50,71 @@ class _Frame:
         self.sizes = np.array([1] * active + [idle_rows] * (lanes - active), np.int64)
         self.take = np.array([*range(active), *[0] * (idle_rows * (lanes - active))], np.int64)
         self.give = np.array([*range(active), *[0] * (count - active)], np.int64)
-        self.logits = aligned_empty((count, info.vocab_size), np.dtype(np.float32))
+        self.logits = logits[:count]
         self.routing = empty_routing(info, count)
+
+
+class _Lanes:
+    """A binding of the graph, and the cache that each lane has in it."""
+
+    def __init__(self, session: Any, info: EngineInfo, lanes: int, idle: SequenceCache, in_place: bool) -> None:
+        self.arrays: object = None  # whose addresses are bound
+        self._session = session
+        self._info = info
+        self._idle = idle
+        self._in_place = in_place
+        self._binding: Any = session.io_binding()
+        self._lengths = np.zeros(lanes, np.int64)
+        self._binding.bind_input("lengths", *CPU, np.int64, (lanes,), self._lengths.ctypes.data)
+        self._bound: list[SequenceCache | None] = [None] * lanes
+        self._busy = lanes  # lanes that are not known to be idle, and bound so
+
+    def bind(self, arrays: dict[str, NDArray[np.int64]], logits: NDArray[np.float32], routing: Routing) -> None:
+        """What a run takes and gives beside caches; it must be kept until the next."""
+        for name, array in arrays.items():
+            if self._in_place and name in ("take", "give"):
+                continue
+            self._binding.bind_input(name, *CPU, np.int64, array.shape, array.ctypes.data)
+        self._binding.bind_output("logits", *CPU, np.float32, logits.shape, logits.ctypes.data)
+        bind_routing(self._binding, self._info, routing)
+
+    def run(self, caches: Sequence[SequenceCache], count: int) -> None:
+        """Run with `caches` in the first lanes, `count` new rows in each."""
+        for lane in range(max(len(caches), self._busy)):
+            cache = caches[lane] if lane < len(caches) else self._idle
+            busy = cache is not self._idle
+            self._lengths[lane] = cache.length if busy else 0
+            bound = self._bound[lane] is cache
+            if not self._in_place and (busy or not bound):
+                self._bind_views(lane, cache, int(self._lengths[lane]), count if busy else 0)
+            if not bound:
+                self._bind_buffers(lane, cache)
+        self._busy = len(caches)
+        run_bound(self._session, self._binding)
+
+    def forget(self, cache: SequenceCache) -> None:
+        """Bind nothing of a cache that goes."""
+        for lane, bound in enumerate(self._bound):
+            if bound is cache:
+                if not self._in_place:
+                    self._bind_views(lane, self._idle, 0, 0)
+                self._bind_buffers(lane, self._idle)
+
+    def _bind_buffers(self, lane: int, cache: SequenceCache) -> None:
+        """What stays bound while a sequence keeps its lane."""
+        if self._in_place:
+            bind_whole(self._binding, cache.whole, lambda name: f"{name}.{lane}")
+        else:
+            for buffer in cache.buffers:
+                bind_buffer(self._binding, buffer, f"{buffer.name}.{lane}")
+        self._bound[lane] = cache
+
+    def _bind_views(self, lane: int, cache: SequenceCache, past: int, count: int) -> None:
+        bind_input, bind_output = self._binding.bind_input, self._binding.bind_output
+        for view in cache.views:
+            bind_input(f"cache.{view.name}.{lane}", *CPU, view.kind, view.shape(past + count), view.address)
+            place = view.address + past * view.row
+            bind_output(f"new.{view.name}.{lane}", *CPU, view.kind, (count, view.width), place)
 
 
 class LaneRunner:
@@ -70,20 +136,17 @@ class LaneRunner:
         self.users = 0
         self._pairs = is_marked(session, "moedge.pairs")
         self.session: Any = session
-        self._lock = threading.Lock()
-        self._binding: Any = session.io_binding()
-        self._lengths = np.zeros(lanes, np.int64)
-        self._binding.bind_input("lengths", *CPU, np.int64, (lanes,), self._lengths.ctypes.data)
-        self._frames: dict[int, _Frame] = {}
-        self._frame: object = None  # the bound one
-        self._in_place = is_marked(session, kernels.IN_PLACE)
         self.cuts_alike = is_marked(session, kernels.CUTS_ALIKE)
+        self._lock = threading.Lock()
+        self._frames: dict[int, _Frame] = {}
+        self._logits = aligned_empty((lanes + lanes % 2, info.vocab_size), np.dtype(np.float32))  # of every frame
+        in_place = is_marked(session, kernels.IN_PLACE)
         # onnxruntime's kernel over a cache by heads cannot do without a row: idle lanes take the run's first, and a
         # cache of one.
-        self._idle = SequenceCache(info, 1)
-        self._idle_rows = 1 if self._idle.buffers and not self._in_place else 0
-        self._bound: list[SequenceCache | None] = [None] * lanes
-        self._busy = lanes  # lanes that are not known to be idle, and bound so
+        idle = SequenceCache(info, 1)
+        self._idle_rows = 1 if idle.buffers and not in_place else 0
+        # A prompt's chunk among steps is to take no sequence's lane: binding thirty caches costs as much as a layer.
+        self._chunks, self._steps = (_Lanes(session, info, lanes, idle, in_place) for _ in range(2))
 
     def run_chunk(
         self, cache: SequenceCache, input_ids: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.float32]
@@ -100,9 +163,9 @@ class LaneRunner:
         }
         routing = empty_routing(self.info, count)
         with self._lock:
-            self._frame = arrays  # which the binding holds the addresses of
-            self._bind(arrays, out, routing)
-            self._run([cache], count)
+            self._chunks.arrays = arrays, out, routing
+            self._chunks.bind(arrays, out, routing)
+            self._chunks.run([cache], count)
         return routing
 
     def run_together(self, caches: Sequence[SequenceCache], tokens: NDArray[np.int64]) -> _Frame:
@@ -112,70 +175,28 @@ class LaneRunner:
             frame = self._frames.get(active)
             if frame is None:
                 frame = self._frames[active] = _Frame(
-                    self.info, active, self.lanes, self._idle_rows, self._pairs
+                    self.info, active, self.lanes, self._idle_rows, self._pairs, self._logits
                 )
-            if self._frame is not frame:
+            if self._steps.arrays is not frame:
                 names = ("input_ids", "places", "rows", "sizes", "take", "give")
-                self._bind({name: getattr(frame, name) for name in names}, frame.logits, frame.routing)
-                self._frame = frame
+                self._steps.bind({name: getattr(frame, name) for name in names}, frame.logits, frame.routing)
+                self._steps.arrays = frame
             frame.input_ids[:active] = tokens
             frame.input_ids[active:] = tokens[0]
             frame.places[0, :active] = [cache.length for cache in caches]
             frame.places[0, active:] = caches[0].length
-            self._run(caches, 1)
+            self._steps.run(caches, 1)
         return frame
-
-    def _bind(self, arrays: dict[str, NDArray[np.int64]], logits: NDArray[np.float32], routing: Routing) -> None:
-        for name, array in arrays.items():
-            if self._in_place and name in ("take", "give"):
-                continue
-            self._binding.bind_input(name, *CPU, np.int64, array.shape, array.ctypes.data)
-        self._binding.bind_output("logits", *CPU, np.float32, logits.shape, logits.ctypes.data)
-        bind_routing(self._binding, self.info, routing)
-
-    def _run(self, caches: Sequence[SequenceCache], count: int) -> None:
-        """Run with `caches` in the first lanes, `count` new rows in each."""
-        for lane in range(max(len(caches), self._busy)):
-            cache = caches[lane] if lane < len(caches) else self._idle
-            busy = cache is not self._idle
-            self._lengths[lane] = cache.length if busy else 0
-            bound = self._bound[lane] is cache
-            if not self._in_place and (busy or not bound):
-                self._bind_views(lane, cache, int(self._lengths[lane]), count if busy else 0)
-            if not bound:
-                self._bind_buffers(lane, cache)
-        self._busy = len(caches)
-        run_bound(self.session, self._binding)
-
-    def _bind_buffers(self, lane: int, cache: SequenceCache) -> None:
-        """What stays bound while a sequence keeps its lane."""
-        if self._in_place:
-            bind_whole(self._binding, cache.whole, lambda name: f"{name}.{lane}")
-        else:
-            for buffer in cache.buffers:
-                bind_buffer(self._binding, buffer, f"{buffer.name}.{lane}")
-        self._bound[lane] = cache
-
-    def _bind_views(self, lane: int, cache: SequenceCache, past: int, count: int) -> None:
-        bind_input, bind_output = self._binding.bind_input, self._binding.bind_output
-        for view in cache.views:
-            bind_input(f"cache.{view.name}.{lane}", *CPU, view.kind, view.shape(past + count), view.address)
-            place = view.address + past * view.row
-            bind_output(f"new.{view.name}.{lane}", *CPU, view.kind, (count, view.width), place)
 
     def forget(self, cache: SequenceCache) -> None:
         """Bind nothing of a cache that goes."""
         with self._lock:
-            for lane, bound in enumerate(self._bound):
-                if bound is cache:
-                    if not self._in_place:
-                        self._bind_views(lane, self._idle, 0, 0)
-                    self._bind_buffers(lane, self._idle)
+            for lanes in (self._chunks, self._steps):
+                lanes.forget(cache)
 
     def close(self) -> None:
         """Free the weights."""
-        self._binding = self.session = None
-        self._bound.clear()
+        del self.session, self._chunks, self._steps
 
 
 class LaneSession(SequenceCache):
