@@ -141,7 +141,8 @@ class Scheduler:
         observer: Observer | None = None,
         told: Callable[[], None] | None = None,
     ) -> None:
-        """`observer` may be exchanged later. `told` is called in the worker's thread whenever consumers were, and nothing is to tell for a while."""
+        """`told` is called in the worker's thread whenever consumers were, and nothing is to tell for a while.
+        `observer` may be exchanged later."""
         check_whole("slots", slots)
         check_whole("queue", queue)
         self.engine = engine
@@ -270,6 +271,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move texts from the queue to free slots; those that nobody waits for any more leave it."""
+        if not self._waiting:
+            return
         dead = [job for job in self._waiting if job.stop_reason is not None]
         for job in dead:
             self._waiting.remove(job)

@@ -83,8 +83,8 @@ class Service:
         self._serving: Counter[str] = Counter()
 
     def warm_up(self) -> None:
-        """Make a short text before the first client does, for whom the modules that are imported when they are needed and
-        the memory that is touched for the first time would be a wait."""
+        """Make a short text before the first client's, which would wait for modules that are imported when they are
+        needed, and for memory that is touched for the first time."""
         if self.engine.tokenizer.has_chat_template:
             with contextlib.suppress(MoedgeError):  # a template that refuses so short a chat
                 self.engine.tokenizer.chat([{"role": "user", "content": "a"}])

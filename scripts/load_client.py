@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 CUT = object()  # instead of an answer, where the client left in the middle
@@ -25,7 +26,18 @@ class Answer:
     began: float
     first: float
     last: float
-    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """Those of a stream; read when they are asked for, so that counting tokens costs no more than it must."""
+        return [json.loads(line) for line in self._event_lines]
+
+    @cached_property
+    def _event_lines(self) -> list[bytes]:
+        if not self.headers.get("content-type", "").startswith("text/event-stream"):
+            return []
+        # A chunk of the transfer holds whole events, so that its framing is lines of their own.
+        return [line[6:] for line in self.body.split(b"\n") if line.startswith(b"data: {")]
 
     @property
     def text(self) -> str:
@@ -35,7 +47,8 @@ class Answer:
     @property
     def tokens(self) -> int:
         """Tokens that a stream was made of, by the usage at its end."""
-        return int(next((event["usage"]["completion_tokens"] for event in reversed(self.events) if event["usage"]), 0))
+        usage = json.loads(self._event_lines[-1])["usage"] if self._event_lines else None
+        return int(usage["completion_tokens"]) if usage else 0
 
 
 class _Peer(asyncio.Protocol):
@@ -121,12 +134,7 @@ def _answer(raw: bytes, began: float, peer: _Peer) -> Answer:
     head, _, body = raw.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
-    answer = Answer(int(first.split()[1]), headers, body, began, peer.first, peer.last)
-    if headers.get("content-type", "").startswith("text/event-stream"):
-        # A chunk of the transfer holds whole events, so that its framing is lines of their own.
-        found = [line[6:] for line in body.split(b"\n") if line.startswith(b"data: {")]
-        answer.events = [json.loads(line) for line in found]
-    return answer
+    return Answer(int(first.split()[1]), headers, body, began, peer.first, peer.last)
 
 
 @contextlib.asynccontextmanager

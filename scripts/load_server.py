@@ -8,8 +8,8 @@ In turns of a few seconds one client alone and all --clients together stream gre
 alone. Then, for --seconds, a mixture: texts, clients that leave in the middle, nonsense, floods, endless headers;
 the server's resident memory is to stay flat.
 
-With -o the figures are put into a JSON file beside the page, in the place of earlier ones of the same part, and the page
-is made of all that is there: its parts may come from several runs.
+With -o the figures are put into a JSON file beside the page, in the place of earlier ones of the same part, and the
+page is made of all that is there: its parts may come from several runs.
 """
 
 from __future__ import annotations

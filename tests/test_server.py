@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -17,7 +18,11 @@ openai = pytest.importorskip("openai")
 
 from moedge.errors import EngineError, UsageError  # noqa: E402
 from moedge.runtime.engine import load  # noqa: E402
+from moedge.runtime.openai_answers import Answer, sse  # noqa: E402
+from moedge.runtime.requests import make_request  # noqa: E402
+from moedge.runtime.scheduler import Job  # noqa: E402
 from moedge.runtime.server_guard import Keys  # noqa: E402
+from moedge.runtime.writing import TextWriter  # noqa: E402
 
 LONGEST = fake_engine.MAX_SEQ_LEN
 ENDLESS = {"max_tokens": 60, "logit_bias": {str(fake_engine.EOS): -100}}
@@ -359,15 +364,18 @@ def test_health_and_metrics(server, client):
 
 
 def test_memory_refused_fails_one_text(engine, monkeypatch):
-    with serving(engine, slots=2) as server, server.client() as client:
-        make = engine.new_context
-        refusals = [EngineError(f"a cache in {engine.bundle.path} does not fit the memory"), MemoryError()]
-        monkeypatch.setattr(engine, "new_context", lambda: make() if not refusals else _raise(refusals.pop()))
+    make = engine.new_context
+    refusals = [EngineError(f"a cache in {engine.bundle.path} does not fit the memory"), MemoryError(), MemoryError()]
+    monkeypatch.setattr(engine, "new_context", lambda: make() if not refusals else _raise(refusals.pop()))
+    with serving(engine, slots=2) as server, server.client() as client:  # whose own first text is the first refused
         for text in ("not enough memory for this text", f"a cache in {NAME} does not fit"):
             with pytest.raises(openai.APIStatusError, match=text) as caught:
                 client.completions.create(model=NAME, prompt="a")
             assert caught.value.status_code == 503
         assert client.completions.create(model=NAME, prompt="a", max_tokens=2).usage.completion_tokens == 2
+        server.settle()
+        numbers = server.http.get("/metrics").text
+        assert "moedge_generated_tokens_total 2.0" in numbers, "a server's own first text is not counted"
 
 
 def _raise(error):
@@ -387,3 +395,49 @@ def test_a_text_that_fails_in_the_middle_of_its_stream(server, monkeypatch):
         with pytest.raises(openai.APIError, match="broken"):
             list(client.completions.create(model=NAME, prompt="a", stream=True, **ENDLESS))
     server.settle()
+
+
+# Streams under load
+
+
+def test_many_streams_are_written_together_with_an_event_for_each_token(engine, monkeypatch):
+    """Every text is what it is alone, every token an event of its own, and few writes carry them."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "scripts"))
+    from load_client import connected
+
+    prompts = [[first, 7] for first in range(8)]
+    options = {"logit_bias": {**{str(token): -100 for token in range(128, 300)}, "65": 3.0}, "temperature": 0}
+    bias = {int(token): value for token, value in options["logit_bias"].items()}
+    want = [alone(engine, prompt, max_new_tokens=50, logit_bias=bias, temperature=0) for prompt in prompts]
+
+    async def crowd(port):
+        async with connected(port, len(prompts)) as clients:
+            asks = [{"model": NAME, "prompt": prompt, "max_tokens": 50, "stream": True} | options for prompt in prompts]
+            bodies = [json.dumps(ask).encode() for ask in asks]
+            posts = [client.post("/v1/completions", body) for client, body in zip(clients, bodies, strict=True)]
+            return await asyncio.gather(*posts)
+
+    # All eight begin and end within a few rounds of each other; in between there are more than a few.
+    with serving(engine, slots=8, stream_interval=5.0) as server:
+        answers = asyncio.run(crowd(server.port))
+        server.settle()
+    assert [answer.text for answer in answers] == want
+    for answer in answers:
+        assert len(answer.events) == answer.tokens == 50
+        chunks = [line for line in answer.body.split(b"\n") if line.endswith(b"\r")]
+        assert len(chunks) < 50
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_event_is_what_its_document_says(engine, chat):
+    """Written from a frame, but equal to the document written whole, which the official client's types read."""
+    jobs = [Job(make_request(engine, [1]), TextWriter(make_request(engine, [1]), None, frozenset()), print, 0, 1.0)]
+    answer = Answer(chat, NAME, jobs, 1, engine.tokenizer)
+    kind = openai.types.chat.ChatCompletionChunk if chat else openai.types.Completion
+    for text in ("a", 'quote " and \\ and \n', "\u00e9\u20ac\U0001f600", "\ud800", "data: [DONE]\n\n", "\x00\x7f"):
+        event = answer.event(0, text, 0, 1, False, False)
+        assert event == sse(answer.piece(0, text, 0, 1, False, False)) and event.count(b"\n\n") == 1
+        document = json.loads(event.removeprefix(b"data: "))
+        assert kind.construct(**document).model_dump(exclude_unset=True) == document
+        choice = document["choices"][0]
+        assert (choice["delta"]["content"] if chat else choice["text"]) == text
