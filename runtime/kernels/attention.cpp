@@ -74,14 +74,14 @@ Part take_part(const Attention& a, int64_t rows, Blocks* blocks) {
   return {largest, sums, blocks->take<float>(rows * columns), columns};
 }
 
-// Whether rows of `width` are read as they lie: by whole vectors, in fp32, or in what they are for few queries.
+// Whether rows of `width` are read as they lie: by whole vectors, in fp32, or in what they are for not many queries.
 bool as_they_lie(const Attention& a, int64_t width, int64_t rows) {
-  return width % kVector == 0 && !a.parts && (a.element == Element::kFloat || rows <= kFewRows);
+  return width % kVector == 0 && !a.parts && (a.element == Element::kFloat || rows <= kSomeRows);
 }
 
 // One worker's memory.
 struct Work {
-  float* panel;   // [width, kBlock], in halves of kPanelKeys
+  float* panel;   // keys [width, kBlock], in halves of kPanelKeys; of some queries [width, kPanelKeys]
   float* keys;    // [kBlock, vectors_up(width)], null where they are read as they lie
   float* values;  // [kBlock, vectors_up(value_width)], likewise
   float* scores;  // [rows, kBlock]
@@ -138,7 +138,9 @@ void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int
   if (tile.rows <= kFewRows)
     a.kernels->score(a.queries + row * a.width, a.width, n, keys.at(first), end - first, scores + first,
                      kBlock);
-  for (int64_t at = first; tile.rows > kFewRows && at < end; at += kPanelKeys)
+  else if (tile.rows <= kSomeRows)
+    a.kernels->score_some(work.panel + r, a.width, n, keys.at(first), end - first, scores + first, kBlock);
+  for (int64_t at = first; tile.rows > kSomeRows && at < end; at += kPanelKeys)
     a.kernels->multiply(a.queries + row * a.width, a.width, n, work.panel + at * a.width, kPanelKeys, a.width,
                         least(kPanelKeys, vectors_up(end - at)), scores + at, kBlock);
   scores += first;
@@ -161,7 +163,10 @@ void attend_block(const Attention& a, const Tile& tile, int64_t block, const Wor
   const int64_t start = block * kBlock, count = least(kBlock, tile.position(a, tile.rows - 1) + 1 - start);
   float* room = as_they_lie(a, a.width, tile.rows) ? nullptr : work.keys;
   const Rows keys = read_rows(a, lane, lane.keys, tile.group, start, count, a.width, room);
-  for (int64_t at = 0; tile.rows > kFewRows && at < count; at += kPanelKeys)
+  const int64_t row = (tile.group * a.tokens + lane.first) * a.heads_a_group() + tile.row;
+  if (tile.rows > kFewRows && tile.rows <= kSomeRows)
+    a.kernels->transpose(a.queries + row * a.width, a.width, tile.rows, a.width, work.panel);
+  for (int64_t at = 0; tile.rows > kSomeRows && at < count; at += kPanelKeys)
     a.kernels->transpose(keys.at(at).floats(), keys.stride, least(kPanelKeys, count - at), a.width,
                          work.panel + at * a.width);
   float* more = as_they_lie(a, a.value_width, tile.rows) ? nullptr : work.values;

@@ -18,7 +18,8 @@ namespace moedge {
 constexpr int64_t kVector = 16;  // floats: the columns of a product are a multiple of it
 constexpr int64_t kPanelKeys = 64;
 constexpr int64_t kBlock = 2 * kPanelKeys;
-constexpr int64_t kFewRows = 8;  // of queries, for which keys are not transposed to memory
+constexpr int64_t kFewRows = 8;  // of queries, for which keys are transposed in registers
+constexpr int64_t kSomeRows = 32;  // of queries, for which keys are not transposed, but queries
 
 enum class Element { kFloat, kHalf, kByte };  // of a cache: fp32, fp16, int8
 
@@ -74,6 +75,9 @@ struct AttentionKernels {
   // a multiple of kVector.
   void (*score)(const float* queries, int64_t width, int64_t rows, const Rows& from, int64_t keys, float* scores,
                 int64_t scores_stride);
+  // As `score`, for at most kSomeRows rows, which come as `transpose` leaves them: [width, kPanelKeys].
+  void (*score_some)(const float* panel, int64_t width, int64_t rows, const Rows& from, int64_t keys, float* scores,
+                     int64_t scores_stride);
   // As `multiply`, b being values that are read as they are stored.
   void (*weigh)(const float* shares, int64_t shares_stride, int64_t rows, const Rows& values, int64_t depth,
                 int64_t columns, float* c, int64_t c_stride);

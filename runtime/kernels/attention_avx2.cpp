@@ -8,7 +8,7 @@ namespace {
 
 struct Wide256 {
   static constexpr int64_t lanes = 8;
-  static constexpr int rows = 6, vectors = 2, few = 3, wide = 4;
+  static constexpr int rows = 6, vectors = 2, few = 3, wide = 4, some = 6, slim = 2, across = 1;
   using Float = __m256;
 
   static Float floats(float value) { return _mm256_set1_ps(value); }

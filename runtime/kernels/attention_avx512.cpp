@@ -8,7 +8,7 @@ namespace {
 
 struct Wide512 {
   static constexpr int64_t lanes = 16;
-  static constexpr int rows = 6, vectors = 4, few = 3, wide = 8;
+  static constexpr int rows = 6, vectors = 4, few = 3, wide = 8, some = 8, slim = 2, across = 1;
   using Float = __m512;
 
   static Float floats(float value) { return _mm512_set1_ps(value); }

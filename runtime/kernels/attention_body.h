@@ -4,6 +4,8 @@
 // S gives  lanes            floats of a vector
 //          rows, vectors    of a tile of a product: its sums stay in registers
 //          few, wide        rows up to which a tile is `wide` vectors, so that a matrix streams by once
+//          some, slim       rows of a tile for up to twice as many, which is `slim` vectors
+//          across           vectors of rows that share a pass over keys
 //          Float            a vector of floats
 //          larger, smaller  a if it is larger (smaller) than b, else b: of a NaN in b, b
 //          power            2^n for what adding kRound made of n
@@ -29,7 +31,16 @@ using moedge::Rows;
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a rounded integer in the low bits
 constexpr int32_t kRoundBits = 0x4b400000;
 
+constexpr int64_t kAhead = 8192;  // bytes
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// `count` elements kAhead bytes on: further ahead than hardware is in a stream that is read once.
+template <typename T>
+inline void fetch_ahead(const T* from, int64_t count) {
+  constexpr int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T)), line = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + ahead + i);
+}
 
 // A matrix that is read by whole vectors: of floats, of a cache's halves or bytes, of codes with scales.
 template <class S>
@@ -37,18 +48,21 @@ struct Floats {
   const float* from;
   int64_t stride;
   typename S::Float load(int64_t row, int64_t column) const { return S::load(from + row * stride + column); }
+  void fetch(int64_t row, int64_t count) const { fetch_ahead(from + row * stride, count); }
 };
 template <class S>
 struct Halves {
   const uint16_t* from;
   int64_t stride;
   typename S::Float load(int64_t row, int64_t column) const { return S::load_half(from + row * stride + column); }
+  void fetch(int64_t row, int64_t count) const { fetch_ahead(from + row * stride, count); }
 };
 template <class S>
 struct Bytes {
   const int8_t* from;
   int64_t stride;
   typename S::Float load(int64_t row, int64_t column) const { return S::load_bytes(from + row * stride + column); }
+  void fetch(int64_t row, int64_t count) const { fetch_ahead(from + row * stride, count); }
 };
 template <class S>
 struct Codes {
@@ -59,6 +73,7 @@ struct Codes {
     const typename S::Float code = S::subtract(S::load_codes(m.codes + row * m.width + column), S::floats(zero));
     return S::multiply(code, S::floats(m.scales[group]));
   }
+  void fetch(int64_t row, int64_t count) const { fetch_ahead(m.codes + row * m.width, count); }
 };
 
 // Calls run with rows of a cache as such a matrix.
@@ -74,10 +89,10 @@ void with_rows(const Rows& rows, const Run& run) {
 
 // --- products ----------------------------------------------------------------------------------------------------
 
-// From column `at` of b on.
+// From column `at` of b on; of each row so much is fetched that is read later.
 template <class S, class E, int M, int N>
 __attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, const E& from, int64_t at, int64_t depth,
-                                             float* c, int64_t c_stride) {
+                                             int64_t fetched, float* c, int64_t c_stride) {
   const E b = from;
   typename S::Float sum[M][N];
   for (int m = 0; m < M; ++m)
@@ -85,6 +100,7 @@ __attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, c
   for (int64_t k = 0; k < depth; ++k) {
     typename S::Float column[N];
     for (int n = 0; n < N; ++n) column[n] = b.load(k, at + n * S::lanes);
+    b.fetch(k, fetched);
     for (int m = 0; m < M; ++m) {
       const typename S::Float one = S::floats(a[m * a_stride + k]);
       for (int n = 0; n < N; ++n) sum[m][n] = S::fused(one, column[n], sum[m][n]);
@@ -96,36 +112,39 @@ __attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, c
 
 // `rows` of 1 to M.
 template <class S, class E, int M, int N>
-void multiply_rows(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t at, int64_t depth, float* c,
-                   int64_t c_stride) {
+void multiply_rows(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t at, int64_t depth,
+                   int64_t fetched, float* c, int64_t c_stride) {
   if constexpr (M > 1)
-    if (rows < M) return multiply_rows<S, E, M - 1, N>(a, a_stride, rows, b, at, depth, c, c_stride);
-  multiply_tile<S, E, M, N>(a, a_stride, b, at, depth, c, c_stride);
+    if (rows < M) return multiply_rows<S, E, M - 1, N>(a, a_stride, rows, b, at, depth, fetched, c, c_stride);
+  multiply_tile<S, E, M, N>(a, a_stride, b, at, depth, fetched, c, c_stride);
 }
 
-// Columns in tiles of N vectors, what is left in narrower ones; rows in tiles of at most M, alike in size.
+// Columns in tiles of N vectors, what is left in narrower ones; rows in tiles of at most M, alike in size. `fetched`
+// columns are, by the first tile.
 template <class S, class E, int M, int N>
 void multiply_columns(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t at, int64_t depth,
-                      int64_t columns, float* c, int64_t c_stride) {
+                      int64_t columns, int64_t fetched, float* c, int64_t c_stride) {
   constexpr int64_t wide = N * S::lanes;
   const int64_t tiles = (rows + M - 1) / M, some = (rows + tiles - 1) / tiles;
   for (; at + wide <= columns; at += wide)
-    for (int64_t r = 0; r < rows; r += some)
-      multiply_rows<S, E, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b, at, depth, c + r * c_stride,
-                                c_stride);
+    for (int64_t r = 0; r < rows; r += some, fetched = 0)
+      multiply_rows<S, E, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b, at, depth, fetched,
+                                c + r * c_stride, c_stride);
   if constexpr (wide > kVector)
-    if (at < columns) multiply_columns<S, E, M, N / 2>(a, a_stride, rows, b, at, depth, columns, c, c_stride);
+    if (at < columns) multiply_columns<S, E, M, N / 2>(a, a_stride, rows, b, at, depth, columns, fetched, c, c_stride);
 }
 
 template <class S, class E>
 void multiply_any(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t depth, int64_t columns, float* c,
                   int64_t c_stride) {
   if (rows == 1)
-    multiply_columns<S, E, 1, 2 * S::wide>(a, a_stride, rows, b, 0, depth, columns, c, c_stride);
+    multiply_columns<S, E, 1, 2 * S::wide>(a, a_stride, rows, b, 0, depth, columns, columns, c, c_stride);
   else if (rows <= S::few)
-    multiply_columns<S, E, S::few, S::wide>(a, a_stride, rows, b, 0, depth, columns, c, c_stride);
+    multiply_columns<S, E, S::few, S::wide>(a, a_stride, rows, b, 0, depth, columns, columns, c, c_stride);
+  else if (rows > S::rows && rows <= 2 * S::some)
+    multiply_columns<S, E, S::some, S::slim>(a, a_stride, rows, b, 0, depth, columns, columns, c, c_stride);
   else if (rows > 0)
-    multiply_columns<S, E, S::rows, S::vectors>(a, a_stride, rows, b, 0, depth, columns, c, c_stride);
+    multiply_columns<S, E, S::rows, S::vectors>(a, a_stride, rows, b, 0, depth, columns, 0, c, c_stride);
 }
 
 template <class S>
@@ -161,8 +180,12 @@ void expand_rows(const float* a, int64_t a_stride, const HeadCodes& m, float* c,
   constexpr int64_t lanes = S::lanes;
   constexpr int squares = M <= 4 ? 2 : 1;
   for (int64_t r = 0; r < m.rows; r += squares * lanes) {
-    int64_t sources[squares * lanes];
-    for (int64_t i = 0; i < squares * lanes; ++i) sources[i] = least(r + i, m.rows - 1);
+    int64_t ids[squares * lanes];
+    const uint8_t* sources[squares * lanes];
+    for (int64_t i = 0; i < squares * lanes; ++i) {
+      ids[i] = least(r + i, m.rows - 1);
+      sources[i] = m.codes + ids[i] * m.width;
+    }
     Float sum[squares][M];
     for (int s = 0; s < squares; ++s)
       for (int i = 0; i < M; ++i) sum[s][i] = S::floats(0.0f);
@@ -170,14 +193,15 @@ void expand_rows(const float* a, int64_t a_stride, const HeadCodes& m, float* c,
       const int64_t group = w >> m.shift;
       float scales[squares * lanes], zeros[squares * lanes];
       for (int64_t i = 0; i < squares * lanes; ++i) {
-        scales[i] = m.scales[sources[i] * m.groups() + group];
-        zeros[i] = m.zero_points ? static_cast<float>(m.zero_points[sources[i] * m.groups() + group]) : 128.0f;
+        scales[i] = m.scales[ids[i] * m.groups() + group];
+        zeros[i] = m.zero_points ? static_cast<float>(m.zero_points[ids[i] * m.groups() + group]) : 128.0f;
       }
       for (const int64_t end = (group + 1) << m.shift; w < end; w += lanes) {
         for (int s = 0; s < squares; ++s) {
           const Float scale = S::load(scales + s * lanes), zero = S::load(zeros + s * lanes);
           Float square[lanes];
-          for (int64_t i = 0; i < lanes; ++i) square[i] = S::load_codes(m.codes + sources[s * lanes + i] * m.width + w);
+          for (int64_t i = 0; i < lanes; ++i) square[i] = S::load_codes(sources[s * lanes + i] + w);
+          for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[s * lanes + i] + squares * lanes * m.width + w);
           S::transpose(square);
           for (int64_t i = 0; i < lanes; ++i) {
             const Float value = S::multiply(S::subtract(square[i], zero), scale);
@@ -259,10 +283,10 @@ void score_rows(const float* queries, int64_t width, const E& from, int64_t keys
 
 // `rows` of 1 to M.
 template <class S, class E, int M>
-void score_some(const float* queries, int64_t width, int64_t rows, const E& from, int64_t keys, float* scores,
+void score_few(const float* queries, int64_t width, int64_t rows, const E& from, int64_t keys, float* scores,
                 int64_t scores_stride) {
   if constexpr (M > 1)
-    if (rows < M) return score_some<S, E, M - 1>(queries, width, rows, from, keys, scores, scores_stride);
+    if (rows < M) return score_few<S, E, M - 1>(queries, width, rows, from, keys, scores, scores_stride);
   score_rows<S, E, M>(queries, width, from, keys, scores, scores_stride);
 }
 
@@ -270,7 +294,51 @@ template <class S>
 void score(const float* queries, int64_t width, int64_t rows, const Rows& from, int64_t keys, float* scores,
            int64_t scores_stride) {
   with_rows<S>(from, [&](auto keys_from) {
-    score_some<S, decltype(keys_from), kFewRows>(queries, width, rows, keys_from, keys, scores, scores_stride);
+    score_few<S, decltype(keys_from), kFewRows>(queries, width, rows, keys_from, keys, scores, scores_stride);
+  });
+}
+
+// Lanes are rows of queries, whose words stand side by side; a key's words are taken one by one, so that keys need not be
+// transposed, only what they give. They are copied in small pieces, which lie alike whatever their stride.
+template <class S, class E>
+void score_by_rows(const float* panel, int64_t width, int64_t rows, const E& from, int64_t keys, float* scores,
+                   int64_t scores_stride) {
+  using Float = typename S::Float;
+  constexpr int64_t lanes = S::lanes;
+  float words[lanes][kVector];
+  for (int64_t r = 0; r < keys; r += lanes) {
+    Float sum[S::across][lanes];
+    for (int n = 0; n < S::across; ++n)
+      for (int64_t i = 0; i < lanes; ++i) sum[n][i] = S::floats(0.0f);
+    for (int64_t at = 0; at < width; at += kVector) {
+      for (int64_t i = 0; i < lanes; ++i) {
+        const int64_t key = least(r + i, keys - 1);
+        for (int64_t w = 0; w < kVector; w += lanes) S::store(words[i] + w, from.load(key, at + w));
+        __builtin_prefetch(from.from + (key + lanes) * from.stride + at);
+      }
+      for (int64_t w = 0; w < least(kVector, width - at); ++w) {
+        Float query[S::across];
+        for (int n = 0; n < S::across; ++n) query[n] = S::load(panel + (at + w) * kPanelKeys + n * lanes);
+        for (int64_t i = 0; i < lanes; ++i) {
+          const Float word = S::floats(words[i][w]);
+          for (int n = 0; n < S::across; ++n) sum[n][i] = S::fused(word, query[n], sum[n][i]);
+        }
+      }
+    }
+    for (int n = 0; n < S::across; ++n) {
+      S::transpose(sum[n]);
+      for (int64_t i = 0; i < lanes && n * lanes + i < rows; ++i)
+        S::store(scores + (n * lanes + i) * scores_stride + r, sum[n][i]);
+    }
+  }
+}
+
+template <class S>
+void score_some(const float* panel, int64_t width, int64_t rows, const Rows& from, int64_t keys, float* scores,
+                int64_t scores_stride) {
+  with_rows<S>(from, [&](auto keys_from) {
+    for (int64_t row = 0; row < rows; row += S::across * S::lanes)
+      score_by_rows<S>(panel + row, width, rows - row, keys_from, keys, scores + row * scores_stride, scores_stride);
   });
 }
 
@@ -395,8 +463,8 @@ void merge(const Part& into, const Part& part, int64_t rows) {
 template <class S>
 constexpr moedge::AttentionKernels make_attention() {
   static_assert(kVector % S::lanes == 0 && S::vectors * S::lanes >= kVector, "columns are multiples of kVector");
-  return {widen<S>,  narrow<S>, transpose_rows<S>, multiply<S>, score<S>, weigh<S>, soften<S>, merge<S>,
-          dequantize<S>, absorb<S>, expand<S>};
+  return {widen<S>, narrow<S>, transpose_rows<S>, multiply<S>, score<S>, score_some<S>,
+          weigh<S>, soften<S>, merge<S>, dequantize<S>, absorb<S>, expand<S>};
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace {
 
 struct Wide128 {
   static constexpr int64_t lanes = 4;
-  static constexpr int rows = 6, vectors = 4, few = 2, wide = 8;
+  static constexpr int rows = 6, vectors = 4, few = 2, wide = 8, some = 8, slim = 2, across = 4;
   using Float = float32x4_t;
 
   static Float floats(float value) { return vdupq_n_f32(value); }

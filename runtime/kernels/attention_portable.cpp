@@ -6,7 +6,7 @@ namespace {
 
 struct Plain {
   static constexpr int64_t lanes = 4;
-  static constexpr int rows = 2, vectors = 4, few = 1, wide = 4;
+  static constexpr int rows = 2, vectors = 4, few = 1, wide = 4, some = 2, slim = 4, across = 1;
   struct Float {
     float lane[4];
   };
