@@ -119,7 +119,7 @@ def sha256_file(path: Path, progress: Progress | None = None) -> str:
             digest.update(chunk)
             done += len(chunk)
             if progress is not None:
-                progress(f"checking {path.name}", done, total)
+                progress(f"checking {path.parent.name}/{path.name}", done, total)  # engines have a model.onnx too
     return digest.hexdigest()
 
 

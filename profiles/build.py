@@ -58,19 +58,9 @@ class BuildOptions:
 
     def request(self, bundle: Bundle, devices: Sequence[DeviceProfile], max_seq_len: int) -> BuildRequest:
         """The same for a target: devices that one engine serves, and the room that was settled on."""
-        return BuildRequest(
-            bundle,
-            devices[0],
-            self.max_batch,
-            max_seq_len,
-            tuple(devices[1:]),
-            self.max_memory,
-            self.prefill_chunk,
-            self.expert_buckets,
-            self.kv_cache,
-            self.latent_attention,
-            self.precision,
-        )
+        settled = {"backend", "max_seq_len"}
+        asked = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name not in settled}
+        return BuildRequest(bundle, devices[0], max_seq_len=max_seq_len, also=tuple(devices[1:]), **asked)
 
 
 def build(

@@ -56,7 +56,8 @@ def _print(verdict: Verdict, routes: Deep | None) -> None:
     for profile, state in verdict.engines.items():
         # A fault of its own stands below, once.
         told = "runs here" if state["runs_here"] else "" if state["reason"] in verdict.faults else state["reason"]
-        click.echo(f"engine {profile}: " + "; ".join(filter(None, ["ok" if state["ok"] else "damaged", told])))
+        sound = "ok" if state["runs_here"] else "files ok" if state["ok"] else "damaged"
+        click.echo(f"engine {profile}: " + "; ".join(filter(None, [sound, told])))
     for profile, found in (routes.engines if routes else {}).items():
         for line in _describe_routes(found):
             click.echo(f"routes of {profile}: {line}")

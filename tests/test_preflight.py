@@ -305,6 +305,7 @@ def test_verify_of_a_whole_bundle(bundle, no_gpu):
     assert result.exit_code == 0
     assert result.stdout.splitlines()[0].endswith("4 experts, 1 engines")
     assert "engine cpu: ok; runs here" in result.stdout
+    assert "checking bundle/model.onnx\n" in result.stderr and "checking cpu/model.onnx\n" in result.stderr
 
 
 def test_verify_of_a_malformed_plan(bundle):
@@ -328,6 +329,7 @@ def test_verify_of_a_real_plan_without_a_gpu(bundle, no_gpu, capfd):
     assert verdict.faults == []
     assert verdict.unchecked == ["engine 'rtx4090': that it runs (it needs a GPU of its kind)"]
     assert capfd.readouterr() == ("", "")
+    assert "engine rtx4090: files ok; engine 'rtx4090' needs " in run_verify(bundle).stdout
 
 
 def test_verify_says_what_it_could_not_check(bundle, monkeypatch):
