@@ -1,12 +1,14 @@
 """Compare this machine's CPU engine with others, shape by shape: python scripts/bench_peers.py --work FOLDER
 
-For each shape a random checkpoint is written, exported at int4 and built for the CPU, and a random GGUF file of the
-same shape in Q4_0 is written. Every engine is a process of its own (scripts/peers_worker.py), all of them loaded; in
+For each shape a random checkpoint is written, exported with `moedge export`'s defaults and built for the CPU, and a
+random GGUF file of the same shape in Q4_0 is written. A bundle that an earlier version made with other defaults is made
+anew. Every engine is a process of its own (scripts/peers_worker.py), all of them loaded; in
 each round every one gets its turn while the others are stopped, and so does a measurement of the memory's bandwidth.
 Ratios are of one round. The parts of a shape, each to be run alone with --part:
 
     llama.cpp   prefill, decode, decode at a long context
-    genai       onnxruntime-genai over the same bundle: prefill and decode
+    int4-head   the same with `moedge export --head int4` (where the head is much of what is read, or where asked for)
+    genai       onnxruntime-genai over the engine's folder: prefill and decode
     batch       our engine with eight sequences a step (OLMoE, or where asked for)
     optimum     what optimum-onnx makes of a small checkpoint of the family (scripts/peers_optimum.py)
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import inspect
 import json
 import os
 import shutil
@@ -30,14 +33,18 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peers_gguf import bytes_per_token as gguf_bytes_per_token
 from peers_page import write_page
 from synthetic_checkpoint import SHAPES, read_shape, write_checkpoint
 
 import moedge
-from moedge.bundle import Bundle, write_json
+from moedge.bundle import Bundle, read_json, write_json
+from moedge.export.pipeline import export_checkpoint
+from moedge.profiles.advice import narrower_weight_bytes
 from moedge.profiles.shape import ModelShape, bytes_per_token
 from moedge.runtime import machine
 from moedge.runtime.preflight import EngineInfo, read_engine
@@ -45,12 +52,14 @@ from moedge.runtime.preflight import EngineInfo, read_engine
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "performance.json"
 DEFAULT = ("olmoe-1b-7b", "deepseek-v2-lite", "qwen3-30b-a3b:12")
-PARTS = ("llama.cpp", "genai", "batch", "optimum")
-BATCHED = ("olmoe-1b-7b",)  # the shape that the goal for batches is about; others with --part batch
+PARTS = ("llama.cpp", "int4-head", "genai", "batch", "optimum")
+# Parts that not every shape has unless asked for by --part: the one that the goal for batches is about, and the one
+# whose head is nearly half of what a token reads.
+ONLY = {"batch": ("olmoe-1b-7b",), "int4-head": ("qwen3-30b-a3b:12",)}
 PROMPT, NEW, LONG = 512, 32, 4096
 BATCH_STEPS, OPTIMUM_SECONDS = 16, 240
-FEWER_ROUNDS = 3  # where the question is not a goal's
 GENAI_MEMORY = 2.1  # of the weights: our engine maps them, genai lays them out anew
+GENAI_CACHE_BYTES = 4  # of an element: the graph that it runs caches float32
 
 
 class WorkerError(Exception):
@@ -92,28 +101,53 @@ class Worker:
         return dict(json.loads(line))
 
 
-def prepare(name: str, work: Path, peer_python: str) -> tuple[Path, Path]:
-    """The bundle and the GGUF file of a shape, made where they are not there yet."""
+@dataclass(frozen=True)
+class Files:
+    """What is measured of a shape."""
+
+    bundle: Path
+    int4_head: Path | None  # where that part is run
+    gguf: Path
+
+
+def prepare(name: str, work: Path, peer_python: str, parts: Sequence[str]) -> Files:
+    """The bundles and the GGUF file of a shape, made where they are not there yet."""
     shape, _, layers = name.partition(":")
     config = read_shape(shape, int(layers) if layers else None)
     folder = work / name.replace(":", "-")
-    bundle, other = folder / "bundle", folder / "q4_0.gguf"
     folder.mkdir(parents=True, exist_ok=True)
-    if not (bundle / "moedge.json").exists():
+    bundles: dict[str | None, Path] = {None: folder / "bundle"}
+    if "int4-head" in parts:
+        bundles["int4"] = folder / "bundle-int4-head"
+    missing = [head for head, bundle in bundles.items() if not is_made(bundle, head)]
+    if missing:
         say(f"{name}: writing a checkpoint, exporting it")
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         write_checkpoint(config, folder / "checkpoint")
-        moedge.export(folder / "checkpoint", bundle, weights="int4", verify=False)
+        for head in missing:
+            moedge.export(folder / "checkpoint", bundles[head], head=head, verify=False, force=True)
         shutil.rmtree(folder / "checkpoint")
-    moedge.build(bundle, "cpu", max_seq_len=room(config))
+    for bundle in bundles.values():
+        moedge.build(bundle, "cpu", max_seq_len=room(config))
+    other = folder / "q4_0.gguf"
+    write_json(folder / "config.json", config)
     if not other.exists():
         say(f"{name}: writing {other.name}")
-        write_json(folder / "config.json", config)
         script = Path(__file__).with_name("peers_gguf.py")
         command = [peer_python, script, folder / "config.json", other.with_suffix(".part")]
         subprocess.run(command, check=True)
         other.with_suffix(".part").rename(other)
-    return bundle, other
+    return Files(bundles[None], bundles.get("int4"), other)
+
+
+def is_made(bundle: Path, head: str | None) -> bool:
+    """Whether a bundle is there, laid out to the byte as `moedge export` does where at most a head is asked for."""
+    if not (bundle / "moedge.json").exists():
+        return False
+    manifest = Bundle.open(bundle).manifest
+    usual = inspect.signature(export_checkpoint).parameters["weights"].default
+    asked = usual if head is None else f"{usual} --head {head}"
+    return sum(manifest["sizes"].values()) == narrower_weight_bytes(manifest, asked)
 
 
 def room(config: dict[str, Any]) -> int:
@@ -165,16 +199,28 @@ def measure_llama(name: str, bundle: Bundle, other: Path, args: argparse.Namespa
     filling = context - NEW
     kinds = {"moedge": bundle.path, "llama.cpp": other}
     try:
-        return describe(bundle, filling, args) | race(kinds, context, filling, args.rounds, args)
+        read = {"llama.cpp": read_of_gguf(read_json(other.with_name("config.json")), filling)}
+        found = describe(bundle, filling, args) | race(kinds, context, filling, args.rounds, args)
+        return found | {"peer_bytes_per_token": read}
     except WorkerError as error:
         raise SystemExit(f"error: {name}: an engine ended: {error}") from None
+
+
+def contexts(filling: int) -> dict[str, int]:
+    """Tokens in the cache in the middle of each run."""
+    return {"decode": PROMPT + NEW // 2, "decode_long": filling + NEW // 2}
+
+
+def read_of_gguf(config: dict[str, Any], filling: int) -> dict[str, int]:
+    """Bytes that a token reads of the peer's file, by run."""
+    return {what: gguf_bytes_per_token(config, context) for what, context in contexts(filling).items()}
 
 
 def describe(bundle: Bundle, filling: int, args: argparse.Namespace) -> dict[str, Any]:
     """The machine, the shape and what a token has to read."""
     engine = read_engine(bundle, "cpu")
     element = cache_element(engine)
-    contexts = {"decode": PROMPT + NEW // 2, "decode_long": filling + NEW // 2}
+    quantization = bundle.manifest["quantization"]
     return {
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(),
@@ -186,8 +232,10 @@ def describe(bundle: Bundle, filling: int, args: argparse.Namespace) -> dict[str
         "new_tokens": NEW,
         "long_context": filling,
         "backend_version": engine.backend_version,
+        "weights": {name: quantization.get(name) for name in ("weights", "head", "group_size", "algorithm")},
+        "cache": engine.cache[0].dtype,
         "bytes_per_token": {
-            what: bytes_per_token(bundle.manifest, context, 1, element) for what, context in contexts.items()
+            what: bytes_per_token(bundle.manifest, context, 1, element) for what, context in contexts(filling).items()
         },
     }
 
@@ -208,7 +256,9 @@ def measure_genai(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
     context = PROMPT + 2 * NEW
     try:
         kinds = {"moedge": bundle.path, "genai": folder}
-        return race(kinds, context, 0, min(FEWER_ROUNDS, args.rounds), args) | {"date": today()}
+        read = bytes_per_token(bundle.manifest, PROMPT + NEW // 2, 1, GENAI_CACHE_BYTES)
+        found = race(kinds, context, 0, args.rounds, args)
+        return found | {"date": today(), "bytes_per_token": {"decode": read}}
     except WorkerError as error:
         return {"reason": str(error), "date": today()}
 
@@ -264,10 +314,14 @@ def today() -> str:
     return datetime.date.today().isoformat()
 
 
-def measure_part(part: str, name: str, bundle: Bundle, other: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure_part(part: str, name: str, files: Files, args: argparse.Namespace) -> dict[str, Any]:
     """What a part adds to the shape's result."""
+    bundle = Bundle.open(files.bundle)
     if part == "llama.cpp":
-        return measure_llama(name, bundle, other, args)
+        return measure_llama(name, bundle, files.gguf, args)
+    if part == "int4-head":
+        assert files.int4_head is not None
+        return {"int4_head": measure_llama(name, Bundle.open(files.int4_head), files.gguf, args)}
     if part == "genai":
         return {"genai": measure_genai(bundle, args)}
     if part == "batch":
@@ -306,11 +360,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name.partition(":")[0] not in known:
             parser.error(f"no shape {name!r}; there are {', '.join(known)}")
         say(name)
-        bundle, other = prepare(name, args.work, args.peer_python)
-        usual = [part for part in PARTS if part != "batch" or name in BATCHED]
-        for part in () if args.prepare_only else args.part or usual:
+        parts = args.part or [part for part in PARTS if name in ONLY.get(part, (name,))]
+        files = prepare(name, args.work, args.peer_python, parts)
+        for part in () if args.prepare_only else parts:
             say(f" {part}")
-            keep(args.results, name, measure_part(part, name, Bundle.open(bundle), other, args))
+            keep(args.results, name, measure_part(part, name, files, args))
     return 0
 
 

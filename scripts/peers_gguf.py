@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 _DEVIATION = 0.02  # of the weights, as models are initialized
 _POOL = 1 << 20  # blocks
 _SEED = 0
+_BYTES = {"Q4_0": 18 / 32, "Q6_K": 210 / 256, "F32": 4.0}  # of a weight, scales included
 
 
 class Tensor(NamedTuple):
@@ -63,6 +64,28 @@ def write_gguf(config: dict[str, Any], path: Path) -> None:
     for tensor in tensors:
         writer.write_tensor_data(_values(tensor, pools, random))
     writer.close()
+
+
+def bytes_per_token(config: dict[str, Any], context: int) -> int:
+    """The fewest bytes that a decode step reads out of such a file and a cache in half precision.
+
+    Every matrix, but of the embedding a row and of the experts those that are chosen; a latent is key and value in one.
+    """
+    _, tensors, fields = _ARCHITECTURES[config["model_type"]](config)
+    total = 0.0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * _BYTES[tensor.kind]
+        if tensor.name == "token_embd.weight":
+            size /= tensor.shape[0]
+        elif "_exps." in tensor.name:
+            size *= config["num_experts_per_tok"] / fields["expert_count"]
+        total += size
+    if "kv_lora_rank" in fields:
+        width = fields["key_length"]
+    else:
+        head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        width = 2 * fields["head_count_kv"] * head
+    return round(total + 2 * config["num_hidden_layers"] * width * context)
 
 
 def _values(tensor: Tensor, pools: dict[str, NDArray[np.uint8]], random: np.random.Generator) -> NDArray[Any]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 OURS, THEIRS = "moedge", "llama.cpp"
+DECODE_GOAL = 1.6
 # (what is compared, the result's list, tokens of a run, the goal for the ratio)
 WHAT = (
     ("prefill", "prefill_s", "prompt_tokens", 2.5),
-    ("decode", "decode_s", None, 1.6),
-    ("decode at the long context", "decode_long_s", None, 1.6),
+    ("decode", "decode_s", None, DECODE_GOAL),
+    ("decode at the long context", "decode_long_s", None, DECODE_GOAL),
 )
 _INK, _OURS, _THEIRS = "#222222", "#1f6f6f", "#b9b9b0"
 
@@ -51,16 +52,18 @@ def render(results: Sequence[dict[str, Any]], chart: str | None) -> str:
         "# Performance beside llama.cpp",
         "",
         "Made by `scripts/bench_peers.py` from its measurements (performance.json beside this file has the rounds).",
-        "Random weights of the shape named; moedge at int4 in groups of 128, llama.cpp at Q4_0, each with its",
-        "defaults; batch 1. Both are loaded, take turns round by round, and stand still while the other runs. Rates",
-        "are medians of the rounds; ratios are of one round: the median, the least and the most.",
+        f"Random weights of the shape named; moedge at {_forms(results)}, llama.cpp at Q4_0 (head Q6_K), each",
+        "with its defaults; batch 1. Both are loaded, take turns round by round, and stand still while the other runs.",
+        "Rates are medians of the rounds; ratios are of one round: the median, the least and the most.",
         "",
         *([f"![Tokens a second, by shape]({chart})", ""] if chart else []),
     ]
     for title, key, tokens, goal in WHAT:
         lines += [f"## {title[0].upper()}{title[1:]}", "", *_table(results, key, tokens, goal), ""]
+    lines += ["## What the memory allows", "", *_limits(results), ""]
     lines += ["## Loading and memory", "", *_memory(results), ""]
     for title, key, section in (
+        ("With an int4 head", "int4_head", _int4_head),
         ("Beside onnxruntime-genai", "genai", _genai),
         ("Eight sequences a step", "batch", _batch),
         ("Beside optimum", "optimum", _optimum),
@@ -87,6 +90,70 @@ def _table(results: Sequence[dict[str, Any]], key: str, tokens: str | None, goal
         cells += [f"{fraction(result, which):.0%}"] if decodes else []
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _forms(results: Sequence[dict[str, Any]]) -> str:
+    """How our weights and cache are stored."""
+    told = []
+    for result in results:
+        made = {"weights": "int4", "head": "int8", "group_size": 128} | result.get("weights", {})
+        cache = f", cache {result['cache']}" if "cache" in result else ""
+        told.append(f"{made['weights']} in groups of {made['group_size']} (head {made['head']}{cache})")
+    return " or ".join(dict.fromkeys(told))
+
+
+def _limits(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Bytes a token, the rate that they allow and the one that was reached, by engine; what the goal comes to."""
+    lines = [
+        "What an engine must read for a token: all weights but the experts that are not chosen, one row of the",
+        "embedding, its cache. The limit is the bandwidth measured in the same rounds over those bytes. The last",
+        "columns: how many times llama.cpp's rate moedge would reach at its limit, and so whether the goal can be met.",
+        "",
+        "| shape | context | engine | read a token | limit, tokens/s | reached | of the limit | ratio at the limit | "
+        f"goal {DECODE_GOAL}x |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for result in results:
+        for which, context in (("decode", result["prompt_tokens"]), ("decode_long", result["long_context"])):
+            for title, peer, found, read in _readers(result, which):
+                limit = statistics.median(found["bandwidth_bytes_per_s"]) / read
+                reached = statistics.median(rates(found, peer, f"{which}_s", None))
+                cells = [result["shape"], f"{context:,}", title, f"{read / 1e6:,.0f} MB", f"{limit:.1f}"]
+                cells += [f"{reached:.1f}", f"{reached / limit:.0%}", *_reach(found, peer, which, limit)]
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _readers(result: dict[str, Any], which: str) -> Iterator[tuple[str, str, dict[str, Any], int]]:
+    """(title, engine, its measurement, bytes a token) of those that were measured with this context."""
+    yield OURS, OURS, result, result["bytes_per_token"][which]
+    if "int4_head" in result:
+        yield f"{OURS}, int4 head", OURS, result["int4_head"], result["int4_head"]["bytes_per_token"][which]
+    if "peer_bytes_per_token" in result:
+        yield THEIRS, THEIRS, result, result["peer_bytes_per_token"][THEIRS][which]
+    genai = result.get("genai", {})
+    if which in genai.get("bytes_per_token", {}):
+        yield "genai", "genai", genai, genai["bytes_per_token"][which]
+
+
+def _reach(found: dict[str, Any], peer: str, which: str, limit: float) -> list[str]:
+    """How many times llama.cpp's rate the limit is, and whether that is the goal's; nothing for peers."""
+    if peer != OURS:
+        return ["", ""]
+    ratio = limit / statistics.median(rates(found, THEIRS, f"{which}_s", None))
+    return [f"{ratio:.2f}", "memory allows it" if ratio >= DECODE_GOAL else "beyond the memory"]
+
+
+def _int4_head(results: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "`moedge export --head int4`, where the head is much of what a token reads (docs/quantization.md has what that",
+        "costs in quality); all else as above, in rounds of its own.",
+        "",
+    ]
+    rows = [dict(result["int4_head"], shape=result["shape"]) for result in results]
+    for title, key, tokens, goal in WHAT:
+        lines += [f"{title[0].upper()}{title[1:]}:", "", *_table(rows, key, tokens, goal), ""]
+    return lines[:-1]
 
 
 def _memory(results: Sequence[dict[str, Any]]) -> list[str]:

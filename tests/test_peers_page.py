@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+import moedge
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "performance.json"
 
@@ -63,6 +65,69 @@ def test_each_part_has_its_table_where_it_was_run(peers_page: Any) -> None:
     assert "| olmoe | no |  | ValueError: a custom architecture | | | |" in page
 
 
+def test_what_the_memory_allows(peers_page: Any) -> None:
+    """Limit, share and best ratio out of bytes, bandwidth and times; an int4 head is measured in rounds of its own."""
+    times = {"prefill_s": [1.0], "decode_s": [0.025], "decode_long_s": [0.05]}
+    about = {"about": {"load_s": 1.0, "kernels": "a", "version": "b"}, "memory": {}}
+    result: dict[str, Any] = {
+        **{key: measured()[0][key] for key in ("date", "machine", "threads", "load_before", "backend_version")},
+        "shape": "a-shape", "prompt_tokens": 512, "long_context": 4096, "bandwidth_bytes_per_s": [40e9],
+        "bytes_per_token": {"decode": 500_000_000, "decode_long": 1_000_000_000}, "cache": "float16",
+        "peer_bytes_per_token": {"llama.cpp": {"decode": 600_000_000, "decode_long": 800_000_000}},
+        "peers": {"moedge": times | about, "llama.cpp": times | about},
+        "weights": {"weights": "int4", "head": "int8", "group_size": 128},
+    }  # fmt: skip
+    narrow = copy.deepcopy(result)
+    narrow["bytes_per_token"] = {"decode": 400_000_000, "decode_long": 900_000_000}
+    narrow["peers"]["moedge"]["decode_s"] = [0.0125]
+    genai = {"peers": {"moedge": times, "genai": times | about}, "bandwidth_bytes_per_s": [50e9],
+             "bytes_per_token": {"decode": 500_000_000}}  # fmt: skip
+    page = peers_page.render([result | {"int4_head": narrow, "genai": genai}], None)
+    assert "moedge at int4 in groups of 128 (head int8, cache float16), llama.cpp at Q4_0 (head Q6_K)" in page
+    for row in (
+        "| a-shape | 512 | moedge | 500 MB | 80.0 | 40.0 | 50% | 2.00 | memory allows it |",
+        "| a-shape | 4,096 | moedge | 1,000 MB | 40.0 | 20.0 | 50% | 2.00 | memory allows it |",
+        "| a-shape | 512 | moedge, int4 head | 400 MB | 100.0 | 80.0 | 80% | 2.50 | memory allows it |",
+        "| a-shape | 512 | llama.cpp | 600 MB | 66.7 | 40.0 | 60% |  |  |",
+        "| a-shape | 512 | genai | 500 MB | 100.0 | 40.0 | 40% |  |  |",
+        "| a-shape | 512 | 80.0 | 40.0 | 2.00 | 2.00 to 2.00 | met | 80% |",
+    ):
+        assert row in page.splitlines(), row
+    result["bandwidth_bytes_per_s"] = [31e9]
+    assert "| a-shape | 512 | moedge | 500 MB | 62.0 | 40.0 | 65% | 1.55 | beyond the memory |" in peers_page.render(
+        [result], None
+    )
+
+
+def test_what_a_token_reads_of_the_peers_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers of each kind of attention, counted by hand: Q4_0 has 18 bytes for 32 weights, Q6_K 210 for 256."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from peers_gguf import bytes_per_token
+
+    config: dict[str, Any] = {
+        "model_type": "qwen3_moe", "vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 2, "head_dim": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2,
+        "intermediate_size": 512, "moe_intermediate_size": 128,
+    }  # fmt: skip
+    attention = 256 * 256 * 2 + 2 * 128 * 256
+    experts, routers = 2 * 3 * 128 * 256, 8 * 256
+    ends = 256 * 18 / 32 + 1024 * 256 * 210 / 256 + 4 * 256
+    layer = (attention + experts) * 18 / 32 + 4 * (routers + 2 * 256 + 2 * 64)
+    assert bytes_per_token(config, 0) == ends + 2 * layer
+    assert bytes_per_token(config, 100) - bytes_per_token(config, 0) == 100 * 2 * 2 * 128 * 2
+    latent = {
+        "model_type": "deepseek_v2", "vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1,
+        "intermediate_size": 512, "moe_intermediate_size": 128, "routed_scaling_factor": 1.0, "norm_topk_prob": False,
+    }  # fmt: skip
+    attention = 4 * 48 * 256 + 144 * 256 + 4 * 128 * 32 * 2 + 256 * 4 * 32
+    dense, sparse = 3 * 512 * 256, experts + 3 * 256 * 256
+    floats = 2 * (2 * 256 + 128) + routers
+    assert bytes_per_token(latent, 0) == ends + (2 * attention + dense + sparse) * 18 / 32 + 4 * floats
+    assert bytes_per_token(latent, 100) - bytes_per_token(latent, 0) == 100 * 2 * 144 * 2
+
+
 def test_what_a_part_found_is_kept_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import bench_peers
@@ -77,6 +142,20 @@ def test_what_a_part_found_is_kept_beside_the_others(tmp_path: Path, monkeypatch
     assert "does not run: a test" in path.with_suffix(".md").read_text()
     with pytest.raises(SystemExit):
         bench_peers.main(["--work", str(tmp_path), "--shape", "no-such-shape"])
+
+
+def test_a_bundle_of_other_defaults_is_made_anew(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench_peers
+
+    made = {}
+    for name, options in {"usual": {}, "head": {"head": "int4"}, "narrow": {"group_size": 16}}.items():
+        moedge.export(tiny_checkpoint, tmp_path / name, verify=False, **options)
+        made[name] = [bench_peers.is_made(tmp_path / name, head) for head in (None, "int4")]
+    assert made == {"usual": [True, False], "head": [False, True], "narrow": [False, False]}
+    assert not bench_peers.is_made(tmp_path / "nothing", None)
 
 
 def test_a_worker_that_ends_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
