@@ -48,7 +48,7 @@ SLOTS = 4  # where the engine steps one text at a time
 @click.option(
     "--stream-interval",
     type=click.FloatRange(0, 10_000),
-    default=20.0,
+    default=40.0,
     show_default=True,
     metavar="MS",
     help="Where more than 4 texts stream, tokens go out so often, together; 0: each as it comes.",

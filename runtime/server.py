@@ -55,7 +55,7 @@ class Settings:
     all_bodies: int = 64 << 20  # of all requests that are being read or taken in
     header_seconds: float = 10.0
     write_seconds: float = 30.0  # for a client to take 32 KiB, or what there is
-    stream_interval: float = 0.02  # between two writes to a stream, where more than a few run
+    stream_interval: float = 0.04  # between two writes to a stream, where more than a few run
     connections: int = 900
     max_prompt_tokens: int | None = None  # None: what the context has room for
     max_new_tokens: int | None = None  # None: likewise; more is cut to it

@@ -372,11 +372,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="of mixed load; 0: not at all")
     parser.add_argument("--slots", type=int, help="default: the server's own")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--stream-interval", type=int, metavar="MS", help="default: the server's own")
     parser.add_argument("-o", "--output", type=Path, help="the page about it, and its figures beside it as JSON")
     options = parser.parse_args()
     queue = max(options.queued, 2 * options.clients)
     with tempfile.TemporaryDirectory() as folder:
-        limits = {"threads": options.threads, "queue": queue, **({"slots": options.slots} if options.slots else {})}
+        limits = {"threads": options.threads, "queue": queue}
+        wanted = {"slots": options.slots, "stream_interval": options.stream_interval}
+        limits |= {name: value for name, value in wanted.items() if value is not None}
         server = Server(options.bundle, Path(folder) / "log", **limits)
         options.slots = server.slots
         try:

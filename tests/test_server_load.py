@@ -115,6 +115,37 @@ def test_memory_refused_while_a_slot_is_made_fails_that_request_alone(engine, mo
     assert engine.session._runner.users == lanes, "every slot's cache is given back"
 
 
+def test_a_client_that_leaves_keeps_no_connection_where_more_came_before_its_turn(monkeypatch):
+    """Else the next answer would begin with the rest of this one."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from load_client import Client, _Peer
+
+    class Transport:
+        aborted = False
+
+        def write(self, data):
+            asyncio.get_running_loop().call_later(0.05, self.answer, client._peer)
+
+        def answer(self, peer):
+            for part in (b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", b"1", b"2", b"3", b"4"):
+                peer.data_received(part)
+
+        def is_closing(self):
+            return self.aborted
+
+        def abort(self):
+            self.aborted = True
+
+    async def main():
+        client._peer = _Peer()
+        client._peer.transport = transport = Transport()
+        assert await client.post("/v1/completions", b"{}", leave_after=3) is None
+        assert transport.aborted and client._peer is None
+
+    client = Client(1, timeout=10)
+    asyncio.run(main())
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
 def test_the_scripts_judge(monkeypatch, tmp_path):
     """A bar that is missed is said to be missed, and the page shows it, with what it has from other runs."""
