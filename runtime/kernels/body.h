@@ -2,12 +2,13 @@
 //
 // S gives  lanes             rows that one vector holds
 //          tokens            rows of activations that share one pass over the unpacked weights
-//          few               rows of activations for which the weights are not unpacked to memory
+//          few               rows of activations whose products are made from the weights in registers
 //          middle            what is subtracted from 8-bit codes before they are multiplied (0 or 128)
 //          Int, Float        vectors of int32 and float
 //          load_transposed   a square of lanes x lanes 4-byte words, transposed
 //          sums              of `lanes` vectors: lane i is the sum of vector i's lanes
 //          dot<bits>         acc + the products of each lane's four codes with its four activations
+//          dot_word<bits>    the same where all lanes have one word of activations
 // Everything is in an anonymous namespace: two files must never share a function that was compiled for one of them.
 
 #pragma once
@@ -21,19 +22,29 @@ using moedge::kMaxTile;
 using moedge::kMaxTokens;
 using moedge::Matrix;
 
-constexpr int64_t kPanel = 512;  // columns unpacked at once: with a tile of 32 rows, half of a first-level cache
-constexpr int64_t kMinGroup = 16;
+constexpr int64_t kAhead = 8192;  // bytes from what is multiplied to what is fetched
 
 // --- weights -----------------------------------------------------------------------------------------------------
 
-// Codes of kPanel columns or fewer of a tile, unpacked to a byte each: [column / 4][tile][4], with what their groups
-// need: [group][tile].
+// Columns of a tile's rows turned so that a row has a lane: [word][row], four bytes each, as packed as they lie. It
+// holds whole groups, and whole vectors of each row.
 template <class S>
-struct Panel {
+struct Strip {
   static constexpr int64_t tile = 2 * S::lanes;
-  alignas(64) uint8_t codes[kPanel * tile];
-  alignas(64) float scales[kPanel / kMinGroup * tile];
-  alignas(64) int32_t zeros[kPanel / kMinGroup * tile];
+  alignas(64) uint8_t words[kMaxGroup * tile];
+
+  static int64_t row_bytes(const Matrix& matrix) {
+    const int64_t group_bytes = matrix.group * matrix.bits / 8, chunk = 4 * S::lanes;
+    return group_bytes > chunk ? group_bytes : chunk;
+  }
+};
+
+// Scales of as many groups as a vector has lanes, [group][row] for as many rows, and what is subtracted from the codes
+// where that is no constant.
+template <class S>
+struct Groups {
+  alignas(64) float scales[S::lanes * S::lanes];
+  alignas(64) int32_t zeros[S::lanes * S::lanes];
 };
 
 inline int32_t zero_point(const Matrix& matrix, int64_t row, int64_t group) {
@@ -42,214 +53,235 @@ inline int32_t zero_point(const Matrix& matrix, int64_t row, int64_t group) {
   return matrix.bits == 8 ? packed[group] : packed[group / 2] >> (group % 2 * 4) & 15;
 }
 
-// Scales and zero points of groups `from` to `from + count` for the tile's rows.
+// `count` bytes of `lanes` rows from byte `at` on, at most a vector's, turned. `whole`: a vector's may be read.
 template <class S>
-void gather_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count, Panel<S>* panel) {
-  constexpr int64_t tile = Panel<S>::tile;
-  const int32_t middle = matrix.bits == 8 ? S::middle : 0;
-  for (int64_t r = 0; r < tile; ++r) {
-    const float* scales = matrix.scales + rows[r] * matrix.groups() + from;
-    for (int64_t b = 0; b < count; ++b) panel->scales[b * tile + r] = scales[b];
-  }
-  if (matrix.zero_points) {
-    for (int64_t r = 0; r < tile; ++r)
-      for (int64_t b = 0; b < count; ++b) panel->zeros[b * tile + r] = zero_point(matrix, rows[r], from + b) - middle;
-  } else if (from == 0) {
-    for (int64_t i = 0; i < count * tile; ++i) panel->zeros[i] = zero_point(matrix, 0, 0) - middle;
-  }
-}
-
-// A word of each row, byte `at` of its columns, to the places that its activations have.
-template <class S, int bits>
-inline void unpack_word(typename S::Int word, int64_t at, int64_t half, uint8_t* codes) {
-  constexpr int64_t tile = Panel<S>::tile;
-  if (bits == 4) {
-    const int64_t low = 2 * at - (at & (half - 1));  // two halves for each block before, and what is before in its own
-    S::store_codes(codes + low * tile, S::low_nibbles(word));
-    S::store_codes(codes + (low + half) * tile, S::high_nibbles(word));
-  } else {
-    S::store_codes(codes + at * tile, S::prepare(word));
-  }
-}
-
-// Columns `from` to `from + width` of the tile's rows.
-template <class S, int bits>
-void unpack(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t width, Panel<S>* panel) {
+void load_turned(const uint8_t* const* rows, int64_t at, int64_t count, bool whole, typename S::Int* out) {
   constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
-  const int64_t bytes = width * bits / 8, half = half_block<S>(matrix.group);
-  // What is needed next, while this is unpacked: the rows' next columns, or the next tile's first.
-  const int64_t ahead = from + width < matrix.width ? bytes : Panel<S>::tile * matrix.row_bytes() - from * bits / 8;
-  for (int side = 0; side < 2; ++side) {
+  if (count == chunk || whole) return S::load_transposed(rows, at, out);
+  alignas(64) uint8_t copies[lanes * chunk];
+  const uint8_t* starts[lanes];
+  memset(copies, 0, sizeof copies);
+  for (int64_t r = 0; r < lanes; ++r) {
+    memcpy(copies + r * chunk, rows[r] + at, static_cast<size_t>(count));
+    starts[r] = copies + r * chunk;
+  }
+  S::load_transposed(starts, 0, out);
+}
+
+// Groups `from` to `from + count` of `lanes` rows, count <= lanes.
+template <class S>
+void load_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count, Groups<S>* groups) {
+  constexpr int64_t lanes = S::lanes;
+  const uint8_t* sources[lanes];
+  for (int64_t r = 0; r < lanes; ++r)
+    sources[r] = reinterpret_cast<const uint8_t*>(matrix.scales + rows[r] * matrix.groups() + from);
+  typename S::Int turned[lanes];
+  // Behind a row's end lies the next one's beginning; behind the last row's might be the file's.
+  const bool whole = rows[lanes - 1] * matrix.groups() + from + lanes <= matrix.rows * matrix.groups();
+  load_turned<S>(sources, 0, 4 * count, whole, turned);
+  for (int64_t b = 0; b < lanes; ++b) S::store_floats(groups->scales + b * lanes, S::as_floats(turned[b]));
+  const int32_t middle = matrix.bits == 8 ? S::middle : 0;
+  for (int64_t r = 0; matrix.zero_points && r < lanes; ++r)
+    for (int64_t b = 0; b < count; ++b) groups->zeros[b * lanes + r] = zero_point(matrix, rows[r], from + b) - middle;
+}
+
+// Bytes `from` to `from + count` of each of the tile's rows.
+template <class S>
+void load_strip(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count, Strip<S>* strip) {
+  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes, tile = Strip<S>::tile;
+  const int64_t whole = matrix.row_bytes(), wide = Strip<S>::row_bytes(matrix);
+  // What is needed soon, while this is turned: the rows' next columns, or behind their end the next tile's first.
+  const int64_t steps = divide_up(kAhead, wide * tile) * wide;
+  const int64_t ahead = from + steps < whole ? steps : tile * whole + least(from + steps - whole, whole - wide) - from;
+  for (int64_t side = 0; side < tile; side += lanes) {
     const uint8_t* sources[lanes];
-    for (int64_t r = 0; r < lanes; ++r)
-      sources[r] = matrix.codes + rows[side * lanes + r] * matrix.row_bytes() + from * bits / 8;
-    uint8_t* into = panel->codes + side * 4 * lanes;
-    for (int64_t at = 0; at < bytes; at += chunk) {
-      const int64_t held = least(chunk, bytes - at);
-      alignas(64) uint8_t tail[lanes * chunk];
+    for (int64_t r = 0; r < lanes; ++r) sources[r] = matrix.codes + rows[side + r] * whole + from;
+    for (int64_t at = 0; at < count; at += chunk) {
       typename S::Int words[lanes];
-      if (held == chunk) {
-        S::load_transposed(sources, at, words);
-        for (int64_t r = 0; r < lanes; ++r) __builtin_prefetch(sources[r] + at + ahead);
-      } else {  // the end of a row: reading on might leave the file
-        const uint8_t* copies[lanes];
-        memset(tail, 0, sizeof tail);
-        for (int64_t r = 0; r < lanes; ++r) {
-          memcpy(tail + r * chunk, sources[r] + at, static_cast<size_t>(held));
-          copies[r] = tail + r * chunk;
-        }
-        S::load_transposed(copies, 0, words);
-      }
-      for (int64_t w = 0; w < lanes; ++w)
-        if (w * 4 < held) unpack_word<S, bits>(words[w], at + 4 * w, half, into);
+      load_turned<S>(sources, at, least(chunk, count - at), false, words);
+      for (int64_t r = 0; r < lanes; ++r) __builtin_prefetch(sources[r] + at + ahead, 0, 2);
+      for (int64_t w = 0; w < lanes; ++w) S::store_codes(strip->words + (at + 4 * w) * tile + 4 * side, words[w]);
     }
   }
 }
 
 // --- products ----------------------------------------------------------------------------------------------------
 
-// The integers of one group: sums [M][2] of a tile's codes with M rows of activations, from columns `at` to `end`. A
-// function of its own, not inlined, so that the compiler has registers for nothing but this.
+// Adds the products of four columns of a tile, unpacked, with M rows of activations from column `at` on.
 template <class S, int bits, int M>
-__attribute__((noinline)) void add_products(const uint8_t* weights, const int8_t* const* codes, int64_t at, int64_t end,
-                                            typename S::Int (*sums)[2]) {
-  constexpr int64_t lanes = S::lanes, tile = Panel<S>::tile;
-  constexpr int chains = M < 4 ? 2 : 1;  // sums kept apart, so that one dot product need not wait for the last
-  typename S::Int sum[chains][M][2];
-  const int8_t* x[M];
+inline __attribute__((always_inline)) void add_products(typename S::Int left, typename S::Int right,
+                                                        const int8_t* const* x, int64_t at,
+                                                        typename S::Int (&sums)[M][2]) {
   for (int m = 0; m < M; ++m) {
-    x[m] = codes[m];
-    for (int n = 0; n < 2; ++n) {
-      sum[0][m][n] = sums[m][n];
-      if (chains == 2) sum[chains - 1][m][n] = S::ints(0);
-    }
-  }
-  for (; at < end; at += 4 * chains, weights += 4 * chains * tile) {
-    for (int c = 0; c < chains; ++c) {
-      const typename S::Int left = S::load_codes(weights + c * 4 * tile);
-      const typename S::Int right = S::load_codes(weights + c * 4 * tile + 4 * lanes);
-      for (int m = 0; m < M; ++m) {
-        sum[c][m][0] = S::template dot<bits>(sum[c][m][0], left, S::ints(word_at(x[m] + at + 4 * c)));
-        sum[c][m][1] = S::template dot<bits>(sum[c][m][1], right, S::ints(word_at(x[m] + at + 4 * c)));
-      }
-    }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < 2; ++n)
-      sums[m][n] = chains == 1 ? sum[0][m][n] : S::add(sum[0][m][n], sum[chains - 1][m][n]);
-}
-
-// A panel by M rows of activations: adds to acc [M][tile].
-template <class S, int bits, int M>
-void multiply_panel(const Panel<S>& panel, int64_t groups, int64_t group, const int8_t* const* codes,
-                    const float* const* scales, const int32_t* const* sums, float* acc) {
-  constexpr int64_t lanes = S::lanes, tile = Panel<S>::tile;
-  for (int64_t b = 0; b < groups; ++b) {
-    typename S::Int sum[M][2];
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < 2; ++n)
-        sum[m][n] = S::multiply(S::load_ints(panel.zeros + b * tile + n * lanes), S::ints(-sums[m][b]));
-    add_products<S, bits, M>(panel.codes + b * group * tile, codes, b * group, (b + 1) * group, sum);
-    for (int m = 0; m < M; ++m) {
-      for (int n = 0; n < 2; ++n) {
-        float* into = acc + m * tile + n * lanes;
-        const typename S::Float scale =
-            S::multiply(S::load_floats(panel.scales + b * tile + n * lanes), S::floats(scales[m][b]));
-        S::store_floats(into, S::fused(S::to_floats(sum[m][n]), scale, S::load_floats(into)));
-      }
-    }
+    const typename S::Int own = S::ints(word_at(x[m] + at));  // read once for both
+    sums[m][0] = S::template dot<bits>(sums[m][0], left, own);
+    sums[m][1] = S::template dot<bits>(sums[m][1], right, own);
   }
 }
 
+// A group's integers, what is subtracted from its codes put right, times its scales: added to `total`.
+template <class S>
+inline typename S::Float add_group(typename S::Int sum, const float* scales, const int32_t* zeros, int32_t zero,
+                                   int32_t own_sum, float own_scale, typename S::Float total) {
+  const typename S::Int less = zeros ? S::multiply(S::load_ints(zeros), S::ints(-own_sum)) : S::ints(-zero * own_sum);
+  const typename S::Float scale = S::multiply(S::load_floats(scales), S::floats(own_scale));
+  return S::fused(S::to_floats(S::add(sum, less)), scale, total);
+}
+
+// One group of a tile by M rows of activations: adds to acc [M][tile]. `groups` are the tile's two halves', at `among`;
+// null zeros: `zero` everywhere. Not inlined, so that the compiler has registers for nothing but this.
 template <class S, int bits, int M>
-void multiply_some(const Panel<S>& panel, int64_t from, int64_t width, const Activations& x, const int32_t* index,
-                   int64_t at, float* acc) {
-  const int64_t group = x.width / x.groups;
+__attribute__((noinline)) void multiply_group(const uint8_t* words, int64_t group, const Groups<S>* groups,
+                                              int64_t among, bool zeros, int32_t zero, const Activations& x,
+                                              const int64_t* ids, int64_t place, float* acc) {
+  constexpr int64_t lanes = S::lanes, tile = Strip<S>::tile;
+  typename S::Int sums[M][2];
   const int8_t* codes[M];
-  const float* scales[M];
-  const int32_t* sums[M];
   for (int m = 0; m < M; ++m) {
-    const int64_t row = index ? index[at + m] : at + m;
-    codes[m] = x.codes + row * x.width + from;
-    scales[m] = x.scales + row * x.groups + from / group;
-    sums[m] = x.sums + row * x.groups + from / group;
+    codes[m] = x.codes + ids[m] * x.width + place * group;
+    for (int n = 0; n < 2; ++n) sums[m][n] = S::ints(0);
   }
-  multiply_panel<S, bits, M>(panel, width / group, group, codes, scales, sums, acc + at * Panel<S>::tile);
+  if (bits == 4) {
+    const int64_t half = half_block<S>(group);
+    for (int64_t block = 0; block < group; block += 2 * half) {
+      for (int64_t at = block; at < block + half; at += 4, words += 4 * tile) {
+        const typename S::Int left = S::load_codes(words), right = S::load_codes(words + 4 * lanes);
+        add_products<S, bits, M>(S::low_nibbles(left), S::low_nibbles(right), codes, at, sums);
+        add_products<S, bits, M>(S::high_nibbles(left), S::high_nibbles(right), codes, at + half, sums);
+      }
+    }
+  } else {
+    for (int64_t at = 0; at < group; at += 4, words += 4 * tile)
+      add_products<S, bits, M>(S::prepare(S::load_codes(words)), S::prepare(S::load_codes(words + 4 * lanes)), codes,
+                               at, sums);
+  }
+  for (int m = 0; m < M; ++m) {
+    const int64_t at = ids[m] * x.groups + place;
+    for (int n = 0; n < 2; ++n) {
+      float* into = acc + m * tile + n * lanes;
+      const float* scales = groups[n].scales + among * lanes;
+      S::store_floats(into, add_group<S>(sums[m][n], scales, zeros ? groups[n].zeros + among * lanes : nullptr, zero,
+                                         x.sums[at], x.scales[at], S::load_floats(into)));
+    }
+  }
 }
 
 // `count` rows of activations, 1 to M.
 template <class S, int bits, int M>
-void multiply_rows(const Panel<S>& panel, int64_t from, int64_t width, const Activations& x, const int32_t* index,
-                   int64_t at, int64_t count, float* acc) {
+void multiply_some(int64_t count, const uint8_t* words, int64_t group, const Groups<S>* groups, int64_t among,
+                   bool zeros, int32_t zero, const Activations& x, const int64_t* ids, int64_t place, float* acc) {
   if constexpr (M > 1)
-    if (count < M) return multiply_rows<S, bits, M - 1>(panel, from, width, x, index, at, count, acc);
-  multiply_some<S, bits, M>(panel, from, width, x, index, at, acc);
+    if (count < M)
+      return multiply_some<S, bits, M - 1>(count, words, group, groups, among, zeros, zero, x, ids, place, acc);
+  multiply_group<S, bits, M>(words, group, groups, among, zeros, zero, x, ids, place, acc);
 }
 
-// Few rows of activations: the weights stay in registers from their load to their products. Groups of whole chunks.
+// A tile by any number of rows of activations: each strip is turned once for all of them.
+template <class S, int bits>
+void multiply_many(const Matrix& matrix, const int64_t* rows, const Activations& x, const int64_t* ids, int64_t count,
+                   int32_t zero, float* acc) {
+  constexpr int64_t lanes = S::lanes, tile = Strip<S>::tile;
+  memset(acc, 0, static_cast<size_t>(count * tile) * sizeof(float));
+  Strip<S> strip;
+  Groups<S> groups[2];
+  const int64_t group_bytes = matrix.group * bits / 8, wide = Strip<S>::row_bytes(matrix);
+  int64_t place = 0;
+  for (int64_t from = 0; from < matrix.row_bytes(); from += wide) {
+    const int64_t held = least(wide, matrix.row_bytes() - from);
+    load_strip<S>(matrix, rows, from, held, &strip);
+    for (int64_t at = 0; at < held; at += group_bytes, ++place) {
+      if (place % lanes == 0)
+        for (int64_t n = 0; n < 2; ++n)
+          load_groups<S>(matrix, rows + n * lanes, place, least(lanes, matrix.groups() - place), groups + n);
+      for (int64_t i = 0; i < count; i += S::tokens)
+        multiply_some<S, bits, S::tokens>(least(S::tokens, count - i), strip.words + at * tile, matrix.group, groups,
+                                          place % lanes, matrix.zero_points != nullptr, zero, x, ids + i, place,
+                                          acc + i * tile);
+    }
+  }
+}
+
+// A tile by few rows of activations: the weights stay in registers from their load to their products. Groups of whole
+// chunks.
 template <class S, int bits, int M>
-void stream(const Matrix& matrix, const int64_t* rows, const Activations& x, const int32_t* index, float* acc) {
-  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes, tile = Panel<S>::tile;
-  constexpr int64_t columns = chunk * 8 / bits;
-  const int64_t groups = x.groups, group = x.width / groups, bytes = matrix.row_bytes();
-  const int32_t middle = bits == 8 ? S::middle : 0;
-  int64_t ids[M];
-  for (int m = 0; m < M; ++m) ids[m] = index ? index[m] : m;
-  for (int half = 0; half < 2; ++half) {
-    const int64_t* own = rows + half * lanes;
+void multiply_few(const Matrix& matrix, const int64_t* rows, const Activations& x, const int64_t* ids, int32_t zero,
+                  float* acc) {
+  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes, tile = Strip<S>::tile;
+  const int64_t bytes = matrix.row_bytes(), group_bytes = matrix.group * bits / 8;
+  Groups<S> groups;
+  for (int64_t side = 0; side < tile; side += lanes) {
     const uint8_t* sources[lanes];
-    for (int64_t r = 0; r < lanes; ++r) sources[r] = matrix.codes + own[r] * bytes;
+    for (int64_t r = 0; r < lanes; ++r) sources[r] = matrix.codes + rows[side + r] * bytes;
     typename S::Float total[M];
     for (int m = 0; m < M; ++m) total[m] = S::floats(0.0f);
-    for (int64_t b = 0; b < groups; ++b) {
-      alignas(64) float scales[lanes];
-      alignas(64) int32_t zeros[lanes];
-      for (int64_t r = 0; r < lanes; ++r) {
-        scales[r] = matrix.scales[own[r] * groups + b];
-        zeros[r] = zero_point(matrix, own[r], b) - middle;
-      }
-      typename S::Int sum[M][2];  // two, so that one dot product need not wait for the last
-      for (int m = 0; m < M; ++m) {
-        sum[m][0] = S::multiply(S::load_ints(zeros), S::ints(-x.sums[ids[m] * groups + b]));
-        sum[m][1] = S::ints(0);
-      }
-      for (int64_t at = b * group; at < (b + 1) * group; at += columns) {
+    for (int64_t b = 0; b < matrix.groups(); ++b) {
+      const int64_t among = b % lanes * lanes;
+      if (among == 0) load_groups<S>(matrix, rows + side, b, least(lanes, matrix.groups() - b), &groups);
+      // Where there are few, two sums for each, so that one dot product need not wait for the last.
+      constexpr int chains = M > 4 ? 1 : 2;
+      typename S::Int sums[M][chains];
+      for (int m = 0; m < M; ++m)
+        for (int c = 0; c < chains; ++c) sums[m][c] = S::ints(0);
+      for (int64_t at = b * group_bytes; at < (b + 1) * group_bytes; at += chunk) {
         typename S::Int words[lanes];
-        S::load_transposed(sources, at * bits / 8, words);
+        S::load_transposed(sources, at, words);
         for (int64_t r = 0; r < lanes; ++r)  // the next rows of the matrix, while these are multiplied
-          __builtin_prefetch(sources[r] + lanes * bytes + at * bits / 8);
+          __builtin_prefetch(sources[r] + lanes * bytes + at);
+        const int8_t* parts[M];
+        for (int m = 0; m < M; ++m) parts[m] = x.codes + ids[m] * x.width + at * 8 / bits;
+#pragma GCC unroll 16
         for (int64_t w = 0; w < lanes; ++w) {
           const typename S::Int low = bits == 4 ? S::low_nibbles(words[w]) : S::prepare(words[w]);
-          for (int m = 0; m < M; ++m) {
-            const int8_t* part = x.codes + ids[m] * x.width + at + 4 * w;
-            const int place = bits == 4 ? 0 : w % 2;
-            sum[m][place] = S::template dot<bits>(sum[m][place], low, S::ints(word_at(part)));
-            if (bits == 4) sum[m][1] = S::template dot<bits>(sum[m][1], S::high_nibbles(words[w]), S::ints(word_at(part + 4 * lanes)));
+          const int own = bits == 4 ? 0 : w % chains;
+          for (int m = 0; m < M; ++m) sums[m][own] = S::template dot_word<bits>(sums[m][own], low, parts[m] + 4 * w);
+          if (bits == 4) {
+            const typename S::Int high = S::high_nibbles(words[w]);
+            for (int m = 0; m < M; ++m)
+              sums[m][chains - 1] = S::template dot_word<bits>(sums[m][chains - 1], high, parts[m] + 4 * w + chunk);
           }
         }
       }
       for (int m = 0; m < M; ++m) {
-        const typename S::Float scale = S::multiply(S::load_floats(scales), S::floats(x.scales[ids[m] * groups + b]));
-        total[m] = S::fused(S::to_floats(S::add(sum[m][0], sum[m][1])), scale, total[m]);
+        const int64_t at = ids[m] * x.groups + b;
+        const typename S::Int sum = chains == 2 ? S::add(sums[m][0], sums[m][chains - 1]) : sums[m][0];
+        total[m] = add_group<S>(sum, groups.scales + among, matrix.zero_points ? groups.zeros + among : nullptr, zero,
+                                x.sums[at], x.scales[at], total[m]);
       }
     }
-    for (int m = 0; m < M; ++m) S::store_floats(acc + m * tile + half * lanes, total[m]);
+    for (int m = 0; m < M; ++m) S::store_floats(acc + m * tile + side, total[m]);
   }
 }
 
 // `count` rows of activations, 1 to M.
 template <class S, int bits, int M>
-void stream_rows(const Matrix& matrix, const int64_t* rows, const Activations& x, const int32_t* index, int64_t count,
-                 float* acc) {
+void multiply_few(int64_t count, const Matrix& matrix, const int64_t* rows, const Activations& x, const int64_t* ids,
+                  int32_t zero, float* acc) {
   if constexpr (M > 1)
-    if (count < M) return stream_rows<S, bits, M - 1>(matrix, rows, x, index, count, acc);
-  stream<S, bits, M>(matrix, rows, x, index, acc);
+    if (count < M) return multiply_few<S, bits, M - 1>(count, matrix, rows, x, ids, zero, acc);
+  multiply_few<S, bits, M>(matrix, rows, x, ids, zero, acc);
+}
+
+template <class S, int bits>
+void multiply_tile(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
+                   int64_t count, float* out, int64_t stride) {
+  constexpr int64_t tile = Strip<S>::tile;
+  static_assert(tile <= kMaxTile, "callers give room for kMaxTile");
+  int64_t own[tile], ids[kMaxTokens];  // beyond the last row: that row again, whose results nobody takes
+  for (int64_t r = 0; r < tile; ++r) own[r] = least(first + r, matrix.rows - 1);
+  for (int64_t i = 0; i < count; ++i) ids[i] = index ? index[i] : i;
+  alignas(64) float acc[kMaxTokens * tile];
+  const int32_t zero = zero_point(matrix, 0, 0) - (bits == 8 ? S::middle : 0);
+  if (count <= S::few && matrix.group * bits % (32 * S::lanes) == 0)
+    multiply_few<S, bits, S::few>(count, matrix, own, x, ids, zero, acc);
+  else
+    multiply_many<S, bits>(matrix, own, x, ids, count, zero, acc);
+  for (int64_t i = 0; i < count; ++i)
+    memcpy(out + i * stride, acc + i * tile, static_cast<size_t>(rows) * sizeof(float));
 }
 
 // --- one token ---------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMostWidth = 32768;  // of a matrix, for `multiply_one`
-constexpr int64_t kAhead = 8192;       // bytes from what is multiplied to what is fetched
 
 // The integers of `lanes` groups one behind the other in memory, each a vector, then summed: one integer a lane.
 template <class S, int bits, int chunks>
@@ -277,39 +309,26 @@ void add_groups(const Matrix& matrix, int64_t first, const int32_t* integers, co
                 float* out) {
   constexpr int64_t lanes = S::lanes;
   const int64_t groups = x.groups;
-  const float* scales = matrix.scales + first * groups;
   const float* own_scales = x.scales + token * groups;
   const int32_t* own_sums = x.sums + token * groups;
-  const int32_t middle = matrix.bits == 8 ? S::middle : 0;
-  alignas(64) int32_t zeros[lanes];
-  for (int64_t r = 0; r < lanes; ++r) zeros[r] = zero_point(matrix, 0, 0) - middle;
+  const int32_t zero = zero_point(matrix, 0, 0) - (matrix.bits == 8 ? S::middle : 0);
+  int64_t rows[lanes];
+  for (int64_t r = 0; r < lanes; ++r) rows[r] = first + r;
+  Groups<S> some;
   typename S::Float total = S::floats(0.0f);
   for (int64_t from = 0; from < groups; from += lanes) {
-    const uint8_t *sum_rows[lanes], *scale_rows[lanes];
-    alignas(64) float tail[lanes * lanes];
+    const uint8_t* sources[lanes];
     const int64_t count = least(lanes, groups - from);
+    load_groups<S>(matrix, rows, from, count, &some);
     for (int64_t r = 0; r < lanes; ++r) {
-      sum_rows[r] = reinterpret_cast<const uint8_t*>(integers + r * groups + from);
-      scale_rows[r] = reinterpret_cast<const uint8_t*>(scales + r * groups + from);
-      __builtin_prefetch(scale_rows[r] + lanes * groups * 4);
+      sources[r] = reinterpret_cast<const uint8_t*>(integers + r * groups + from);
+      __builtin_prefetch(matrix.scales + (first + lanes + r) * groups + from);
     }
-    if (count < lanes) {  // reading on might leave the file
-      for (int64_t r = 0; r < lanes; ++r) {
-        memcpy(tail + r * lanes, scale_rows[r], static_cast<size_t>(count) * sizeof *tail);
-        scale_rows[r] = reinterpret_cast<const uint8_t*>(tail + r * lanes);
-      }
-    }
-    typename S::Int sum[lanes], scale[lanes];
-    S::load_transposed(sum_rows, 0, sum);
-    S::load_transposed(scale_rows, 0, scale);
-    for (int64_t b = 0; b < count; ++b) {
-      if (matrix.zero_points)
-        for (int64_t r = 0; r < lanes; ++r) zeros[r] = zero_point(matrix, first + r, from + b) - middle;
-      const typename S::Int exact =
-          S::add(sum[b], S::multiply(S::load_ints(zeros), S::ints(-own_sums[from + b])));
-      const typename S::Float both = S::multiply(S::as_floats(scale[b]), S::floats(own_scales[from + b]));
-      total = S::fused(S::to_floats(exact), both, total);
-    }
+    typename S::Int sums[lanes];
+    S::load_transposed(sources, 0, sums);
+    for (int64_t b = 0; b < count; ++b)
+      total = add_group<S>(sums[b], some.scales + b * lanes, matrix.zero_points ? some.zeros + b * lanes : nullptr,
+                           zero, own_sums[from + b], own_scales[from + b], total);
   }
   S::store_floats(out, total);
 }
@@ -321,18 +340,22 @@ template <class S, int bits, int chunks>
 void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, int64_t token, float* out) {
   constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
   const int64_t groups = x.groups, group = x.width / groups;
-  // The row again and again, so that any `lanes` groups of consecutive rows have theirs one behind the other.
+  // The row again and again, so that any `lanes` groups of consecutive rows have theirs one behind the other: for those
+  // that begin in the middle of a row.
   alignas(64) int8_t again[kMostWidth + lanes * kMaxGroup];
   alignas(64) int32_t integers[kMostWidth * bits / 32 + lanes];  // [row][group], and room to read on
   const int8_t* own = x.codes + token * x.width;
-  for (int64_t at = 0; at < x.width + lanes * group; at += x.width)
-    memcpy(again + at, own, static_cast<size_t>(least(x.width, x.width + lanes * group - at)));
+  if (groups % lanes != 0) {
+    for (int64_t at = 0; at < x.width + lanes * group; at += x.width)
+      memcpy(again + at, own, static_cast<size_t>(least(x.width, x.width + lanes * group - at)));
+    own = again;
+  }
   for (int64_t done = 0; done < rows; done += lanes) {
     const int64_t start = least(first + done, matrix.rows - lanes);  // at the end some rows are computed once more
     const uint8_t* codes = matrix.codes + start * matrix.row_bytes();
     int64_t next = 0;
     for (int64_t at = 0; at < lanes * groups; at += lanes, codes += lanes * group * bits / 8) {
-      S::store_ints(integers + at, sum_groups<S, bits, chunks>(codes, again + next * group, group * bits / 8 / chunk));
+      S::store_ints(integers + at, sum_groups<S, bits, chunks>(codes, own + next * group, group * bits / 8 / chunk));
       for (next += lanes; next >= groups;) next -= groups;
     }
     alignas(64) float totals[lanes];
@@ -343,37 +366,12 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
 }
 
 template <class S, int bits>
-void multiply_tile(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
-                   int64_t count, float* out, int64_t stride) {
-  constexpr int64_t tile = Panel<S>::tile;
-  static_assert(tile <= kMaxTile, "callers give room for kMaxTile");
-  int64_t ids[tile];  // beyond the last row: that row again, whose results nobody takes
-  for (int64_t r = 0; r < tile; ++r) ids[r] = least(first + r, matrix.rows - 1);
-  alignas(64) float acc[kMaxTokens * tile];
-  if (count > 1 && count <= S::few && matrix.group * bits % (32 * S::lanes) == 0) {
-    stream_rows<S, bits, S::few>(matrix, ids, x, index, count, acc);
-  } else {
-    memset(acc, 0, static_cast<size_t>(count * tile) * sizeof(float));
-    Panel<S> panel;
-    for (int64_t from = 0; from < matrix.width; from += kPanel) {
-      const int64_t width = least(kPanel, matrix.width - from);
-      unpack<S, bits>(matrix, ids, from, width, &panel);
-      gather_groups<S>(matrix, ids, from / matrix.group, width / matrix.group, &panel);
-      for (int64_t at = 0; at < count; at += S::tokens)
-        multiply_rows<S, bits, S::tokens>(panel, from, width, x, index, at, least(S::tokens, count - at), acc);
-    }
-  }
-  for (int64_t i = 0; i < count; ++i)
-    memcpy(out + i * stride, acc + i * tile, static_cast<size_t>(rows) * sizeof(float));
-}
-
-template <class S, int bits>
 void multiply_bits(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
                    int64_t count, float* out, int64_t stride) {
-  constexpr int64_t tile = Panel<S>::tile, chunk = 4 * S::lanes;
+  constexpr int64_t tile = Strip<S>::tile, chunk = 4 * S::lanes;
   const int64_t group_bytes = matrix.group * bits / 8;
   const bool whole = group_bytes % chunk == 0;
-  if (S::few > 1 && count == 1 && whole && matrix.rows >= S::lanes && matrix.width <= kMostWidth) {
+  if (S::lanes > 4 && count == 1 && whole && matrix.rows >= S::lanes && matrix.width <= kMostWidth) {
     const auto run = group_bytes == chunk       ? multiply_one<S, bits, 1>
                      : group_bytes == 2 * chunk ? multiply_one<S, bits, 2>
                                                 : multiply_one<S, bits, 0>;
@@ -434,7 +432,7 @@ void multiply_floats(const float* matrix, int64_t rows, int64_t width, const flo
 
 template <class S>
 constexpr moedge::Kernels make_kernels(const char* name) {
-  return {name, Panel<S>::tile, quantize<S>, multiply<S>, multiply_floats<S>, swiglu};
+  return {name, Strip<S>::tile, quantize<S>, multiply<S>, multiply_floats<S>, swiglu};
 }
 
 }  // namespace

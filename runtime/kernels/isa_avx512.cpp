@@ -9,10 +9,11 @@ namespace {
 struct Avx512 {
   static constexpr int64_t lanes = 16;
   static constexpr int tokens = 8;
-  static constexpr int few = 4;
+  static constexpr int few = 8;
   static constexpr int32_t middle = 0;
   using Int = __m512i;
   using Float = __m512;
+  using Word __attribute__((may_alias)) = int32_t;
 
   static Int ints(int32_t value) { return _mm512_set1_epi32(value); }
   static Float floats(float value) { return _mm512_set1_ps(value); }
@@ -44,6 +45,11 @@ struct Avx512 {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x));
     return acc;
   }
+  template <int bits>
+  static Int dot_word(Int acc, Int codes, const int8_t* x) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*reinterpret_cast<const Word*>(x)));
+    return acc;
+  }
 
   static Int sums(Int* of) {
     for (int i = 0; i < 16; i += 2)
@@ -58,8 +64,9 @@ struct Avx512 {
 
   static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {
     Int a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i] + at);
-    for (int i = 0; i < 16; i += 2) {  // pairs of words
+    for (int i = 0; i < 16; i += 2) {  // pairs of words; by `load_bytes`, or gcc stores and loads each row once more
+      a[i] = load_bytes(rows[i] + at);
+      a[i + 1] = load_bytes(rows[i + 1] + at);
       b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
       b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }

@@ -12,6 +12,10 @@ struct AvxVnni : Vectors256 {
   static Int dot(Int acc, Int codes, Int x) {
     return _mm256_dpbusd_avx_epi32(acc, codes, x);
   }
+  template <int bits>
+  static Int dot_word(Int acc, Int codes, const int8_t* x) {
+    return dot<bits>(acc, codes, ints(word_at(x)));
+  }
 };
 
 }  // namespace

@@ -43,6 +43,10 @@ struct Neon {
   static Int dot(Int acc, Int codes, Int x) {
     return vdotq_s32(acc, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x));
   }
+  template <int bits>
+  static Int dot_word(Int acc, Int codes, const int8_t* x) {
+    return dot<bits>(acc, codes, ints(word_at(x)));
+  }
   static Int sums(Int* of) { return vpaddq_s32(vpaddq_s32(of[0], of[1]), vpaddq_s32(of[2], of[3])); }
 
   static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {

@@ -76,6 +76,10 @@ struct Portable {
       return acc.lane[i] + w[0] * v[0] + w[1] * v[1] + w[2] * v[2] + w[3] * v[3];
     });
   }
+  template <int bits>
+  static Int dot_word(Int acc, Int codes, const int8_t* x) {
+    return dot<bits>(acc, codes, ints(word_at(x)));
+  }
   static Int sums(Int* of) {
     return each<Int>([&](int i) { return of[i].lane[0] + of[i].lane[1] + of[i].lane[2] + of[i].lane[3]; });
   }
