@@ -13,11 +13,15 @@ import json
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from check_estimate import plan_manifest
+from synthetic_checkpoint import read_shape
+
 import moedge
+from moedge.profiles.shape import bytes_per_token
 from moedge.progress import console_progress
 from moedge.runtime.eval import evaluate
 
@@ -34,24 +38,33 @@ class Variant:
     algorithm: str = "rtn"
     group_size: int = 128
     zero_points: bool = False
+    head: str = "int8"  # where weights are int4
 
     def describe(self) -> str:
         if self.weights == "fp32":
             return "fp32"
         group = "by channel" if self.group_size == CHANNEL else f"group {self.group_size}"
-        return f"{self.weights} {self.algorithm}, {group}{', zero points' if self.zero_points else ''}"
+        more = ", zero points" * self.zero_points + ", int4 head" * (self.head == "int4")
+        return f"{self.weights} {self.algorithm}, {group}{more}"
 
 
 VARIANTS = [
     Variant("fp32"),
     Variant("int8"),
     Variant("int8", "hqq", CHANNEL),
-    Variant("int4", "rtn", 32),
-    *(Variant("int4", name, group) for name in ("rtn", "hqq", "gptq") for group in (64, 128)),
+    *(Variant("int4", name, group) for name in ("rtn", "hqq", "gptq") for group in (32, 64, 128)),
     *(Variant("int4", name, 128, zero_points=True) for name in ("rtn", "hqq", "gptq")),
     *(Variant("int4", name, CHANNEL) for name in ("rtn", "gptq")),
+    *(Variant("int4", name, group, head="int4") for name in ("rtn", "hqq", "gptq") for group in (32, 64, 128)),
 ]
+# (title, shape, layers of it) of models whose heads are large and small beside what else is read.
+SHOWN = (
+    ("OLMoE-1B-7B", "olmoe-1b-7b", None),
+    ("Qwen3-30B-A3B", "qwen3-30b-a3b", None),
+    ("the latter's first 12 layers", "qwen3-30b-a3b", 12),
+)
 RTN_32 = Variant("int4", "rtn", 32)
+FREE_HEAD = 0.25
 GOOD_128 = [Variant("int4", name, 128, zero) for name in ("hqq", "gptq") for zero in (False, True)]
 
 
@@ -63,7 +76,7 @@ def main() -> int:
         calibration = write_calibration(Path(folder) / "calibration.txt")
         results = []
         for variant in VARIANTS:
-            results.append(measure(variant, calibration, Path(folder) / "bundle", arguments.threads))
+            results.append(measure(variant, calibration, Path(folder), arguments.threads))
             print(f"{variant.describe()}: {results[-1]['bits_per_byte']:.4f} bits per byte", file=sys.stderr)
     document = {"date": datetime.date.today().isoformat(), "moedge": moedge.__version__, "results": results}
     PAGE.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
@@ -94,9 +107,14 @@ def write_calibration(path: Path) -> Path:
     return path
 
 
-def measure(variant: Variant, calibration: Path, bundle: Path, threads: int | None) -> dict[str, Any]:
-    """Export, build and score one variant."""
+def measure(variant: Variant, calibration: Path, folder: Path, threads: int | None) -> dict[str, Any]:
+    """Export, build and score one variant, beside the fp32 bundle where that is another."""
     options: dict[str, Any] = {"calibration": calibration} if variant.algorithm == "gptq" else {}
+    bundle, plain = folder / "bundle", folder / "fp32"
+    if variant.weights == "fp32":
+        bundle = plain
+    elif variant.weights == "int4":
+        options["head"] = variant.head
     text = (SAMPLE / "heldout.txt").read_text(encoding="utf-8")
     with console_progress() as progress:
         exported = moedge.export(
@@ -111,13 +129,18 @@ def measure(variant: Variant, calibration: Path, bundle: Path, threads: int | No
             **options,
         )
         moedge.build(bundle, "cpu")
-        scored = evaluate(bundle, text, "cpu", text_name="heldout.txt", threads=threads, progress=progress)
+        against = {} if bundle == plain else {"against": plain}
+        scored = evaluate(bundle, text, "cpu", text_name="heldout.txt", threads=threads, progress=progress, **against)
+    near = scored["against"] or {"kl_nats": {"mean": 0.0}, "top1_agreement": 1.0}
     classes = exported.manifest["quantization"]["classes"]
     return {
         **vars(variant),
         "bits_per_byte": scored["bits_per_byte"],
         "scored_tokens": scored["scored_tokens"],
+        "kl_nats": near["kl_nats"]["mean"],
+        "top1_agreement": near["top1_agreement"],
         "bytes": sum(exported.manifest["sizes"].values()),
+        "head_bytes": exported.manifest["sizes"]["head"],
         "relative_errors": {role: entry.get("relative_error") for role, entry in classes.items()},
         "notes": [note for note in exported.manifest["provenance"]["notes"] if "hqq" in note],
     }
@@ -135,8 +158,45 @@ def check_bars(results: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     ]
 
 
+def judge_heads(results: list[dict[str, Any]]) -> tuple[str, bool]:
+    """Whether an int4 head is so nearly free that it should be the default."""
+    added = {each.algorithm: each.added for each in compare_heads(results) if each.group_size == 128}
+    told = ", ".join(f"{name} {share:.0%}" for name, share in added.items())
+    bar = f"at group 128, 4 bits in the head add at most {FREE_HEAD:.0%} of what they cost everywhere else ({told})"
+    return bar, all(share <= FREE_HEAD for share in added.values())
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The same int4 weights with a head of 8 and of 4 bits; `added`: what 4 bits cost there, over all else's cost."""
+
+    algorithm: str
+    group_size: int
+    wide: dict[str, Any]
+    narrow: dict[str, Any]
+    added: float
+
+
+def compare_heads(results: list[dict[str, Any]]) -> list[Heads]:
+    by_variant = {_variant_of(result): result for result in results}
+    found = []
+    for variant, narrow in by_variant.items():
+        if variant.head == "int4":
+            wide = by_variant[replace(variant, head="int8")]
+            costs = [_change(result, results) for result in (wide, narrow)]
+            added = (costs[1] - costs[0]) / costs[0]
+            found.append(Heads(variant.algorithm, variant.group_size, wide, narrow, added))
+    return found
+
+
+def head_share(shape: str, layers: int | None) -> float:
+    """Of the bytes of weights that a token reads of a published shape at int4."""
+    manifest = plan_manifest(shape, read_shape(shape, layers))
+    return float(manifest["sizes"]["head"] / bytes_per_token(manifest, 0))
+
+
 def _variant_of(result: dict[str, Any]) -> Variant:
-    return Variant(*(result[key] for key in ("weights", "algorithm", "group_size", "zero_points")))
+    return Variant(*(result[key] for key in ("weights", "algorithm", "group_size", "zero_points", "head")))
 
 
 def _change(result: dict[str, Any], results: list[dict[str, Any]]) -> float:
@@ -152,25 +212,60 @@ def make_page(document: dict[str, Any]) -> str:
         "# What quantization costs the sample model",
         "",
         "Made by `scripts/bench_quantization.py`. Bits per byte are of `sample/heldout.txt`, by the cpu engine, whose",
-        "kernels round activations to 8 bits; the change is against fp32. The error is that of the experts' weights,",
-        "root mean square over root mean square. Embedding and head are int8 in all but fp32.",
+        "kernels round activations to 8 bits; the change is against fp32, and so are the divergence (of the next",
+        "token's probabilities, in nats: the mean) and the share of tokens with the same most likely next one. The",
+        "error is that of the experts' weights, root mean square over root mean square. The embedding is int8 in all",
+        "but fp32, and so is the head where nothing else is said.",
         "",
-        "| weights | bits per byte | change | error | size |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| weights | bits per byte | change | KL divergence | same token | error | size |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in results:
-        error = result["relative_errors"].get("experts")
-        cells = [
-            _variant_of(result).describe(),
-            f"{result['bits_per_byte']:.4f}",
-            "" if result["weights"] == "fp32" else f"{_change(result, results):+.2%}",
-            "" if error is None else f"{error:.2%}",
-            f"{result['bytes'] / 2**20:.1f} MiB",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        if result["head"] == "int8":
+            lines.append(_row(result, results))
     lines += ["", "What is asked of it:", ""]
     lines += [f"- {what}: {'met' if met else 'not met'}" for what, met in check_bars(results)]
+    lines += ["", *_head_section(results)]
     return "\n".join([*lines, "", f"moedge {document['moedge']}, {document['date']}.", ""])
+
+
+def _row(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    error, plain = result["relative_errors"].get("experts"), result["weights"] == "fp32"
+    cells = [
+        _variant_of(result).describe(),
+        f"{result['bits_per_byte']:.4f}",
+        *(["", "", ""] if plain else [f"{_change(result, results):+.2%}", *_nearness(result)]),
+        "" if error is None else f"{error:.2%}",
+        f"{result['bytes'] / 2**20:.1f} MiB",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _nearness(result: dict[str, Any]) -> list[str]:
+    return [f"{result['kl_nats']:.4f}", f"{result['top1_agreement']:.1%}"]
+
+
+def _head_section(results: list[dict[str, Any]]) -> list[str]:
+    shares = ", ".join(f"{head_share(*shape):.0%} in {title}" for title, *shape in SHOWN)
+    lines = [
+        "## A head of 4 bits",
+        "",
+        "A token reads the whole head, and of the experts only its own. Of the weights that it reads, a head of 8 bits",
+        f"is {shares}.",
+        "`moedge export --head int4` halves it. Added: what that costs in bits per byte, as a share of what 4 bits",
+        "everywhere else cost.",
+        "",
+        "| weights | change, int8 head | int4 head | added | KL divergence, int8 head | int4 head | same token, int8 "
+        "head | int4 head |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for each in compare_heads(results):
+        pairs = zip(_nearness(each.wide), _nearness(each.narrow), strict=True)
+        cells = [_variant_of(each.wide).describe(), *(f"{_change(r, results):+.2%}" for r in (each.wide, each.narrow))]
+        cells += [f"{each.added:+.0%}", *(cell for pair in pairs for cell in pair)]
+        lines.append(f"| {' | '.join(cells)} |")
+    what, met = judge_heads(results)
+    return [*lines, "", "What is asked of it to be the default:", "", f"- {what}: {'met' if met else 'not met'}"]
 
 
 if __name__ == "__main__":
