@@ -3,8 +3,9 @@
 For each shape a random checkpoint is written, exported with `moedge export`'s defaults and built for the CPU, and a
 random GGUF file of the same shape in Q4_0 is written. A bundle that an earlier version made with other defaults is made
 anew. Every engine is a process of its own (scripts/peers_worker.py), all of them loaded; in
-each round every one gets its turn while the others are stopped, and so does a measurement of the memory's bandwidth.
-Ratios are of one round. The parts of a shape, each to be run alone with --part:
+each round every one gets its turn while the others are stopped, and the memory's bandwidth is measured right before
+and after our decode. Ratios and shares of the limit are of one round. The parts of a shape, each to be run alone with
+--part:
 
     llama.cpp   prefill, decode, decode at a long context
     int4-head   the same with `moedge export --head int4` (where the head is much of what is read, or where asked for)
@@ -183,14 +184,22 @@ def race(kinds: dict[str, Path], context: int, filling: int, rounds: int, args: 
             say(f"  round {turn} of {rounds}" if turn else "  warming up")
             for peer, worker in workers.items():
                 times = {"prefill_s": worker.ask("prefill", PROMPT)["seconds"]}
-                times["decode_s"] = statistics.median(worker.ask("decode", NEW)["seconds"])
+                times["decode_s"], near = beside_bandwidth(worker, "decode", NEW, args.threads)
                 if filling:
                     times["decode_long_s"] = statistics.median(worker.ask("decode_long", NEW)["seconds"])
                 for key, seconds in times.items() if turn else ():
                     found[peer][key].append(seconds)
-            if turn:
-                bandwidth.append(machine.measure_bandwidth(args.threads))
+                if turn and peer == "moedge":
+                    bandwidth.append(near)
     return {"peers": found, "bandwidth_bytes_per_s": bandwidth}
+
+
+def beside_bandwidth(worker: Worker, run: str, tokens: int, threads: int) -> tuple[float, float]:
+    """Seconds of a step, the median, and what the memory gave right before and right after: it has better and worse
+    phases on a machine that others share."""
+    before = machine.measure_bandwidth(threads)
+    seconds = statistics.median(worker.ask(run, tokens)["seconds"])
+    return seconds, (before + machine.measure_bandwidth(threads)) / 2
 
 
 def measure_llama(name: str, bundle: Bundle, other: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -275,11 +284,11 @@ def measure_batch(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
             say(f"  round {turn} of {args.rounds}" if turn else "  warming up")
             workers["moedge"].ask("prefill", PROMPT)
             alone = statistics.median(workers["moedge"].ask("decode", BATCH_STEPS)["seconds"])
-            together = statistics.median(workers["moedge-lanes"].ask("decode_batch", BATCH_STEPS)["seconds"])
+            together, near = beside_bandwidth(workers["moedge-lanes"], "decode_batch", BATCH_STEPS, args.threads)
             if turn:
                 one.append(alone)
                 several.append(together)
-                bandwidth.append(machine.measure_bandwidth(args.threads))
+                bandwidth.append(near)
     read = bytes_per_token(bundle.manifest, PROMPT + BATCH_STEPS // 2, lanes, cache_element(engine))
     return {
         "date": today(),

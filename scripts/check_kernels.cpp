@@ -232,7 +232,16 @@ uint64_t run_grouped_one(const Kernels* kernels, Element element, int64_t width,
   return found;
 }
 
-uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, int64_t rope, int64_t first) {
+// The codes of `made`, of 8 bits, by heads of so many rows.
+HeadMatrices of_codes(const Matrix& made, int64_t rows) {
+  int shift = 0;
+  while (int64_t{1} << shift < made.group) ++shift;
+  return {nullptr, {made.codes, made.scales, made.zero_points, rows, made.width, shift}, rows, made.width};
+}
+
+// `group`: of the codes of k_up and v_up, with zero points in k_up's; 0: floats.
+uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, int64_t rope, int64_t first,
+                        int64_t group) {
   const int64_t heads = 5, nope = 9, size = 70, width = rank + rope, parts = element == Element::kByte ? 2 : 0;
   const Lanes lanes(element, 1, width, parts, true, first);
   LatentAttention l{};
@@ -249,8 +258,15 @@ uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, i
   l.latent = latent;
   l.k_rope = k_rope;
   l.rotation = {cos, sin, rope / 2, true};
-  l.k_up = k_up;
-  l.v_up = v_up;
+  l.k_up = {k_up, {}, nope, rank};
+  l.v_up = {v_up, {}, size, rank};
+  const int64_t of_group = group ? group : rank;
+  const Matrix k_codes = matrices(heads, nope, rank, of_group, 8, true);
+  const Matrix v_codes = matrices(heads, size, rank, of_group, 8, false);
+  if (group) {
+    l.k_up = of_codes(k_codes, nope);
+    l.v_up = of_codes(v_codes, size);
+  }
   l.nope = nope;
   l.rope = rope;
   l.rank = rank;
@@ -258,6 +274,8 @@ uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, i
   l.y = y;
   const uint64_t found = run_attention_op(l, latent_scratch, run_latent, y, count);
   for (float* block : {q, latent, k_rope, y, cos, sin, k_up, v_up}) free(block);
+  release(k_codes);
+  release(v_codes);
   return found;
 }
 
@@ -267,8 +285,9 @@ uint64_t attention_digest(const Kernels* kernels) {
     for (int64_t first : {1, 40, 150}) {
       all = all * 31 + run_grouped_one(kernels, element, 32, 0, first);
       all = all * 31 + run_grouped_one(kernels, element, 21, 50, first);
-      all = all * 31 + run_latent_one(kernels, element, 64, 16, first);
-      all = all * 31 + run_latent_one(kernels, element, 26, 6, first);
+      all = all * 31 + run_latent_one(kernels, element, 64, 16, first, 0);
+      all = all * 31 + run_latent_one(kernels, element, 64, 16, first, 32);
+      all = all * 31 + run_latent_one(kernels, element, 26, 6, first, 0);
     }
   return all;
 }

@@ -30,11 +30,10 @@ def ratios(result: dict[str, Any], key: str) -> list[float]:
     return [theirs / ours for theirs, ours in pairs]
 
 
-def fraction(result: dict[str, Any], which: str) -> float:
-    """Of the memory limit: bytes a token has to read over the median time, over the bandwidth of the same rounds."""
-    seconds = statistics.median(result["peers"][OURS][f"{which}_s"])
-    limit = statistics.median(result["bandwidth_bytes_per_s"])
-    return float(result["bytes_per_token"][which] / seconds / limit)
+def fraction(found: dict[str, Any], read: int, seconds: Sequence[float]) -> float:
+    """Of the memory limit: bytes that a step has to read over its time, over the bandwidth; the rounds' median."""
+    rounds = zip(seconds, found["bandwidth_bytes_per_s"], strict=True)
+    return statistics.median(read / each / bandwidth for each, bandwidth in rounds)
 
 
 def write_page(results: Sequence[dict[str, Any]], page: Path) -> None:
@@ -87,7 +86,8 @@ def _table(results: Sequence[dict[str, Any]], key: str, tokens: str | None, goal
         cells = [result["shape"], f"{context:,}", f"{statistics.median(ours):.1f}", f"{statistics.median(theirs):.1f}"]
         cells += [f"{statistics.median(times):.2f}", f"{min(times):.2f} to {max(times):.2f}"]
         cells += ["met" if statistics.median(times) >= goal else "not met"]
-        cells += [f"{fraction(result, which):.0%}"] if decodes else []
+        if decodes:
+            cells += [f"{fraction(result, result['bytes_per_token'][which], result['peers'][OURS][key]):.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -106,7 +106,7 @@ def _limits(results: Sequence[dict[str, Any]]) -> list[str]:
     """Bytes a token, the rate that they allow and the one that was reached, by engine; what the goal comes to."""
     lines = [
         "What an engine must read for a token: all weights but the experts that are not chosen, one row of the",
-        "embedding, its cache. The limit is the bandwidth measured in the same rounds over those bytes. The last",
+        "embedding, its cache. The limit is the bandwidth, the rounds' median, over those bytes. The last",
         "columns: how many times llama.cpp's rate moedge would reach at its limit, and so whether the goal can be met.",
         "",
         "| shape | context | engine | read a token | limit, tokens/s | reached | of the limit | ratio at the limit | "
@@ -119,7 +119,8 @@ def _limits(results: Sequence[dict[str, Any]]) -> list[str]:
                 limit = statistics.median(found["bandwidth_bytes_per_s"]) / read
                 reached = statistics.median(rates(found, peer, f"{which}_s", None))
                 cells = [result["shape"], f"{context:,}", title, f"{read / 1e6:,.0f} MB", f"{limit:.1f}"]
-                cells += [f"{reached:.1f}", f"{reached / limit:.0%}", *_reach(found, peer, which, limit)]
+                share = fraction(found, read, found["peers"][peer][f"{which}_s"])
+                cells += [f"{reached:.1f}", f"{share:.0%}", *_reach(found, peer, which, limit)]
                 lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -202,7 +203,7 @@ def _batch(results: Sequence[dict[str, Any]]) -> list[str]:
     for result in results:
         found = result["batch"]
         one, step = statistics.median(found["decode_s"]), statistics.median(found["step_s"])
-        share = found["bytes_per_step"] / step / statistics.median(found["bandwidth_bytes_per_s"])
+        share = fraction(found, found["bytes_per_step"], found["step_s"])
         distinct = f"{found['expected_distinct_experts']:.1f} of {found['experts']}"
         pairs = zip(found["decode_s"], found["step_s"], strict=True)
         times = statistics.median(found["lanes"] * alone / together for alone, together in pairs)

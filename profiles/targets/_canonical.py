@@ -296,6 +296,8 @@ def values_of(rewriter: Rewriter, value: ir.Value | None) -> ir.Value:
     matrix = find_matrix(value)
     if not matrix.bits:
         assert value is not None
+        if value.shape is None:  # what a Cast of float16 gives
+            value.shape = ir.Shape(matrix.shape)
         return value
     op, ints, real = rewriter.op, rewriter.ints, int(ir.DataType.FLOAT)
     *lead, width = matrix.shape
