@@ -57,6 +57,7 @@ PARTS = ("llama.cpp", "int4-head", "genai", "batch", "optimum")
 # Parts that not every shape has unless asked for by --part: the one that the goal for batches is about, and the one
 # whose head is nearly half of what a token reads.
 ONLY = {"batch": ("olmoe-1b-7b",), "int4-head": ("qwen3-30b-a3b:12",)}
+_FORM = ("weights", "head", "group_size", "algorithm")
 PROMPT, NEW, LONG = 512, 32, 4096
 BATCH_STEPS, OPTIMUM_SECONDS = 16, 240
 GENAI_MEMORY = 2.1  # of the weights: our engine maps them, genai lays them out anew
@@ -241,7 +242,7 @@ def describe(bundle: Bundle, filling: int, args: argparse.Namespace) -> dict[str
         "new_tokens": NEW,
         "long_context": filling,
         "backend_version": engine.backend_version,
-        "weights": {name: quantization.get(name) for name in ("weights", "head", "group_size", "algorithm")},
+        "weights": {name: quantization[name] for name in _FORM if name in quantization},  # older ones say no head
         "cache": engine.cache[0].dtype,
         "bytes_per_token": {
             what: bytes_per_token(bundle.manifest, context, 1, element) for what, context in contexts(filling).items()
