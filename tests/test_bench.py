@@ -15,7 +15,7 @@ from rich.console import Console
 from moedge.bundle import Bundle
 from moedge.errors import BundleError, EngineError, UsageError
 from moedge.profiles.device import load_profile
-from moedge.profiles.shape import ModelShape, bytes_per_token
+from moedge.profiles.shape import ModelShape, bytes_per_token, cache_element_bytes
 from moedge.runtime import bench as bench_module
 from moedge.runtime import bench_runs, machine
 from moedge.runtime.bench import bench, bench_sweep
@@ -194,7 +194,9 @@ def test_a_batch_is_stepped_together(tiny_bundle, monkeypatch):
         np.testing.assert_allclose(result["decode_tokens_per_s"], batch * 1e3 / itl.mean())
         ttft = np.median(result["samples"]["ttft_ms"])
         np.testing.assert_allclose(result["prefill_tokens_per_s"], batch * 6e3 / ttft)
-        read = bytes_per_token(Bundle.open(tiny_bundle).manifest, result["context_tokens"] + 8, batch, 4)
+        manifest = Bundle.open(tiny_bundle).manifest
+        element = cache_element_bytes(manifest, "onnxruntime")
+        read = bytes_per_token(manifest, result["context_tokens"] + 8, batch, element)
         assert result["bytes_per_token"] == read
         np.testing.assert_allclose(result["bandwidth_bytes_per_s"], read * 1e3 / itl.mean())
         assert result["expected_distinct_experts"] == shape.distinct_experts(batch)

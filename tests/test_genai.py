@@ -74,8 +74,10 @@ def test_genai_generates_transformers_greedy_tokens(family: str, name: str, tmp_
 
 @pytest.fixture(scope="module")
 def moved_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An int4 bundle somewhere else than where it was built."""
-    return Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("moved") / "bundle"))
+    """An int4 bundle somewhere else than where it was built, with the cache that genai has."""
+    built = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("built") / "bundle")
+    moedge.build(built, "cpu", kv_cache="fp32")
+    return Path(shutil.move(built, tmp_path_factory.mktemp("moved") / "bundle"))
 
 
 def test_text_and_tokens_are_those_of_moedges_own_engine(moved_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
