@@ -259,22 +259,18 @@ void score_rows(const float* queries, int64_t width, const E& from, int64_t keys
     for (int s = 0; s < squares; ++s)
       for (int m = 0; m < M; ++m) sum[s][m] = S::floats(0.0f);
     for (int64_t w = 0; w < width; w += lanes) {
+      typename S::Float square[squares][lanes];
       for (int s = 0; s < squares; ++s) {
-        typename S::Float square[lanes];
-        for (int64_t i = 0; i < lanes; ++i) square[i] = E{sources[s * lanes + i], 0}.load(0, w);
+        for (int64_t i = 0; i < lanes; ++i) square[s][i] = E{sources[s * lanes + i], 0}.load(0, w);
         for (int64_t i = 0; i < lanes; ++i)
           __builtin_prefetch(sources[s * lanes + i] + squares * lanes * from.stride + w);
-        S::transpose(square);
-        if (w + lanes <= width) {
-          for (int64_t i = 0; i < lanes; ++i)
-            for (int m = 0; m < M; ++m)
-              sum[s][m] = S::fused(S::floats(queries[m * width + w + i]), square[i], sum[s][m]);
-        } else {
-          for (int64_t i = 0; i < width - w; ++i)
-            for (int m = 0; m < M; ++m)
-              sum[s][m] = S::fused(S::floats(queries[m * width + w + i]), square[i], sum[s][m]);
-        }
+        S::transpose(square[s]);
       }
+      for (int64_t i = 0; i < least(lanes, width - w); ++i)
+        for (int m = 0; m < M; ++m) {
+          const typename S::Float query = S::floats(queries[m * width + w + i]);
+          for (int s = 0; s < squares; ++s) sum[s][m] = S::fused(query, square[s][i], sum[s][m]);
+        }
     }
     for (int s = 0; s < squares && r + s * lanes < keys; ++s)
       for (int m = 0; m < M; ++m) S::store(scores + m * scores_stride + r + s * lanes, sum[s][m]);
