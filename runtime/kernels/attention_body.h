@@ -170,7 +170,11 @@ void dequantize(const HeadCodes& m, float* to) {
 
 template <class S>
 void absorb(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& m, float* c, int64_t c_stride) {
-  multiply_any<S>(a, a_stride, rows, Codes<S>{m}, m.rows, m.width, c, c_stride);
+  // Fewer forms than `multiply_any` has: a library's size counts, and many rows come as floats.
+  if (rows == 1)
+    multiply_columns<S, Codes<S>, 1, 2 * S::wide>(a, a_stride, rows, {m}, 0, m.rows, m.width, m.width, c, c_stride);
+  else
+    multiply_columns<S, Codes<S>, S::few, S::wide>(a, a_stride, rows, {m}, 0, m.rows, m.width, m.width, c, c_stride);
 }
 
 // Squares of codes are transposed in registers, and scaled behind that. Few rows take two at once: each is a chain.
