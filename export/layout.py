@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .options import BY_CHANNEL, GROUP_SIZES
+from .options import BY_CHANNEL, GROUP_SIZES, HEAD
 from .quantization import Integers, pick_group_size
 from .weights import Weight
 
@@ -99,7 +99,7 @@ class Choice:
 
 
 def plan_layout(
-    plan: list[Weight], weights: str, group_size: int, *, zero_points: bool, head: str = "int8"
+    plan: list[Weight], weights: str, group_size: int, *, zero_points: bool, head: str = HEAD
 ) -> Layout:
     """Give each tensor its dtype, group size and place. `zero_points`: those of linears are their own, not the middle.
 

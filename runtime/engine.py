@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from .requests import Options
 
-# Tokens computed at once: a prompt is fed in pieces of this size, so that memory does not grow with it. It is also the
+# A prompt is fed in pieces, so that memory does not grow with it: of so many tokens while others wait. It is also the
 # grain in which an earlier prompt's beginning is used again.
-PREFILL_CHUNK = 64  # what prefixes are kept in, and what is computed at once while others wait
+PREFILL_CHUNK = 64
 PREFILL_AT_ONCE = 4  # chunks, where no bit depends on the cut; more gain little and take long to be cancelled
 TOKENIZER = "tokenizer.json"
 # Bytes of cache rows kept of earlier prompts' beginnings.

@@ -10,9 +10,8 @@
 namespace {
 
 using moedge::Activations;
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using moedge::divide_up;
+using moedge::least;
 
 inline int32_t word_at(const int8_t* codes) {
   int32_t word;

@@ -22,46 +22,37 @@ namespace {
 
 using moedge::Element;
 using moedge::HeadCodes;
+using moedge::kAhead;
 using moedge::kFewRows;
 using moedge::kPanelKeys;
 using moedge::kVector;
+using moedge::least;
 using moedge::Part;
 using moedge::Rows;
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a rounded integer in the low bits
 constexpr int32_t kRoundBits = 0x4b400000;
 
-constexpr int64_t kAhead = 8192;  // bytes
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// `count` elements kAhead bytes on: further ahead than hardware is in a stream that is read once.
+// `count` elements kAhead bytes on.
 template <typename T>
 inline void fetch_ahead(const T* from, int64_t count) {
   constexpr int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T)), line = 64 / static_cast<int64_t>(sizeof(T));
   for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + ahead + i);
 }
 
-// A matrix that is read by whole vectors: of floats, of a cache's halves or bytes, of codes with scales.
 template <class S>
-struct Floats {
-  const float* from;
-  int64_t stride;
-  typename S::Float load(int64_t row, int64_t column) const { return S::load(from + row * stride + column); }
-  void fetch(int64_t row, int64_t count) const { fetch_ahead(from + row * stride, count); }
-};
+inline typename S::Float load_any(const float* from) { return S::load(from); }
 template <class S>
-struct Halves {
-  const uint16_t* from;
-  int64_t stride;
-  typename S::Float load(int64_t row, int64_t column) const { return S::load_half(from + row * stride + column); }
-  void fetch(int64_t row, int64_t count) const { fetch_ahead(from + row * stride, count); }
-};
+inline typename S::Float load_any(const uint16_t* from) { return S::load_half(from); }
 template <class S>
-struct Bytes {
-  const int8_t* from;
+inline typename S::Float load_any(const int8_t* from) { return S::load_bytes(from); }
+
+// A matrix that is read by whole vectors: of floats, of a cache's halves or bytes; `Codes`: of codes with scales.
+template <class S, typename T>
+struct Stored {
+  const T* from;
   int64_t stride;
-  typename S::Float load(int64_t row, int64_t column) const { return S::load_bytes(from + row * stride + column); }
+  typename S::Float load(int64_t row, int64_t column) const { return load_any<S>(from + row * stride + column); }
   void fetch(int64_t row, int64_t count) const { fetch_ahead(from + row * stride, count); }
 };
 template <class S>
@@ -80,11 +71,11 @@ struct Codes {
 template <class S, typename Run>
 void with_rows(const Rows& rows, const Run& run) {
   if (rows.element == Element::kFloat)
-    run(Floats<S>{static_cast<const float*>(rows.from), rows.stride});
+    run(Stored<S, float>{static_cast<const float*>(rows.from), rows.stride});
   else if (rows.element == Element::kHalf)
-    run(Halves<S>{static_cast<const uint16_t*>(rows.from), rows.stride});
+    run(Stored<S, uint16_t>{static_cast<const uint16_t*>(rows.from), rows.stride});
   else
-    run(Bytes<S>{static_cast<const int8_t*>(rows.from), rows.stride});
+    run(Stored<S, int8_t>{static_cast<const int8_t*>(rows.from), rows.stride});
 }
 
 // --- products ----------------------------------------------------------------------------------------------------
@@ -150,7 +141,7 @@ void multiply_any(const float* a, int64_t a_stride, int64_t rows, const E& b, in
 template <class S>
 void multiply(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
               int64_t columns, float* c, int64_t c_stride) {
-  multiply_any<S>(a, a_stride, rows, Floats<S>{b, b_stride}, depth, columns, c, c_stride);
+  multiply_any<S>(a, a_stride, rows, Stored<S, float>{b, b_stride}, depth, columns, c, c_stride);
 }
 
 template <class S>

@@ -18,11 +18,10 @@
 namespace {
 
 using moedge::kMaxGroup;
+using moedge::kAhead;
 using moedge::kMaxTile;
 using moedge::kMaxTokens;
 using moedge::Matrix;
-
-constexpr int64_t kAhead = 8192;  // bytes from what is multiplied to what is fetched
 
 // --- weights -----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,12 @@ namespace moedge {
 constexpr int64_t kMaxGroup = 512;  // codes that share a scale: a power of two from 16 to this
 constexpr int64_t kMaxTile = 32;    // rows of a tile, over all instruction sets
 constexpr int64_t kMaxTokens = 128; // tokens of one call of `multiply`
+// Bytes from what is read to what is fetched: further ahead than hardware is in a stream that is read once.
+constexpr int64_t kAhead = 8192;
+
+// Static, so that each file has its own: two must never share a function that was compiled for one of them.
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One matrix [rows, width] as it lies in weights.bin: codes of 4 bits (two to a byte, low nibble first) or 8.
 struct Matrix {

@@ -11,9 +11,6 @@ constexpr int64_t kUnitBytes = 64 << 10;
 // Below this many bytes of work a second thread costs more than it saves.
 constexpr int64_t kAlone = 16 << 10;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Rows of a matrix in one unit: whole tiles.
 inline int64_t unit_rows(const Kernels& kernels, const Matrix& matrix) {
   const int64_t rows = kUnitBytes / (matrix.row_bytes() > 0 ? matrix.row_bytes() : 1) / kernels.tile * kernels.tile;
