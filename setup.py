@@ -24,10 +24,14 @@ class BuildKernels(build_ext):
     """The library is no Python extension: it has its own compiler call and a name without a Python's version."""
 
     def build_extension(self, ext: Extension) -> None:
+        folder = Path(self.get_ext_fullpath(ext.name)).parent
         try:
-            compiling.compile_library(Path(self.get_ext_fullpath(ext.name)).parent)
+            compiling.compile_library(folder)
         except compiling.CompileError as error:
             raise CompileError(str(error)) from error  # which an optional extension survives, with a warning
+        # What is installed has the library or its sources: they are as large as a third of it.
+        for source in [] if folder.samefile(SOURCE.parent) else compiling.sources():
+            (folder / source.name).unlink(missing_ok=True)
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1], compiling.library_name()))

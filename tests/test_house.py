@@ -182,20 +182,44 @@ def test_every_public_name_is_there() -> None:
 # The wheel
 
 
-@pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names of the files in a wheel built from a copy of the tree."""
-    place = tmp_path_factory.mktemp("wheel")
+def make_wheel(place: Path, **environment: str) -> Path:
+    """A wheel built from a copy of the tree."""
     copy = place / "a clone"
     for name in source_files():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, copy / name)
     code = f"from setuptools import build_meta; build_meta.build_wheel({str(place)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=False)
+    command, inherited = [sys.executable, "-c", code], {**os.environ, **environment}
+    done = subprocess.run(command, cwd=copy, env=inherited, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = place.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> set[str]:
+    """Names of the files in it."""
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
+
+
+def unpacked(wheel: Path, place: Path) -> Path:
+    """The package of a wheel as pip lays it down."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(place)
+    return place / "moedge"
+
+
+def ask_kernels(place: Path, code: str) -> str:
+    """What code prints where the package unpacked under `place` is the one that is imported."""
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(place)!r})\n{code}"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel_names: set[str]) -> None:
@@ -210,9 +234,35 @@ def test_wheel_lacks_no_file_of_the_package(wheel_names: set[str]) -> None:
     files = [name for name in source_files() if name.parts[:2] != ("export", "optimum_register")]
     shipped = [name for name in files if name.parts[0] in SHIPPED or name.match("*.py") and not name.parts[1:]]
     shipped.remove(Path("setup.py"))  # which makes the wheel
+    if any(name.endswith(".so") for name in wheel_names):  # of the kernels there is the library or what it is made of
+        shipped = [name for name in shipped if name.suffix not in (".cpp", ".h")]
     missing = sorted(name.as_posix() for name in shipped if f"moedge/{name.as_posix()}" not in wheel_names)
     assert not missing, f"not in pyproject.toml's packages or package-data: {missing}"
     assert any(name.startswith("moedge/sample/") and name.endswith(".safetensors") for name in wheel_names)
+
+
+def test_a_wheel_with_the_library_runs_it_without_its_sources(wheel: Path, tmp_path: Path) -> None:
+    folder = unpacked(wheel, tmp_path) / "runtime" / "kernels"
+    if not list(folder.glob("*.so")):
+        pytest.skip("no C++ compiler here")
+    assert not [*folder.glob("*.cpp"), *folder.glob("*.h")]
+    asked = "from moedge.runtime import kernels; print(kernels.library(), kernels.why_not())"
+    (library,) = folder.glob("libmoedge_cpu-*.so")
+    assert ask_kernels(tmp_path, asked) == f"{library} None\n"
+    again = "install from a clone, which compiles them: pip install --force-reinstall --no-deps CLONE"
+    compiling = "from moedge.runtime.kernels.__main__ import main; print(main())"
+    assert ask_kernels(tmp_path, compiling) == f"1\nerror: this install has no sources to compile; {again}\n"
+    library.unlink()
+    assert ask_kernels(tmp_path, asked) == f"None the kernels are not compiled; {again}\n"
+
+
+def test_a_wheel_made_without_a_compiler_has_the_sources(tmp_path: Path) -> None:
+    folder = unpacked(make_wheel(tmp_path, CXX="false"), tmp_path) / "runtime" / "kernels"
+    here = {path.name for path in (ROOT / "runtime" / "kernels").iterdir() if path.suffix in (".cpp", ".h")}
+    assert here and here == {path.name for path in folder.iterdir() if path.suffix in (".cpp", ".h", ".so")}
+    asked = "from moedge.runtime import kernels; print(kernels.why_not())"
+    told = "the kernels are not compiled; with a C++ compiler: python -m moedge.runtime.kernels\n"
+    assert ask_kernels(tmp_path, asked) == told
 
 
 # The command line

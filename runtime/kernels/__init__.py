@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EngineError
-from .compiling import FOLDER, library_name
+from .compiling import FOLDER, INSTALL, library_name, sources
 
 DOMAIN = "moedge.cpu"
 VARIABLE = "MOEDGE_KERNELS"
@@ -40,7 +40,7 @@ def why_not() -> str | None:
     if os.environ.get(VARIABLE) == STOCK:
         return f"{VARIABLE} is {STOCK!r}; unset it"
     if library() is None:
-        return f"the kernels are not compiled; with a C++ compiler: {COMPILE}"
+        return f"the kernels are not compiled; {f'with a C++ compiler: {COMPILE}' if sources() else INSTALL}"
     return None
 
 

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+INSTALL = "install from a clone, which compiles them: pip install --force-reinstall --no-deps CLONE"
 COMMON = ("mixture", "step", "gate", "ops", "step_ops", "attention", "attention_rows", "attention_ops")
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno "
@@ -44,12 +45,21 @@ class CompileError(Exception):
     """There is no compiler, or it failed; its text is one line."""
 
 
+def sources() -> list[Path]:
+    """The C++ beside this file; none where the package was installed with the compiled library in its place."""
+    return sorted(FOLDER.glob("*.cpp")) + sorted(FOLDER.glob("*.h"))
+
+
 def library_name() -> str:
-    """The library's file name. It carries a digest of the sources: one compiled from others is never loaded."""
+    """The library's file name. It carries a digest of the sources: one compiled from others is never loaded.
+
+    Where there are no sources it is the name of the library that was installed.
+    """
     digest = hashlib.sha256()
-    for path in sorted(FOLDER.glob("*.cpp")) + sorted(FOLDER.glob("*.h")):
+    for path in sources():
         digest.update(path.name.encode() + path.read_bytes())
-    return f"libmoedge_cpu-{digest.hexdigest()[:12]}.so"
+    installed = [] if sources() else sorted(path.name for path in FOLDER.glob("libmoedge_cpu-*.so"))
+    return installed[0] if installed else f"libmoedge_cpu-{digest.hexdigest()[:12]}.so"
 
 
 def find_compiler() -> list[str] | None:
@@ -78,8 +88,10 @@ def compile_library(folder: Path, extra: tuple[str, ...] = ()) -> Path:
     """Compile into `folder`; `extra` are further flags for compiler and linker. Returns the library.
 
     Raises:
-        CompileError: no compiler, or it failed, or what it made does not load.
+        CompileError: no sources or no compiler, or it failed, or what it made does not load.
     """
+    if not sources():
+        raise CompileError(f"this install has no sources to compile; {INSTALL}")
     compiler = find_compiler()
     if compiler is None:
         raise CompileError("no C++ compiler was found (c++, g++, clang++ or the variable CXX)")
