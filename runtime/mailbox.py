@@ -105,7 +105,13 @@ class Inbox:
             self._awaited.set_result(None)
 
     async def next(self) -> list[tuple[int, Update]]:
-        """What came since the last call, at least one update; waits for it."""
+        """What came since the last call, at least one update; waits for it.
+
+        Raises:
+            RuntimeError: somebody waits already, and would not be woken any more.
+        """
+        if self._awaited is not None and not self._awaited.done():
+            raise RuntimeError("this text is awaited already")
         while not self._came:
             self._awaited = self._loop.create_future()
             await self._awaited

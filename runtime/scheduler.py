@@ -220,6 +220,14 @@ class Scheduler:
             self._wake.notify()
         return jobs
 
+    def end_within(self, seconds: float) -> None:
+        """Take no more texts; what is not over in `seconds` ends with what it has ("deadline")."""
+        with self._wake:
+            self._closing = True
+            for job in self._jobs():
+                job.deadline = min(job.deadline, time.monotonic() + seconds)
+            self._wake.notify()
+
     def close(self, drain_s: float = 0.0) -> None:
         """Take no more texts, let those there are go on for `drain_s` seconds, then cancel what is left."""
         with self._wake:
@@ -227,7 +235,7 @@ class Scheduler:
             self._wake.notify()
         self._thread.join(drain_s)
         with self._wake:
-            for job in [*self._waiting, *(slot.job for slot in self._slots if slot.job is not None)]:
+            for job in self._jobs():
                 job.cancel()
             self._wake.notify()
         self._thread.join()
@@ -235,6 +243,10 @@ class Scheduler:
             if slot.context is not None:
                 slot.context.session.close()
                 slot.context = None
+
+    def _jobs(self) -> list[Job]:
+        """All that wait or run; the lock is held."""
+        return [*self._waiting, *(job for slot in self._slots if (job := slot.job) is not None)]
 
     def _retry_after(self) -> int:
         seconds = self._mean_seconds * (len(self._waiting) + 1) / len(self._slots)

@@ -124,11 +124,9 @@ def _default_slots(engine: Any) -> int:
 
 
 def _serve(engine: Any, settings: Settings, listener: socket.socket) -> None:
-    import uvicorn
+    from .server import Server
 
-    from .server import server_config
-
-    uvicorn.Server(server_config(engine, settings)).run(sockets=[listener])
+    Server(engine, settings).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import math
+import socket
 import threading
 import time
 from collections import Counter
@@ -40,6 +41,7 @@ from .server_streams import EventStream
 
 _PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/readyz", "/metrics", "/openapi.json"}
 _GONE = 499  # nginx's word for a client that closed the connection; nobody reads it
+_LAST_WRITES = 5  # seconds, at the end, for clients to take what is there
 _SMALL_BODY = 32 << 10  # bytes whose tokens are made quickly enough to hold up the event loop
 
 
@@ -220,16 +222,29 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     return app
 
 
-def server_config(engine: Engine, settings: Settings) -> uvicorn.Config:
-    """How uvicorn runs `create_app`'s application: with limits on slow connections, and nothing logged but faults."""
+class Server(uvicorn.Server):
+    """uvicorn's, which tells the texts at SIGTERM how long they have; it waits for them and for their clients."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        app = create_app(engine, settings)
+        super().__init__(_config(app, settings))
+        self.service: Service = app.state.service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.service.scheduler.end_within(self.service.settings.drain)
+        await super().shutdown(sockets)
+
+
+def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn runs the application: with limits on slow connections, and nothing logged but faults."""
     return uvicorn.Config(
-        create_app(engine, settings),
+        app,
         http=patient_protocol(settings.header_seconds, settings.write_seconds, settings.connections),
         ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, math.ceil(settings.drain)),
+        timeout_graceful_shutdown=math.ceil(settings.drain) + _LAST_WRITES,
     )
 
 

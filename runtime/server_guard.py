@@ -98,12 +98,21 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        begun = False
+
         async def counted(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 self._answered(scope["path"], message["status"])
             await send(message)
 
-        await self._guard(scope, receive, counted)
+        try:
+            await self._guard(scope, receive, counted)
+        except asyncio.CancelledError:  # the server ends, and waits no longer
+            if not begun:
+                document = error_document("the server is closing", "server_error", "closing")
+                await refuse(counted, 503, document, {"connection": "close"})
 
     async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}

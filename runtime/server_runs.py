@@ -46,11 +46,12 @@ class Run:
         whole: bool,
     ) -> None:
         """`failure` says what a client is told of a text that failed; `whole`: nothing is read before it is over."""
+        self._scheduler = scheduler
         self._failure = failure
         self._left = len(requests)
         self._inbox = mailbox.inbox(whole=whole)
         if not scheduler.open:
-            raise Refusal(503, "the server is closing", "closing")
+            raise _closing()
         self.jobs: list[Job] = scheduler.submit(requests, self._inbox.put, seconds=seconds)
 
     def cancel(self) -> None:
@@ -76,10 +77,11 @@ class Run:
     def _check(self, job: Job) -> None:
         if job.error is not None:
             raise self._failure(job.error)
-        if job.writer.finish_reason == "deadline" and not job.writer.tokens:
+        late = job.writer.finish_reason == "deadline" and not job.writer.tokens
+        if job.writer.finish_reason == "cancelled" or (late and not self._scheduler.open):
+            raise _closing()
+        if late:
             raise Refusal(504, "the time was over before the first token came", "timeout")
-        if job.writer.finish_reason == "cancelled":
-            raise Refusal(503, "the server is closing", "closing")
 
     async def rest(self) -> list[str]:
         """Wait until all is over; the texts. Raises as `next`."""
@@ -88,6 +90,10 @@ class Run:
             for place, update in came:
                 parts[place].append(update.text)
         return ["".join(text) for text in parts]
+
+
+def _closing() -> Refusal:
+    return Refusal(503, "the server is closing", "closing")
 
 
 async def unless_gone(receive: Receive, work: Awaitable[_T]) -> _T:

@@ -13,7 +13,7 @@ import httpx
 import uvicorn
 
 from moedge.runtime.engine import Engine
-from moedge.runtime.server import Service, Settings, server_config
+from moedge.runtime.server import Server, Service, Settings
 
 NAME = "tiny"
 
@@ -49,17 +49,15 @@ class Serving:
 @contextlib.contextmanager
 def serving(engine: Engine, *, send_buffer: int | None = None, **settings: Any) -> Iterator[Serving]:
     """Serve `engine` while the context lasts. `send_buffer`: bytes that the kernel keeps for a slow reader."""
-    config = server_config(engine, Settings(**{"name": NAME, "drain": 5.0, **settings}))
+    server = Server(engine, Settings(**{"name": NAME, "drain": 5.0, **settings}))
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        service = config.app.state.service
         while not server.started and thread.is_alive():
             time.sleep(0.002)
-        here = Serving(listener.getsockname()[1], service, server)
+        here = Serving(listener.getsockname()[1], server.service, server)
         try:
             yield here
         finally:

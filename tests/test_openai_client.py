@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import fake_engine
 import pytest
@@ -118,6 +120,8 @@ def test_a_cancelled_task_frees_its_slot(server, monkeypatch):
         async with asynchronous(server) as client:
             given = {**ASK, "max_tokens": 60, "logit_bias": NO_END}
             whole = asyncio.ensure_future(client.completions.create(**given))
+            while not server.service.scheduler.running:  # it is the first, however busy the machine
+                await asyncio.sleep(0.002)
             stream = await client.completions.create(**given, stream=True)
             async for _ in stream:
                 break
@@ -168,8 +172,41 @@ def test_while_texts_end_nobody_else_is_taken_in(engine):
         while not refused and scheduler.running:
             try:
                 late.completions.create(**{**ASK, "max_tokens": 1})
-            except openai.APIConnectionError:
+            except (openai.APIConnectionError, openai.InternalServerError) as error:
                 refused = True
+                assert getattr(error, "status_code", 503) == 503
         assert refused and scheduler.running, "refused while the stream goes on"
         pieces += list(stream)
         assert pieces[-1].choices[0].finish_reason == "length" and pieces[-1].usage.completion_tokens == 60
+
+
+def test_what_is_not_over_at_the_end_ends_with_what_it_has(engine, caplog):
+    """No answer of 500, no stream without its end, no traceback; who has nothing yet is told 503."""
+    asked = {**ASK, "max_tokens": 1000, "logit_bias": NO_END}
+    with serving(engine, slots=2, drain=0.2) as server, server.client() as client, ThreadPoolExecutor() as pool:
+        server.uvicorn.config.timeout_graceful_shutdown = 1
+        step = server.service.scheduler._step
+        server.service.scheduler._step = lambda work: (time.sleep(0.03), step(work))[1]
+        stream = iter(client.completions.create(**asked, stream=True))
+        pieces = [next(stream)]
+        whole = pool.submit(client.completions.create, **asked)
+        while server.service.scheduler.running < 2:
+            time.sleep(0.002)
+        waits = pool.submit(client.completions.create, **asked)
+        while not server.service.scheduler.waiting:
+            time.sleep(0.002)
+        with socket.create_connection(("127.0.0.1", server.port)) as late:
+            late.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{")
+            while server.service.scheduler.running and len(server.uvicorn.server_state.tasks) < 4:
+                time.sleep(0.002)
+            server.uvicorn.should_exit = True
+            pieces += list(stream)
+            assert late.recv(100).startswith(b"HTTP/1.1 503 ")
+        made = pieces[-1].usage.completion_tokens
+        assert pieces[-1].choices[0].finish_reason == "length" and 1 <= made < 1000
+        choice = whole.result().choices[0]
+        assert choice.finish_reason == "length" and choice.text
+        with pytest.raises(openai.InternalServerError, match="the server is closing") as refused:
+            waits.result()
+        assert refused.value.status_code == 503
+    assert "Exception in ASGI application" not in caplog.text
