@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ class Bundle:
                 f"{manifest_path}: bundle format {manifest['format']}, this version reads {FORMAT}; "
                 "export the checkpoint again with this version"
             )
+        if "seal" in manifest and manifest["seal"] != seal_of(manifest):
+            raise BundleError(f"{manifest_path} was changed since the export; export the bundle again")
+        wrong = _find_strange(manifest)
+        if wrong:
+            raise BundleError(f"{manifest_path}: {wrong} is not what an export writes; export the bundle again")
         return cls(root, manifest)
 
     @property
@@ -101,6 +106,37 @@ def read_json(path: Path, error: type[MoedgeError] = BundleError) -> dict[str, A
     if not isinstance(document, dict):
         raise error(f"{path}: holds a JSON {type(document).__name__}, not an object")
     return document
+
+
+def _find_strange(manifest: dict[str, Any]) -> str | None:
+    """The first part that is of another kind than it must be for whoever reads a bundle."""
+    kinds = {"config": dict, "sizes": dict, "cache": list, "files": dict}
+    for name, kind in kinds.items():
+        if not isinstance(manifest[name], kind):
+            return name
+    if any(type(size) is not int or not 0 <= size < 2**63 for size in manifest["sizes"].values()):
+        return "sizes"
+    for name, entry in manifest["files"].items():
+        bytes_, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(bytes_) is not int or not 0 <= bytes_ < 2**63 or not isinstance(digest, str):
+            return f"files.{name}"
+    optional = {name: manifest.get(name) for name in ("model", "quantization", "provenance")}
+    optional["config.rope"] = manifest["config"].get("rope")
+    return next((name for name, value in optional.items() if not isinstance(value, dict | None)), None)
+
+
+def seal_of(document: Mapping[str, Any]) -> str:
+    """sha256 of a manifest but for its `seal`: what was written once is not to be edited afterwards."""
+    try:
+        content = json.loads(json.dumps({key: value for key, value in document.items() if key != "seal"}))
+    except RecursionError:
+        return ""  # what was just read is as deep as can be: no manifest
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with its `seal`."""
+    return {**document, "seal": seal_of(document)}
 
 
 def write_json(path: Path, document: Any) -> None:

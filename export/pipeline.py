@@ -17,6 +17,7 @@ from ..bundle import (
     Bundle,
     Progress,
     file_entry,
+    sealed,
     staged_directory,
     write_json,
 )
@@ -128,7 +129,7 @@ def export_checkpoint(
         manifest["quantization"].update(weights=weights, head=head, group_size=group_size, algorithm=algorithm)
         manifest["provenance"]["verified"] = verify
         manifest["files"] = {path.name: file_entry(path) for path in sorted(staged.iterdir())}
-        write_json(staged / MANIFEST, manifest)
+        write_json(staged / MANIFEST, sealed(manifest))
     return Bundle.open(target)
 
 

@@ -22,7 +22,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..bundle import FORMAT, MANIFEST, MODEL, WEIGHTS, Bundle, Progress, file_entry, staged_directory, write_json
+from ..bundle import (
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    WEIGHTS,
+    Bundle,
+    Progress,
+    file_entry,
+    sealed,
+    staged_directory,
+    write_json,
+)
 from ..errors import BundleError, UsageError, require
 from .digests import Digest, Key
 from .functions import DOMAIN
@@ -123,7 +134,7 @@ def export_torch_model(
             manifest["quantization"].update(weights=weights, head=head, group_size=group_size, algorithm=algorithm)
             manifest["provenance"]["verified"] = verify
             manifest["files"] = {path.name: file_entry(path) for path in sorted(staged.iterdir())}
-            write_json(staged / MANIFEST, manifest)
+            write_json(staged / MANIFEST, sealed(manifest))
     return Bundle.open(target)
 
 

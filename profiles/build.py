@@ -24,12 +24,12 @@ from ..bundle import (
     file_entry,
     find_faults,
     read_json,
+    sealed,
     staged_directory,
     write_json,
 )
 from ..errors import BuildError, UsageError
 from ..runtime import machine
-from ..runtime.preflight import seal_of
 from .device import DeviceProfile, load_profile
 from .estimate import check_kv_cache
 from .fit import Fit, check_fit, size
@@ -337,8 +337,7 @@ def write_engine_manifest(folder: Path, document: dict[str, Any]) -> None:
     }
     document["files"] = files
     document["bytes"] = sum(entry["bytes"] for entry in files.values())
-    document["seal"] = seal_of(document)
-    write_json(folder / ENGINE_MANIFEST, document)
+    write_json(folder / ENGINE_MANIFEST, sealed(document))
 
 
 def _describe_model(bundle: Bundle) -> dict[str, Any]:

@@ -6,9 +6,6 @@ Every mismatch is one line that ends with the command that mends it.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import ENGINE_MANIFEST, MODEL, WEIGHTS, Bundle, Progress, read_json, sha256_file
+from ..bundle import ENGINE_MANIFEST, MODEL, WEIGHTS, Bundle, Progress, read_json, seal_of, sha256_file
 from ..errors import EngineError
 from . import machine
 from .sessions import Backend, Findings, backend_module
@@ -115,12 +112,6 @@ def read_engine(bundle: Bundle, profile: str) -> EngineInfo:
     if info.profile != profile:
         raise EngineError(f"{path} is of profile '{info.profile}', not '{profile}'; build it: {build}")
     return info
-
-
-def seal_of(document: Mapping[str, Any]) -> str:
-    """sha256 of an engine.json but for its `seal`: what the engine was built for is not to be edited afterwards."""
-    content = json.loads(json.dumps({key: value for key, value in document.items() if key != "seal"}))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def choose_profile(bundle: Bundle) -> str:
@@ -314,6 +305,8 @@ def _alternative(bundle: Bundle, info: EngineInfo) -> str:
 
 def _parse(document: dict[str, Any]) -> EngineInfo:
     capability = document["compute_capability"]
+    session = dict(document.get("session", {}))
+    _count(session, "lanes", 1)
     cache = tuple(_cache_entry(entry) for entry in document.get("cache", []))
     files = {str(name): {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in document["files"].items()}
     return EngineInfo(
@@ -323,21 +316,28 @@ def _parse(document: dict[str, Any]) -> EngineInfo:
         backend_version=str(document["backend_version"]),
         compute_capability=None if capability is None else (int(capability[0]), int(capability[1])),
         precision=str(document["precision"]),
-        max_batch=int(document["max_batch"]),
-        max_seq_len=int(document["max_seq_len"]),
+        max_batch=_count(document, "max_batch", least=1),
+        max_seq_len=_count(document, "max_seq_len", least=1),
         bytes=int(document["bytes"]),
         files=files,
         made_from={str(name): str(digest) for name, digest in document["made_from"].items()},
         status=str(document["status"]),
-        vocab_size=int(document.get("vocab_size", 0)),
-        layers=int(document.get("layers", 0)),
+        vocab_size=_count(document, "vocab_size", 0),
+        layers=_count(document, "layers", 0),
         moe_layers=tuple(int(layer) for layer in document.get("moe_layers", [])),
-        num_experts_per_tok=int(document.get("num_experts_per_tok", 0)),
-        num_experts=int(document.get("num_experts", 0)),
+        num_experts_per_tok=_count(document, "num_experts_per_tok", 0),
+        num_experts=_count(document, "num_experts", 0),
         cuda_minimum=None if document.get("cuda_minimum") is None else int(document["cuda_minimum"]),
         cache=cache,
-        session=dict(document.get("session", {})),
+        session=session,
     )
+
+
+def _count(document: dict[str, Any], name: str, default: int | None = None, least: int = 0) -> int:
+    value = document[name] if default is None else document.get(name, default)
+    if type(value) is not int or not least <= value < 2**31:
+        raise ValueError(f"{name} is {str(value)[:20]}")
+    return value
 
 
 def _cache_entry(entry: dict[str, Any]) -> CacheEntry:

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from test_gating import CASES, attributes_of, draw_inputs, every_way, function_model
 
 import moedge
-from moedge.bundle import ENGINE_MANIFEST, MANIFEST, WEIGHTS, Bundle, read_json, write_json
+from moedge.bundle import ENGINE_MANIFEST, MANIFEST, WEIGHTS, Bundle, read_json, sealed, write_json
 from moedge.errors import EngineError
 from moedge.profiles.build import build, write_engine_manifest
 from moedge.runtime.initializers import read_placed
@@ -73,7 +73,7 @@ def poison(bundle: Path, name: str, rows: slice) -> None:
     entry = file_entry(bundle / WEIGHTS)
     manifest = read_json(bundle / MANIFEST)
     manifest["files"][WEIGHTS] = entry
-    write_json(bundle / MANIFEST, manifest)
+    write_json(bundle / MANIFEST, sealed(manifest))
     document = read_json(bundle / "engines/cpu" / ENGINE_MANIFEST)
     document["made_from"][WEIGHTS] = entry["sha256"]
     write_engine_manifest(bundle / "engines/cpu", document)

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import fake_engine
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -86,7 +87,7 @@ def test_engine_json_of_another_kind(bundle):
     engine_json(bundle, format=1, profile="other")
     assert "engine.json is of profile 'other', not 'cpu'; build it" in refusal(bundle, "cpu")
     engine_json(bundle, profile="cpu", max_seq_len="many")
-    assert "not a valid engine.json (invalid literal" in refusal(bundle, "cpu")
+    assert "not a valid engine.json (max_seq_len is many)" in refusal(bundle, "cpu")
     engine_json(bundle, max_seq_len=64, files=None)
     assert "not a valid engine.json" in refusal(bundle, "cpu")
     (bundle / "engines/cpu/engine.json").write_text('{"format": 1}')
@@ -271,6 +272,61 @@ def test_an_edited_engine_json_is_told_by_its_seal(bundle):
     assert refusal(bundle, "cpu") == (
         f"BUNDLE/engines/cpu/engine.json was changed since the engine was built; {AGAIN}"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_seq_len": -1}, "not a valid engine.json (max_seq_len is -1)"),
+        ({"max_seq_len": 10**18}, "not a valid engine.json (max_seq_len is 1000000000000000000)"),
+        ({"max_seq_len": 2**31 - 1}, " MiB does not fit the memory; load with a smaller max_seq_len"),
+        ({"vocab_size": True}, "not a valid engine.json (vocab_size is True)"),
+        ({"layers": float("nan")}, "not a valid engine.json (layers is nan)"),
+        ({"session": {"lanes": "many"}}, "not a valid engine.json (lanes is many)"),
+        ({"cache": []}, "is not what its engine.json says"),
+    ],
+)
+def test_absurd_numbers_are_refused(bundle, monkeypatch, changes, said):
+    real = np.empty
+
+    def sparing(shape, *options):
+        if isinstance(shape, int) and shape > 1 << 30:  # what a small machine would say
+            raise MemoryError
+        return real(shape, *options)
+
+    monkeypatch.setattr(np, "empty", sparing)
+    engine_json(bundle, **changes)
+    assert said in refusal(bundle, "cpu")
+
+
+def test_an_edited_moedge_json_is_told_by_its_seal(tiny_bundle, tmp_path):
+    """Any byte of it: what an export wrote is loaded as it is, or not at all."""
+    path = shutil.copytree(tiny_bundle, tmp_path / "bundle") / "moedge.json"
+    document = json.loads(path.read_text())
+    document["config"]["max_position_embeddings"] += 1
+    path.write_text(json.dumps(document))
+    with pytest.raises(BundleError) as caught:
+        load(path.parent)
+    assert str(caught.value) == f"{path} was changed since the export; export the bundle again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"config": []}, "config"),
+        ({"config": {"rope": "x"}}, "config.rope"),
+        ({"files": None}, "files"),
+        ({"files": {"a": {"bytes": -1, "sha256": ""}}}, "files.a"),
+        ({"files": {"a": 5}}, "files.a"),
+        ({"sizes": {"norm": 1e400}}, "sizes"),
+        ({"model": "x"}, "model"),
+    ],
+)
+def test_a_moedge_json_of_other_kinds(bundle, changes, name):
+    fake_engine.edit_json(bundle / "moedge.json", **changes)
+    with pytest.raises(BundleError) as caught:
+        load(bundle)
+    assert str(caught.value).endswith(f"moedge.json: {name} is not what an export writes; export the bundle again")
 
 
 def test_an_old_driver(bundle, monkeypatch):

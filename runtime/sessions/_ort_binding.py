@@ -66,15 +66,17 @@ def bind_routing(binding: Any, info: EngineInfo, routing: Routing) -> None:
             binding.bind_output(f"{name}.{layer}", *CPU, values.dtype.type, part.shape, part.ctypes.data)
 
 
-def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str]) -> None:
+def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str], lanes: int = 1) -> None:
     """Compare what the graph takes and gives with what engine.json says: a mix-up would write past a buffer.
 
-    of_lane: what a tensor of the cache is called in the graph.
+    of_lane: what a tensor of the cache is called in the graph, of so many `lanes`.
     """
     has = {value.name: value for value in [*session.get_inputs(), *session.get_outputs()]}
     routes = [f"{kind}.{layer}" for kind in ("experts", "weights") for layer in info.moe_layers]
     widths = dict.fromkeys(routes, info.num_experts_per_tok) | {"logits": info.vocab_size}
     in_place = is_marked(session, IN_PLACE)
+    ranks = {of_lane(f"past.{entry.name}"): 4 if entry.heads else 2 for entry in info.cache}
+    caches = sum(value.name.startswith(("past.", "cache.")) for value in session.get_inputs())
     for entry in info.cache:
         if in_place:
             widths[of_lane(f"past.{entry.name}")] = entry.width // (entry.heads or 1)
@@ -83,8 +85,10 @@ def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str
             cut = entry.heads or (entry.parts if kind == "cache" else 1)
             widths[of_lane(f"{kind}.{entry.name}")] = entry.width // cut
     for name in ["input_ids", "rows", *widths]:
-        width = has[name].shape[-1] if name in has else None
-        if name not in has or (isinstance(width, int) and width != widths.get(name, width)):
+        shape = has[name].shape if name in has else [None]
+        width, rank = shape[-1], ranks.get(name, len(shape))
+        strange = len(shape) != rank or (isinstance(width, int) and width != widths.get(name, width))
+        if name not in has or strange or caches != lanes * len(ranks):
             raise EngineError(
                 f"engine '{info.profile}' is not what its engine.json says ({name} is missing or of another width); "
                 f"build it again: moedge build BUNDLE --profile {info.profile}"

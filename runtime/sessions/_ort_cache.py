@@ -8,6 +8,7 @@ the kernel's input and its output. A graph with our own attention takes every bu
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -88,10 +89,10 @@ class SequenceCache(CachedSequence):
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """An uninitialized array whose first byte is aligned to a cache line; pages are taken when they are written."""
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     try:
         raw = np.empty(size + _ALIGNMENT, np.uint8)
-    except MemoryError:
+    except (MemoryError, ValueError):  # the latter where no address is so large
         raise EngineError(
             f"a cache of {size / 2**20:,.0f} MiB does not fit the memory; load with a smaller max_seq_len"
         ) from None

@@ -129,7 +129,7 @@ class LaneRunner:
             )
         lanes = int(shapes["lengths"][0])
         for lane in range(lanes):
-            check_interface(session, info, lambda name, lane=lane: f"{name}.{lane}")  # type: ignore[misc]
+            check_interface(session, info, lambda name, lane=lane: f"{name}.{lane}", lanes)  # type: ignore[misc]
         self.info = info
         self.lanes = lanes
         self.threads = threads
