@@ -38,6 +38,7 @@ PREFILL_AT_ONCE = 4  # chunks, where no bit depends on the cut; more gain little
 TOKENIZER = "tokenizer.json"
 # Bytes of cache rows kept of earlier prompts' beginnings.
 PREFIX_BYTES = 128 << 20
+MOST_THREADS = 1024
 
 
 def load(
@@ -72,6 +73,8 @@ def load(
         UsageError: a number out of range. DependencyError: the engine's runtime is not installed.
     """
     check_whole("threads", threads)
+    if threads is not None and threads > MOST_THREADS:
+        raise UsageError(f"threads is {threads}; it must be at most {MOST_THREADS}")
     check_whole("max_seq_len", max_seq_len)
     check_whole("lanes", lanes)
     check_whole("prefill_chunk", prefill_chunk)
@@ -208,8 +211,13 @@ class Engine:
         return self.tokenizer.encode(text)
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """The text of token ids, without special tokens."""
-        return self.tokenizer.decode([int(token) for token in ids])
+        """The text of token ids, without special tokens.
+
+        Raises:
+            EngineError: one is no token of this model.
+        """
+        given = list(ids)
+        return self.tokenizer.decode(self.check_tokens(given, most=len(given)).tolist()) if given else ""
 
     def logits(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """The logits [tokens, vocab] after each of the tokens `ids`.

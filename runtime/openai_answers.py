@@ -31,6 +31,7 @@ class Answer:
     echo: list[str] = field(default_factory=list)  # what stands before each text
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
+    _offsets: dict[int, int] = field(default_factory=dict)  # characters of the tokens that a stream has told of
     _frames: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
 
     def usage(self) -> dict[str, Any]:
@@ -110,7 +111,7 @@ class Answer:
         logprobs: dict[str, Any] | None = None
         if job.request.logprobs is not None:
             found = job.writer.logprobs[first:last]
-            logprobs = self._chat_logprobs(found) if self.chat else self._text_logprobs(found)
+            logprobs = self._chat_logprobs(found) if self.chat else self._text_logprobs(found, place, first)
         return {"index": place, "logprobs": logprobs}
 
     def _chat_logprobs(self, found: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -130,12 +131,13 @@ class Answer:
             "bytes": None if "\ufffd" in text else list(text.encode()),
         }
 
-    def _text_logprobs(self, found: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _text_logprobs(self, found: Sequence[TokenLogprob], place: int, first: int) -> dict[str, Any]:
         texts = [self._text(one.token) for one in found]
-        offsets, place = [], 0
+        offsets, offset = [], self._offsets.get(place, 0) if first else 0
         for text in texts:
-            offsets.append(place)
-            place += len(text)
+            offsets.append(offset)
+            offset += len(text)
+        self._offsets[place] = offset
         return {
             "tokens": texts,
             "token_logprobs": [max(one.logprob, _LEAST) for one in found],

@@ -9,6 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 _MOST_TEXTS = 64  # prompts in one request
 _INT64 = 2**63
 
+# Fields of several forms, for which pydantic has as many complaints: what to say instead.
+FORMS = {
+    "prompt": f"must be a text, token ids, or a list of up to {_MOST_TEXTS} of either, none of them empty",
+    "stop": "must be a text, or a list of up to 16 texts, none of them empty",
+    "content": "must be a text, or a list of parts of type text",
+}
+
 _Text = Annotated[str, Field(min_length=1)]
 _Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -85,8 +86,8 @@ def make_request(
             f"logit_bias has token {unknown[0]}, which is out of range: this model's tokens are 0 to "
             f"{engine.info.vocab_size - 1}"
         )
-    if isinstance(stop, str):
-        raise UsageError(f"stop must be a list of texts, not the text {stop!r}")
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise UsageError(f"stop must be a list of texts, not {'the text ' if isinstance(stop, str) else ''}{stop!r}")
     slide = context_end == "slide"
     tokens = _prompt_tokens(engine, prompt, chat, slide)
     return TextRequest(tokens, isinstance(prompt, str), chosen, max_new_tokens, tuple(stop), logprobs, slide)
@@ -113,7 +114,7 @@ def _prompt_tokens(
     else:
         ids = engine.tokenizer.encode(prompt)
     if slide:
-        tokens = engine.check_tokens(ids, most=len(ids))
+        tokens = engine.check_tokens(ids, most=sys.maxsize)
         capacity = engine.session.capacity
         return tokens if len(tokens) <= capacity else tokens[-window_tokens(capacity) :]
     return engine.check_tokens(ids)

@@ -8,6 +8,7 @@ transformers' logits processors, where it has them. Among equal logits the lower
 from __future__ import annotations
 
 import math
+import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Sampling:
         _check("repetition_penalty", self.repetition_penalty, repetition, lambda value: 1 / _MOST <= value <= _MOST)
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), "from -1000000 to 1000000 (0 is off)", _is_moderate)
+        _check("logit_bias", self.logit_bias, "{token: number}", lambda value: isinstance(value, Mapping))
         for token, bias in self.logit_bias.items():
             _check("a token of logit_bias", token, "a whole number, 0 or more", _is_natural)
             _check(f"logit_bias of token {token}", bias, "from -1000000 to 1000000", _is_moderate)
@@ -100,7 +102,7 @@ class Sampling:
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
-            logit_bias=dict(logit_bias or {}),
+            logit_bias=logit_bias or {},
         )
 
 
@@ -230,7 +232,7 @@ def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.int
 
 
 def _is_natural(value: Any) -> bool:
-    return bool(value == int(value) >= 0)
+    return operator.index(value) >= 0  # TypeError: no whole number, be it 2.0
 
 
 def _is_moderate(value: Any) -> bool:

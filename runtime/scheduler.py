@@ -345,11 +345,12 @@ class Scheduler:
         if slot.context is None:
             slot.context = self.engine.new_context()
         if slot.prompt is None:
-            twin = self._twin(slot)
+            twin, again = self._twin(slot), False
             if twin is not None and twin.context is not None and twin.context.after_prompt is not None:
                 slot.context.adopt(twin.context)
+                again = True
             slot.prompt = job.request.prompt
-            job.reused_tokens = slot.context.start(slot.prompt, again=twin is not None)
+            job.reused_tokens = slot.context.start(slot.prompt, again=again)
         # Streams keep their pace, and prompts take turns.
         return slot.context.advance(in_turn=self.running > 1)
 

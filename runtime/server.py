@@ -29,7 +29,7 @@ from ..errors import EngineError, MoedgeError
 from .engine import Engine
 from .mailbox import Mailbox
 from .openai_answers import Answer, error_document
-from .openai_types import ChatRequest, CompletionRequest, unsupported
+from .openai_types import FORMS, ChatRequest, CompletionRequest, unsupported
 from .requests import ContextFull, TextRequest, make_request
 from .scheduler import Busy, Scheduler
 from .server_audit import AuditLog
@@ -156,8 +156,9 @@ class Service:
         else:
             prompts, limit = body.prompts(), body.max_tokens
             options["logprobs"] = body.logprobs
-        if len(prompts) * count > self.settings.max_texts:
-            raise Refusal(400, f"prompts times n is more than {self.settings.max_texts}", "too_many_texts")
+        most = min(self.settings.max_texts, self.settings.slots + self.settings.queue)  # more would never be taken
+        if len(prompts) * count > most:
+            raise Refusal(400, f"prompts times n is more than {most}", "too_many_texts")
         made: list[TextRequest] = []
         echo: list[str] = []
         total = 0
@@ -350,8 +351,13 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             was = f"is {kind!r}" if kind else "is missing"
             return _error(400, f"the header Content-Type {was}; send JSON, with Content-Type: application/json")
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        return _error(400, f"{place}: {first['msg']}" if place else str(first["msg"]), param=place or None)
+        path, text = [str(part) for part in first["loc"] if part != "body"], str(first["msg"])
+        for at, part in enumerate(path[:-1]):
+            if part in FORMS:
+                path, text = path[: at + 1], FORMS[part]
+                break
+        place = ".".join(path)
+        return _error(400, f"{place}: {text}" if place else text, param=place or None)
 
     async def http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -38,7 +38,7 @@ class AuditLog:
             "model": answer.model,
             "prompt_tokens": answer.prompt_tokens,
             "completion_tokens": sum(len(job.writer.tokens) for job in answer.jobs),
-            "finish_reasons": [job.writer.finish_reason for job in answer.jobs],
+            "finish_reasons": [job.writer.finish_reason or job.stop_reason for job in answer.jobs],
             "bundle_sha256": self._bundle,
         }
         try:

@@ -55,8 +55,8 @@ class Keys:
             line = line.strip()
             if not line or line.startswith("#"):
                 continue
-            name, colon, key = line.rpartition(":")
-            name = name.strip() if colon else f"key-{number}"
+            name, colon, key = line.partition(":")
+            name, key = (name.strip(), key) if colon else (f"key-{number}", line)
             if not key.strip() or name in keys:
                 wrong = "has no key" if not key.strip() else "has a name that was there already"
                 raise UsageError(f"line {number} of {source} {wrong}; write name:key, each name once")

@@ -92,13 +92,12 @@ class Tokenizer:
         Raises:
             EngineError: the model has no chat template, or the template refuses the messages.
         """
-        from jinja2 import TemplateError
-
+        source = self._chat_template()
         try:
-            template = _environment().from_string(self._chat_template())
+            template = _environment().from_string(source)
             seen = {"tools": None, "documents": None, "add_generation_prompt": True, **self._special_texts()}
             return str(template.render({"messages": list(messages), **seen, **variables}))
-        except (TemplateError, TypeError, OverflowError) as error:
+        except Exception as error:  # templates are programs: what one does not foresee is a bug of its own
             raise EngineError(f"the chat template of {self._folder} refuses these messages: {error}") from error
 
     @property

@@ -69,6 +69,9 @@ def test_shapes_and_types(engine):
     assert 0 <= experts.min() and experts.max() < fake_engine.EXPERTS
     assert engine.profile == "cpu" and engine.config["vocab_size"] == fake_engine.VOCAB
     assert engine.tokenize("hi") == [104, 105] and engine.detokenize(np.array([104, 105])) == "hi"
+    assert engine.detokenize([]) == ""
+    with pytest.raises(EngineError, match="token -1 at place 1 is out of range"):
+        engine.detokenize([104, -1])
 
 
 def test_the_cache_stays_where_it_is_and_rows_land_in_it(engine):

@@ -82,6 +82,9 @@ def test_bias_and_penalties_reach_the_text(engine):
         ({"logit_bias": {300: 1}}, "logit_bias has token 300, which is out of range: this model's tokens are 0 to 299"),
         ({"context_end": "stop"}, "context_end is 'stop'; it must be one of error, slide"),
         ({"stop": "x"}, "stop must be a list of texts, not the text 'x'"),
+        ({"stop": None}, "stop must be a list of texts, not None"),
+        ({"top_k": 2.0}, "top_k is 2.0; it must be a whole number, 0 (off) or more"),
+        ({"logit_bias": [5]}, "logit_bias is [5]; it must be {token: number}"),
     ],
 )
 def test_wrong_options(engine, options, text):
@@ -90,7 +93,15 @@ def test_wrong_options(engine, options, text):
     assert str(caught.value) == text
 
 
+def test_what_is_no_prompt_is_refused_where_the_window_slides_too(engine):
+    for prompt in (None, 5, iter([1])):
+        with pytest.raises(EngineError, match="token ids must be a list of whole numbers, not "):
+            engine.generate(prompt, context_end="slide")
+
+
 def test_wrong_options_of_load(fake_bundle):
+    with pytest.raises(UsageError, match="threads is 1000000000; it must be at most 1024"):
+        load(fake_bundle, threads=10**9)
     with pytest.raises(UsageError, match="reuse is 'some'; it must be one of exact, all, off"):
         load(fake_bundle, reuse="some")
     with pytest.raises(UsageError, match="prefix_bytes is -1; it must be a whole number, 0 .off. or more"):

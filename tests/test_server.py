@@ -127,6 +127,8 @@ def test_logprobs(client, engine):
     answer = client.completions.create(model=NAME, prompt="hello", max_tokens=5, logprobs=2)
     found = answer.choices[0].logprobs
     assert found.token_logprobs == [one.logprob for one in want.logprobs] and len(found.tokens) == len(want.tokens)
+    pieces = client.completions.create(model=NAME, prompt="hello", max_tokens=5, logprobs=2, stream=True)
+    assert [place for piece in pieces for place in piece.choices[0].logprobs.text_offset] == found.text_offset
     ask = {"model": NAME, "messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 3}
     whole = client.chat.completions.create(**ask, max_tokens=6).choices[0].logprobs.content
     pieces = list(client.chat.completions.create(**ask, max_tokens=6, stream=True))
@@ -162,8 +164,8 @@ def test_models(client):
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
         ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
         ({"max_tokens": 10**400}, "max_tokens"),
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt: must be a text, token ids, or a list of up to 64 of either, none of them empty"),
+        ({"prompt": []}, "prompt: must be a text, token ids"),
         ({"prompt": [300]}, "token 300 at place 0 is out of range: this model's tokens are 0 to 299"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": "\ud800"}, ""),
@@ -172,7 +174,7 @@ def test_models(client):
         ({"n": 9}, "prompts times n is more than 8"),
         ({"logit_bias": {"x": 1}}, "the keys of logit_bias must be token ids"),
         ({"logit_bias": {"300": 1}}, "logit_bias has token 300, which is out of range"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop: must be a text, or a list of up to 16 texts, none of them empty"),
         ({"suffix": "x"}, "suffix is not supported: leave it out"),
         ({"echo": True, "logprobs": 1}, "echo and logprobs together are not supported"),
     ],
@@ -277,10 +279,11 @@ def test_deadlines(server, slow):
 
 
 def test_api_keys(engine, tmp_path):
-    (tmp_path / "keys").write_text("# who may\nann: secret-a\nbob:secret-b\nsecret-c\n")
+    (tmp_path / "keys").write_text("# who may\nann: secret-a\nbob:secret:b\nsecret-c\n")
     audit = tmp_path / "audit.jsonl"
     keys = Keys.read(tmp_path / "keys")
     with serving(engine, keys=keys, per_key=1, audit=audit) as server:
+        assert keys.name_of(b"secret:b") == "bob", "all behind the first colon"
         for key in ("", "secret", "secret-a ", "ann", "sécret"):
             answer = server.http.get("/v1/models", headers={"authorization": f"Bearer {key}x".encode()})
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
@@ -300,6 +303,7 @@ def test_api_keys(engine, tmp_path):
     lines = [json.loads(line) for line in text.splitlines()]
     assert "private" not in text and {line["key"] for line in lines} == {"ann", "key-4"}
     (mine,) = [line for line in lines if line["key"] == "key-4"]
+    assert lines[-1]["key"] == "ann" and lines[-1]["finish_reasons"] == ["cancelled"]
     assert mine["prompt_tokens"] == 13 and mine["completion_tokens"] == 3 and mine["finish_reasons"] == ["length"]
     assert len(mine["bundle_sha256"]) == 64 and mine["model"] == NAME and mine["path"] == "/v1/completions"
 
@@ -311,6 +315,12 @@ def test_an_audit_log_that_cannot_be_written_fails_no_text(engine, caplog):
             assert client.completions.create(model=NAME, prompt="a", max_tokens=2).usage.completion_tokens == 2
         server.settle()
     assert caplog.text.count("the audit log lacks an answer: No space left on device") == 2
+
+
+def test_more_texts_than_there_are_places_for_are_not_told_to_come_again(engine):
+    with serving(engine, slots=1, queue=1) as server, server.client() as client:
+        with pytest.raises(openai.BadRequestError, match="prompts times n is more than 2"):
+            client.completions.create(model=NAME, prompt="a", n=3)
 
 
 def test_key_files_that_are_refused(tmp_path, monkeypatch):

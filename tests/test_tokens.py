@@ -185,6 +185,14 @@ def test_chat_templates_are_in_a_sandbox(byte_tokenizer, tmp_path, attack):
         Tokenizer(tmp_path).chat([{"role": "user", "content": "x"}])
 
 
+@pytest.mark.parametrize("bug", ["{{ 1 / messages|length * 0 + 1 // 0 }}", "{{ messages[0]['content'].index('y') }}"])
+def test_what_a_chat_template_does_not_foresee_is_its_error(byte_tokenizer, tmp_path, bug):
+    fake_engine.write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(bug)
+    with pytest.raises(EngineError, match="chat template of .* refuses these messages: (integer|substring)"):
+        Tokenizer(tmp_path).chat([{"role": "user", "content": "x"}])
+
+
 def test_missing_tokenizer_and_template(tmp_path):
     with pytest.raises(EngineError, match="has no tokenizer.json: give token ids instead of text, or put"):
         Tokenizer(tmp_path)
