@@ -29,12 +29,13 @@ def main() -> int:
     native = compiling.find_compiler()
     if native is None:
         raise SystemExit("error: no C++ compiler was found")
-    host = compiling.instruction_sets()
+    host = compiling.instruction_sets() | compiling.PORTABLE
     runs = [("native", native, [], host, ())]
     if args.sanitize:
         runs.append(("sanitized", native, [], host, SANITIZERS))
     if args.cross:
-        runs.append(("cross", shlex.split(args.cross), shlex.split(args.run), compiling.ARM, ("-static",)))
+        arm = compiling.ARM | compiling.PORTABLE
+        runs.append(("cross", shlex.split(args.cross), shlex.split(args.run), arm, ("-static",)))
     digests: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, compiler, runner, sets, extra in runs:

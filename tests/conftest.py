@@ -78,6 +78,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiling.compile_library(tmp_path_factory.mktemp("kernels"))
 
 
+@pytest.fixture(scope="session")
+def forms(library: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Path]]:
+    """Every form of the kernels that runs here and the library it is in: the best first, plain C++ last."""
+    from kernel_cases import instruction_sets
+
+    from moedge.runtime.kernels import compiling
+
+    portable = compiling.compile_library(tmp_path_factory.mktemp("portable"), ("-O1",), compiling.PORTABLE)
+    return [*((name, library) for name in instruction_sets(library)), ("portable", portable)]
+
+
 @pytest.fixture
 def compiled(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library where `kernels` looks for it, whatever the environment asks for."""

@@ -19,7 +19,7 @@ from attention_cases import (
     reference,
     run_model,
 )
-from kernel_cases import instruction_sets, open_model
+from kernel_cases import open_model
 
 from moedge.runtime import kernels
 
@@ -67,18 +67,18 @@ def spread(value: np.ndarray) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equal_to_numpy_and_to_the_bit_on_every_path(
-    case: Grouped | Latent, library: Path, monkeypatch: pytest.MonkeyPatch
+    case: Grouped | Latent, forms: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every instruction set and number of threads; what is in the caches is what numpy puts there."""
     generator = np.random.default_rng(CASES.index(case))
-    paths = [(instruction_sets(library)[0], 1), *((name, 3) for name in instruction_sets(library))]
+    paths = [(forms[0], 1), *((form, 3) for form in forms)]
     for lengths, sizes in RUNS:
         rows = sum(sizes) + (1 if len(sizes) > 2 else 0)
         run = make_run(case, lengths, sizes, generator, capacity=max(lengths) + max(sizes), rows=rows)
         wanted = run.copy()
         y = reference(case, wanted)
         first: tuple[Any, Run] | None = None
-        for name, threads in paths:
+        for (name, library), threads in paths:
             monkeypatch.setenv(kernels.VARIABLE, name)
             own = run.copy()
             found = run_model(open_case(case, own, library, threads), own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import pytest
 from kernel_cases import (
     Stack,
     experts_model,
-    instruction_sets,
     linear_model,
     make_stack,
     multiply,
@@ -56,7 +56,11 @@ CASES = [
 
 @pytest.mark.parametrize(("shape", "bits", "extra"), CASES)
 def test_experts_equal_the_reference_on_every_path(
-    shape: tuple[int, int, int, int], bits: int, extra: str, library: Path, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int, int],
+    bits: int,
+    extra: str,
+    forms: list[tuple[str, Path]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To 1e-5 of the reference; between instruction sets, threads and numbers of tokens to the bit."""
     count, hidden, inner, group = shape
@@ -70,7 +74,7 @@ def test_experts_equal_the_reference_on_every_path(
     feeds[-1]["experts"][:] = count - 1  # one expert for everybody
     model = experts_model(gate_up, down, **{name: value for name, value in activation.items() if value != np.inf})
     results: list[list[Any]] = []
-    for name, threads in [(instruction_sets(library)[0], 1), *((name, 3) for name in instruction_sets(library))]:
+    for (name, library), threads in [(forms[0], 1), *((form, 3) for form in forms)]:
         monkeypatch.setenv(kernels.VARIABLE, name)
         session = open_model(model, library, threads)
         results.append([session.run(None, given)[0] for given in feeds])
@@ -95,14 +99,14 @@ def test_experts_equal_the_reference_on_every_path(
 )
 @pytest.mark.parametrize("bits", [4, 8])
 def test_linear_equals_the_reference_on_every_path(
-    shape: tuple[int, int, int], group: int, bits: int, library: Path, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], group: int, bits: int, forms: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = np.random.default_rng(bits)
     matrix = make_stack(generator, shape, group, bits, zero_points=group == 64, bias=group == 128)
     x = generator.standard_normal((2, 70, shape[2]), np.float32)
     wanted = multiply(x.reshape(140, -1), matrix, 0).reshape(2, 70, -1)
     results = []
-    for name in instruction_sets(library):
+    for name, library in forms:
         monkeypatch.setenv(kernels.VARIABLE, name)
         session = open_model(linear_model(matrix), library, threads=2)
         results.append(session.run(None, {"x": x})[0])
@@ -243,10 +247,29 @@ def test_an_engine_runs_the_ops_where_they_are_and_the_stock_ones_elsewhere(
         np.testing.assert_array_equal(engine.logits(ids), stock)
 
 
+def test_a_library_for_another_machine_or_processor_runs_the_stock_ops(
+    library: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "FOLDER", tiny_bundle)
+    ids = list(range(5, 45))
+    with moedge.load(tiny_bundle) as engine:
+        stock = engine.logits(ids)
+    monkeypatch.setattr(kernels, "_library_name", lambda: "weights.bin")  # which is there, and no library
+    text = "the kernels' library does not load on this machine; with a C++ compiler: python -m moedge.runtime.kernels"
+    assert kernels.why_not() == text
+    with moedge.load(tiny_bundle) as engine:
+        np.testing.assert_array_equal(engine.logits(ids), stock)
+    monkeypatch.setattr(kernels, "_instruction_sets", lambda path: [])
+    there = ", ".join(compiling.instruction_sets())
+    assert kernels.why_not() == f"there are kernels for {there}, and this processor has none of them"
+    assert kernels.library() is None and kernels.instruction_set() is None
+
+
 @pytest.mark.usefixtures("compiled")
 def test_an_instruction_set_that_is_not_here_is_refused(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "altivec")
-    text = "MOEDGE_KERNELS is 'altivec'; on this machine it can be .*portable, stock"
+    text = "MOEDGE_KERNELS is 'altivec'; on this machine it can be .+, stock"
     with pytest.raises(moedge.EngineError, match=text):
         moedge.load(tiny_bundle)
 
@@ -289,5 +312,9 @@ def test_a_compiler_that_is_missing_or_fails_leaves_what_was_there(
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(compiling.CompileError, match="no C\\+\\+ compiler was found"):
+        compiling.compile_library(tmp_path)
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises(compiling.CompileError, match="^no kernels are written for riscv64; onnxruntime's own ops run"):
         compiling.compile_library(tmp_path)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"earlier"]

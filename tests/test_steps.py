@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_cases import Stack, instruction_sets, make_stack, multiply, open_model
+from kernel_cases import Stack, make_stack, multiply, open_model
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -61,11 +61,11 @@ def normalize(x: Array, weight: Array | None) -> Array:
 
 
 def run_everywhere(
-    model: bytes, library: Path, feed: dict[str, Array], monkeypatch: pytest.MonkeyPatch
+    model: bytes, forms: list[tuple[str, Path]], feed: dict[str, Array], monkeypatch: pytest.MonkeyPatch
 ) -> list[Array]:
     """The outputs: the same to the bit by every instruction set, on one thread and on three, for a row alone."""
     found: list[list[Array]] = []
-    for name in instruction_sets(library):
+    for name, library in forms:
         monkeypatch.setenv(kernels.VARIABLE, name)
         for threads in (1, 3):
             session = open_model(model, library, threads)
@@ -95,7 +95,7 @@ def test_projections_equal_the_reference_on_every_path(
     group: int,
     rows: tuple[int, ...],
     normed: bool,
-    library: Path,
+    forms: list[tuple[str, Path]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generator = np.random.default_rng(width + bits)
@@ -108,7 +108,7 @@ def test_projections_equal_the_reference_on_every_path(
     outputs = dict.fromkeys(["y0", "sum", "y1", "y2"][: len(rows) + 1], FLOAT)
     feed = {name: generator.standard_normal((140, width), np.float32) for name in ("x", "residual")}
     y, total, *others = run_everywhere(
-        step_model("Projections", constants, outputs, bits=bits), library, feed, monkeypatch
+        step_model("Projections", constants, outputs, bits=bits), forms, feed, monkeypatch
     )
     np.testing.assert_array_equal(total, feed["x"] + feed["residual"])
     for stack, found in zip(stacks, [y, *others], strict=True):
@@ -118,7 +118,7 @@ def test_projections_equal_the_reference_on_every_path(
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("hidden", "inner", "group"), [(48, 80, 16), (256, 640, 128)])
 def test_the_mlp_equals_the_reference_on_every_path(
-    bits: int, hidden: int, inner: int, group: int, library: Path, monkeypatch: pytest.MonkeyPatch
+    bits: int, hidden: int, inner: int, group: int, forms: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = np.random.default_rng(inner + bits)
     gate_up = make_stack(generator, (1, 2 * inner, hidden), group, bits, zero_points=group == 16)
@@ -127,7 +127,7 @@ def test_the_mlp_equals_the_reference_on_every_path(
     constants = {"norm": weight, **operands(gate_up, "up", bias=False), **operands(down, "down", bias=False)}
     feed = {"x": generator.standard_normal((70, hidden), np.float32)}
     model = step_model("Mlp", constants, {"y": FLOAT}, residual=False, bits=bits)
-    (y,) = run_everywhere(model, library, feed, monkeypatch)
+    (y,) = run_everywhere(model, forms, feed, monkeypatch)
     gate, up = np.split(multiply(normalize(feed["x"], weight), gate_up, 0).astype(np.float64), 2, axis=1)
     assert_near(y, multiply((gate / (1 + np.exp(-gate)) * up).astype(np.float32), down, 0))
 
@@ -189,7 +189,7 @@ def test_a_logit_that_is_no_number_makes_every_weight_nan(
 
 @pytest.mark.parametrize(("experts", "width"), [(8, 48), (70, 640), (160, 100)])
 def test_routers_equal_the_reference_on_every_path(
-    experts: int, width: int, library: Path, monkeypatch: pytest.MonkeyPatch
+    experts: int, width: int, forms: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = np.random.default_rng(width)
     matrix = generator.standard_normal((experts, width)).astype(np.float32) / np.float32(np.sqrt(width))
@@ -198,7 +198,7 @@ def test_routers_equal_the_reference_on_every_path(
     given = {"matrix": matrix, "bias": bias, "norm": weight}
     model = router_model("SoftmaxTopKGate", experts, width, attributes, 1.0, **given)
     feed = {name: generator.standard_normal((140, width), np.float32) for name in ("x", "residual")}
-    logits, chosen, weights, total, normed = run_everywhere(model, library, feed, monkeypatch)
+    logits, chosen, weights, total, normed = run_everywhere(model, forms, feed, monkeypatch)
     np.testing.assert_array_equal(total, feed["x"] + feed["residual"])
     np.testing.assert_allclose(normed, normalize(total, weight), rtol=2e-6, atol=1e-7)
     np.testing.assert_allclose(logits, normed.astype(np.float64) @ matrix.T + bias, rtol=0, atol=1e-5)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EngineError
-from .compiling import FOLDER, INSTALL, library_name, sources
+from .compiling import FOLDER, INSTALL, instruction_sets, library_name, sources
 
 DOMAIN = "moedge.cpu"
 VARIABLE = "MOEDGE_KERNELS"
@@ -28,20 +28,26 @@ CUTS_ALIKE = "moedge.cuts_alike"  # of one whose results have the same bits howe
 
 
 def library() -> Path | None:
-    """The compiled library, or None where it is not there or the environment asks for the stock ops."""
+    """The compiled library; None where there is none for this machine or the environment asks for the stock ops."""
     if os.environ.get(VARIABLE) == STOCK:
         return None
     path = FOLDER / _library_name()
-    return path if path.is_file() else None
+    return path if path.is_file() and _instruction_sets(path) else None
 
 
 def why_not() -> str | None:
     """Why the stock ops run, with the command that changes it; None where ours do."""
     if os.environ.get(VARIABLE) == STOCK:
         return f"{VARIABLE} is {STOCK!r}; unset it"
-    if library() is None:
-        return f"the kernels are not compiled; {f'with a C++ compiler: {COMPILE}' if sources() else INSTALL}"
-    return None
+    if library() is not None:
+        return None
+    how = f"with a C++ compiler: {COMPILE}" if sources() else INSTALL
+    path = FOLDER / _library_name()
+    if not path.is_file():
+        return f"the kernels are not compiled; {how}"
+    if _instruction_sets(path) is None:
+        return f"the kernels' library does not load on this machine; {how}"
+    return f"there are kernels for {', '.join(instruction_sets())}, and this processor has none of them"
 
 
 def instruction_set() -> str | None:
@@ -53,7 +59,7 @@ def instruction_set() -> str | None:
     path = library()
     if path is None:
         return None
-    known = _instruction_sets(path)
+    known = _instruction_sets(path) or []
     asked = os.environ.get(VARIABLE)
     if asked and asked not in known:
         raise EngineError(f"{VARIABLE} is {asked!r}; on this machine it can be {', '.join([*known, STOCK])}")
@@ -101,7 +107,11 @@ def _library_name() -> str:
 
 
 @cache
-def _instruction_sets(path: Path) -> list[str]:
-    function = ctypes.CDLL(str(path)).moedge_kernels_available
+def _instruction_sets(path: Path) -> list[str] | None:
+    """Those of a library that this processor has, the best first; None where it does not load."""
+    try:
+        function = ctypes.CDLL(str(path)).moedge_kernels_available
+    except OSError:  # made for another kind of machine, or with a newer C library
+        return None
     function.restype = ctypes.c_char_p
     return list(function().decode().split())

@@ -29,15 +29,16 @@ FLAGS = (
     "-ffp-contract=off"
 ).split()
 # Instruction set -> the flags of its files (isa_NAME, attention_NAME), by processor. What a compiler does not know is
-# left out. Nearly every processor has one of the others, so that `portable` is small rather than fast.
+# left out. A processor that has none of them runs onnxruntime's own ops.
 X86 = {
     "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512vnni -mprefer-vector-width=512",
     "avxvnni": "-mavx2 -mfma -mavxvnni",
     "avx2": "-mavx2 -mfma -mf16c",
-    "portable": "-Os",
 }
-ARM = {"neon": "-march=armv8.2-a+dotprod", "portable": "-Os"}
+ARM = {"neon": "-march=armv8.2-a+dotprod"}
 INSTRUCTION_SETS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
+# Plain C++, for tests and checks to compare the others with; it takes forty times as long.
+PORTABLE = {"portable": "-Os"}
 _SECONDS = 300  # a compiler that takes longer is taken for one that hangs
 
 
@@ -75,7 +76,7 @@ def find_compiler() -> list[str] | None:
 
 def instruction_sets() -> dict[str, str]:
     """What is compiled for this kind of processor, and its flags."""
-    return INSTRUCTION_SETS.get(platform.machine().lower(), {"portable": "-Os"})
+    return INSTRUCTION_SETS.get(platform.machine().lower(), {})
 
 
 def files_of(instruction_set: str) -> list[str]:
@@ -84,11 +85,13 @@ def files_of(instruction_set: str) -> list[str]:
     return [name for name in names if (FOLDER / f"{name}.cpp").is_file()]
 
 
-def compile_library(folder: Path, extra: tuple[str, ...] = ()) -> Path:
+def compile_library(folder: Path, extra: tuple[str, ...] = (), sets: dict[str, str] | None = None) -> Path:
     """Compile into `folder`; `extra` are further flags for compiler and linker. Returns the library.
 
+    sets: instruction sets and their flags; the processor's where it is None.
+
     Raises:
-        CompileError: no sources or no compiler, or it failed, or what it made does not load.
+        CompileError: no sources, no compiler or none for this processor, or it failed, or what it made does not load.
     """
     if not sources():
         raise CompileError(f"this install has no sources to compile; {INSTALL}")
@@ -97,7 +100,9 @@ def compile_library(folder: Path, extra: tuple[str, ...] = ()) -> Path:
         raise CompileError("no C++ compiler was found (c++, g++, clang++ or the variable CXX)")
     if os.name != "posix":
         raise CompileError(f"the kernels are not written for {platform.system()}")
-    processor = instruction_sets()
+    processor = instruction_sets() if sets is None else sets
+    if not processor:
+        raise CompileError(f"no kernels are written for {platform.machine()}; onnxruntime's own ops run there")
     with tempfile.TemporaryDirectory() as scratch:
         objects = Path(scratch)
 
@@ -107,14 +112,14 @@ def compile_library(folder: Path, extra: tuple[str, ...] = ()) -> Path:
             return target
 
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            sets = {
+            work = {
                 name: [pool.submit(compile_one, file, flags.split()) for file in files_of(name)]
                 for name, flags in processor.items()
             }
             common = [pool.submit(compile_one, name, []) for name in COMMON]
-        failed = {name for name, work in sets.items() if any(each.exception() for each in work)} - {"portable"}
-        known = [name for name in sets if name not in failed]
-        made = [each.result() for work in [*(sets[name] for name in known), common] for each in work]
+        known = [name for name, each in work.items() if not any(one.exception() for one in each)]
+        known = known or list(work)  # whose error is then raised
+        made = [one.result() for each in [*(work[name] for name in known), common] for one in each]
         made.append(compile_one("dispatch", [f"-DMOEDGE_HAS_{name.upper()}" for name in known]))
         library = objects / library_name()
         # The code uses nothing of the C++ library, which need not be where the engine runs.

@@ -56,7 +56,9 @@ const Find* available() {
   found[count++] = neon_kernels;  // every 64-bit Apple processor
 #endif
 #endif
+#ifdef MOEDGE_HAS_PORTABLE
   found[count++] = portable_kernels;
+#endif
   found[count] = nullptr;
   return found;
 }
@@ -72,7 +74,8 @@ const Kernels* find_kernels(const char* name) {
 const Kernels* default_kernels() {
   const char* asked = getenv("MOEDGE_KERNELS");
   // "stock" is for who decides whether this library is loaded; here it is.
-  return asked && *asked && strcmp(asked, "stock") != 0 ? find_kernels(asked) : available()[0]();
+  if (asked && *asked && strcmp(asked, "stock") != 0) return find_kernels(asked);
+  return available()[0] ? available()[0]() : nullptr;
 }
 
 const AttentionKernels* attention_kernels(const Kernels* kernels) {
@@ -93,11 +96,14 @@ const AttentionKernels* attention_kernels(const Kernels* kernels) {
 #ifdef MOEDGE_HAS_NEON
       {neon_kernels, neon_attention},
 #endif
+#ifdef MOEDGE_HAS_PORTABLE
       {portable_kernels, portable_attention},
+#endif
+      {nullptr, nullptr},
   };
-  for (const Pair& pair : pairs)
-    if (pair.products() == kernels) return pair.attention();
-  return portable_attention();
+  for (const Pair* pair = pairs; pair->products; ++pair)
+    if (pair->products() == kernels) return pair->attention();
+  return nullptr;
 }
 
 }  // namespace moedge
