@@ -139,7 +139,7 @@ void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int
     a.kernels->score(a.queries + row * a.width, a.width, n, keys.at(first), end - first, scores + first,
                      kBlock);
   else if (tile.rows <= kSomeRows)
-    a.kernels->score_some(work.panel + r, a.width, n, keys.at(first), end - first, scores + first, kBlock);
+    a.kernels->score_some(work.panel + r, vectors_up(tile.rows), a.width, n, keys.at(first), end - first, scores + first, kBlock);
   for (int64_t at = first; tile.rows > kSomeRows && at < end; at += kPanelKeys)
     a.kernels->multiply(a.queries + row * a.width, a.width, n, work.panel + at * a.width, kPanelKeys, a.width,
                         least(kPanelKeys, vectors_up(end - at)), scores + at, kBlock);
@@ -165,10 +165,11 @@ void attend_block(const Attention& a, const Tile& tile, int64_t block, const Wor
   const Rows keys = read_rows(a, lane, lane.keys, tile.group, start, count, a.width, room);
   const int64_t row = (tile.group * a.tokens + lane.first) * a.heads_a_group() + tile.row;
   if (tile.rows > kFewRows && tile.rows <= kSomeRows)
-    a.kernels->transpose(a.queries + row * a.width, a.width, tile.rows, a.width, work.panel);
+    a.kernels->transpose(a.queries + row * a.width, a.width, tile.rows, a.width, work.panel,
+                         vectors_up(tile.rows));
   for (int64_t at = 0; tile.rows > kSomeRows && at < count; at += kPanelKeys)
     a.kernels->transpose(keys.at(at).floats(), keys.stride, least(kPanelKeys, count - at), a.width,
-                         work.panel + at * a.width);
+                         work.panel + at * a.width, kPanelKeys);
   float* more = as_they_lie(a, a.value_width, tile.rows) ? nullptr : work.values;
   const Rows values = a.values_are_keys
                           ? keys

@@ -58,6 +58,10 @@ struct HeadCodes {
   int shift;
 
   int64_t groups() const { return width >> shift; }
+  HeadCodes from(int64_t row) const {
+    const uint8_t* points = zero_points ? zero_points + row * groups() : nullptr;
+    return {codes + row * width, scales + row * groups(), points, rows - row, width, shift};
+  }
 };
 
 struct AttentionKernels {
@@ -65,9 +69,10 @@ struct AttentionKernels {
   void (*widen)(Element element, const void* from, int64_t count, float* to);
   // fp32 -> fp16, to the nearest, ties to even.
   void (*narrow)(const float* from, int64_t count, uint16_t* to);
-  // Rows [rows, width], `stride` floats apart, rows <= kPanelKeys -> panel [width, kPanelKeys]. Rows are read up to a
-  // multiple of kVector words; columns beyond the last row hold what nobody takes.
-  void (*transpose)(const float* from, int64_t stride, int64_t rows, int64_t width, float* panel);
+  // Rows [rows, width], `stride` floats apart, rows <= kPanelKeys -> panel [width, columns], `columns` being rows or more,
+  // a multiple of kVector. Rows are read up to a multiple of kVector words; columns beyond the last row hold what nobody
+  // takes.
+  void (*transpose)(const float* from, int64_t stride, int64_t rows, int64_t width, float* panel, int64_t columns);
   // c [rows, columns] = a [rows, depth] b [depth, columns], each a chain from 0 in the order of depth.
   void (*multiply)(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
                    int64_t columns, float* c, int64_t c_stride);
@@ -75,9 +80,9 @@ struct AttentionKernels {
   // a multiple of kVector.
   void (*score)(const float* queries, int64_t width, int64_t rows, const Rows& from, int64_t keys, float* scores,
                 int64_t scores_stride);
-  // As `score`, for at most kSomeRows rows, which come as `transpose` leaves them: [width, kPanelKeys].
-  void (*score_some)(const float* panel, int64_t width, int64_t rows, const Rows& from, int64_t keys, float* scores,
-                     int64_t scores_stride);
+  // As `score`, for at most kSomeRows rows, which come as `transpose` leaves them: [width, columns].
+  void (*score_some)(const float* panel, int64_t columns, int64_t width, int64_t rows, const Rows& from, int64_t keys,
+                     float* scores, int64_t scores_stride);
   // As `multiply`, b being values that are read as they are stored.
   void (*weigh)(const float* shares, int64_t shares_stride, int64_t rows, const Rows& values, int64_t depth,
                 int64_t columns, float* c, int64_t c_stride);
@@ -165,11 +170,7 @@ struct HeadMatrices {
 
   const float* floats_at(int64_t head) const { return floats + head * rows * width; }
   HeadCodes codes_at(int64_t head, int64_t first, int64_t count) const {
-    HeadCodes part = codes;
-    const int64_t row = head * rows + first;
-    part.codes += row * width;
-    part.scales += row * codes.groups();
-    if (part.zero_points) part.zero_points += row * codes.groups();
+    HeadCodes part = codes.from(head * rows + first);
     part.rows = count;
     return part;
   }

@@ -2,14 +2,17 @@
 // compiler flags.
 //
 // S gives  lanes            floats of a vector
-//          rows, vectors    of a tile of a product: its sums stay in registers
-//          few, wide        rows up to which a tile is `wide` vectors, so that a matrix streams by once
-//          some, slim       rows of a tile for up to twice as many, which is `slim` vectors
+//          alone            vectors of a tile of a product of one row
+//          few, wide        rows and vectors of one of up to twice as many rows
+//          rows, slim       of one of more: its sums stay in registers
+//          sums             vectors of sums that leave room for the others in registers
 //          across           vectors of rows that share a pass over keys
 //          Float            a vector of floats
 //          larger, smaller  a if it is larger (smaller) than b, else b: of a NaN in b, b
 //          power            2^n for what adding kRound made of n
-//          load_half, load_bytes (signed), load_codes (unsigned), store_half, transpose (a square of vectors, in place)
+//          raised           what load_codes (unsigned) and the bytes of byte_of are more than the codes
+//          byte_of          one byte of each 32 bits, a constant `raised` more, as floats
+//          load_half, load_bytes (signed), store_half, transpose (a square of vectors, in place)
 
 #pragma once
 
@@ -20,6 +23,7 @@
 
 namespace {
 
+using moedge::divide_up;
 using moedge::Element;
 using moedge::HeadCodes;
 using moedge::kAhead;
@@ -33,11 +37,11 @@ using moedge::Rows;
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a rounded integer in the low bits
 constexpr int32_t kRoundBits = 0x4b400000;
 
-// `count` elements kAhead bytes on.
-template <typename T>
-inline void fetch_ahead(const T* from, int64_t count) {
-  constexpr int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T)), line = 64 / static_cast<int64_t>(sizeof(T));
-  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + ahead + i);
+// `count` elements, `ahead` bytes on.
+template <int64_t count, typename T>
+inline void fetch_ahead(const T* from, int64_t ahead) {
+  const char* bytes = reinterpret_cast<const char*>(from) + ahead;
+  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
 }
 
 template <class S>
@@ -47,24 +51,47 @@ inline typename S::Float load_any(const uint16_t* from) { return S::load_half(fr
 template <class S>
 inline typename S::Float load_any(const int8_t* from) { return S::load_bytes(from); }
 
-// A matrix that is read by whole vectors: of floats, of a cache's halves or bytes; `Codes`: of codes with scales.
+inline float zero_point(const HeadCodes& m, int64_t group) {
+  return m.zero_points ? static_cast<float>(m.zero_points[group]) : 128.0f;
+}
+
+// A matrix that is read by whole vectors: of floats, of a cache's halves or bytes; `Codes`: of codes with scales. What
+// `row` gives stands for one row from some column on: of codes as far as a group goes.
 template <class S, typename T>
 struct Stored {
+  using Element = T;
   const T* from;
   int64_t stride;
-  typename S::Float load(int64_t row, int64_t column) const { return load_any<S>(from + row * stride + column); }
-  void fetch(int64_t row, int64_t count) const { fetch_ahead(from + row * stride, count); }
+
+  struct Row {
+    const T* from;
+    typename S::Float load(int64_t column) const { return load_any<S>(from + column); }
+  };
+  Row row(int64_t row, int64_t column) const { return {from + row * stride + column}; }
+  template <int64_t count>
+  void fetch(int64_t row, int64_t column, int64_t ahead) const {
+    fetch_ahead<count>(from + row * stride + column, ahead);
+  }
 };
 template <class S>
 struct Codes {
   HeadCodes m;
-  typename S::Float load(int64_t row, int64_t column) const {
+
+  struct Row {
+    const uint8_t* from;
+    typename S::Float zero, scale;
+    typename S::Float load(int64_t column) const {
+      return S::multiply(S::subtract(S::load_codes(from + column), zero), scale);
+    }
+  };
+  Row row(int64_t row, int64_t column) const {
     const int64_t group = row * m.groups() + (column >> m.shift);
-    const float zero = m.zero_points ? static_cast<float>(m.zero_points[group]) : 128.0f;
-    const typename S::Float code = S::subtract(S::load_codes(m.codes + row * m.width + column), S::floats(zero));
-    return S::multiply(code, S::floats(m.scales[group]));
+    return {m.codes + row * m.width + column, S::floats(zero_point(m, group) + S::raised), S::floats(m.scales[group])};
   }
-  void fetch(int64_t row, int64_t count) const { fetch_ahead(m.codes + row * m.width, count); }
+  template <int64_t count>
+  void fetch(int64_t row, int64_t column, int64_t ahead) const {
+    fetch_ahead<count>(m.codes + row * m.width + column, ahead);
+  }
 };
 
 // Calls run with rows of a cache as such a matrix.
@@ -80,62 +107,59 @@ void with_rows(const Rows& rows, const Run& run) {
 
 // --- products ----------------------------------------------------------------------------------------------------
 
-// From column `at` of b on; of each row so much is fetched that is read later.
+// From column `at` of b on, 1 to M rows, onto what c holds if it is to be. `ahead`: bytes from what is read to what is
+// fetched. One form for all counts of rows: the last row stands in for those that are not there.
 template <class S, class E, int M, int N>
-__attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, const E& from, int64_t at, int64_t depth,
-                                             int64_t fetched, float* c, int64_t c_stride) {
+__attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, int64_t rows, const E& from, int64_t at,
+                                             int64_t depth, int64_t ahead, bool onto, float* c, int64_t c_stride) {
   const E b = from;
+  const float* row[M];
+  for (int m = 0; m < M; ++m) row[m] = a + least(m, rows - 1) * a_stride;
   typename S::Float sum[M][N];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sum[m][n] = S::floats(0.0f);
+    for (int n = 0; n < N; ++n)
+      sum[m][n] = onto ? S::load(c + least(m, rows - 1) * c_stride + at + n * S::lanes) : S::floats(0.0f);
   for (int64_t k = 0; k < depth; ++k) {
+    const auto columns = b.row(k, at);
     typename S::Float column[N];
-    for (int n = 0; n < N; ++n) column[n] = b.load(k, at + n * S::lanes);
-    b.fetch(k, fetched);
+    for (int n = 0; n < N; ++n) column[n] = columns.load(n * S::lanes);
+    b.template fetch<N * S::lanes>(k, at, ahead);
     for (int m = 0; m < M; ++m) {
-      const typename S::Float one = S::floats(a[m * a_stride + k]);
+      const typename S::Float one = S::floats(row[m][k]);
       for (int n = 0; n < N; ++n) sum[m][n] = S::fused(one, column[n], sum[m][n]);
     }
   }
-  for (int m = 0; m < M; ++m)
+  for (int m = 0; m < M && m < rows; ++m)
     for (int n = 0; n < N; ++n) S::store(c + m * c_stride + at + n * S::lanes, sum[m][n]);
 }
 
-// `rows` of 1 to M.
-template <class S, class E, int M, int N>
-void multiply_rows(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t at, int64_t depth,
-                   int64_t fetched, float* c, int64_t c_stride) {
-  if constexpr (M > 1)
-    if (rows < M) return multiply_rows<S, E, M - 1, N>(a, a_stride, rows, b, at, depth, fetched, c, c_stride);
-  multiply_tile<S, E, M, N>(a, a_stride, b, at, depth, fetched, c, c_stride);
-}
-
-// Columns in tiles of N vectors, what is left in narrower ones; rows in tiles of at most M, alike in size. `fetched`
-// columns are, by the first tile.
+// Columns in tiles of N vectors, what is left in narrower ones; rows in tiles of at most M, alike in size, of which the
+// first fetches ahead.
 template <class S, class E, int M, int N>
 void multiply_columns(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t at, int64_t depth,
-                      int64_t columns, int64_t fetched, float* c, int64_t c_stride) {
+                      int64_t columns, int64_t ahead, bool onto, float* c, int64_t c_stride) {
   constexpr int64_t wide = N * S::lanes;
-  const int64_t tiles = (rows + M - 1) / M, some = (rows + tiles - 1) / tiles;
+  const int64_t some = divide_up(rows, divide_up(rows, M));
   for (; at + wide <= columns; at += wide)
-    for (int64_t r = 0; r < rows; r += some, fetched = 0)
-      multiply_rows<S, E, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b, at, depth, fetched,
+    for (int64_t r = 0; r < rows; r += some)
+      multiply_tile<S, E, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b, at, depth, r ? 0 : ahead, onto,
                                 c + r * c_stride, c_stride);
   if constexpr (wide > kVector)
-    if (at < columns) multiply_columns<S, E, M, N / 2>(a, a_stride, rows, b, at, depth, columns, fetched, c, c_stride);
+    if (at < columns)
+      multiply_columns<S, E, M, M == 1 ? N / 2 : kVector / S::lanes>(a, a_stride, rows, b, at, depth, columns, ahead,
+                                                                     onto, c, c_stride);
 }
 
 template <class S, class E>
 void multiply_any(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t depth, int64_t columns, float* c,
                   int64_t c_stride) {
+  const int64_t ahead = rows <= moedge::kSomeRows ? kAhead : 0;
   if (rows == 1)
-    multiply_columns<S, E, 1, 2 * S::wide>(a, a_stride, rows, b, 0, depth, columns, columns, c, c_stride);
-  else if (rows <= S::few)
-    multiply_columns<S, E, S::few, S::wide>(a, a_stride, rows, b, 0, depth, columns, columns, c, c_stride);
-  else if (rows > S::rows && rows <= 2 * S::some)
-    multiply_columns<S, E, S::some, S::slim>(a, a_stride, rows, b, 0, depth, columns, columns, c, c_stride);
+    multiply_columns<S, E, 1, S::alone>(a, a_stride, rows, b, 0, depth, columns, ahead, false, c, c_stride);
+  else if (rows <= 2 * S::few)
+    multiply_columns<S, E, S::few, S::wide>(a, a_stride, rows, b, 0, depth, columns, ahead, false, c, c_stride);
   else if (rows > 0)
-    multiply_columns<S, E, S::rows, S::vectors>(a, a_stride, rows, b, 0, depth, columns, 0, c, c_stride);
+    multiply_columns<S, E, S::rows, S::slim>(a, a_stride, rows, b, 0, depth, columns, ahead, false, c, c_stride);
 }
 
 template <class S>
@@ -156,77 +180,99 @@ template <class S>
 void dequantize(const HeadCodes& m, float* to) {
   const Codes<S> codes{m};
   for (int64_t r = 0; r < m.rows; ++r)
-    for (int64_t w = 0; w < m.width; w += S::lanes) S::store(to + r * m.width + w, codes.load(r, w));
+    for (int64_t w = 0; w < m.width; w += S::lanes) S::store(to + r * m.width + w, codes.row(r, w).load(0));
 }
 
+// Some rows of the matrix at a time, so that all of their columns are in the cache. A tile lies in one group.
 template <class S>
-void absorb(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& m, float* c, int64_t c_stride) {
-  // Fewer forms than `multiply_any` has: a library's size counts, and many rows come as floats.
-  if (rows == 1)
-    multiply_columns<S, Codes<S>, 1, 2 * S::wide>(a, a_stride, rows, {m}, 0, m.rows, m.width, m.width, c, c_stride);
-  else
-    multiply_columns<S, Codes<S>, S::few, S::wide>(a, a_stride, rows, {m}, 0, m.rows, m.width, m.width, c, c_stride);
-}
-
-// Squares of codes are transposed in registers, and scaled behind that. Few rows take two at once: each is a chain.
-template <class S, int M>
-void expand_rows(const float* a, int64_t a_stride, const HeadCodes& m, float* c, int64_t c_stride) {
-  using Float = typename S::Float;
-  constexpr int64_t lanes = S::lanes;
-  constexpr int squares = M <= 4 ? 2 : 1;
-  for (int64_t r = 0; r < m.rows; r += squares * lanes) {
-    int64_t ids[squares * lanes];
-    const uint8_t* sources[squares * lanes];
-    for (int64_t i = 0; i < squares * lanes; ++i) {
-      ids[i] = least(r + i, m.rows - 1);
-      sources[i] = m.codes + ids[i] * m.width;
-    }
-    Float sum[squares][M];
-    for (int s = 0; s < squares; ++s)
-      for (int i = 0; i < M; ++i) sum[s][i] = S::floats(0.0f);
-    for (int64_t w = 0; w < m.width;) {
-      const int64_t group = w >> m.shift;
-      float scales[squares * lanes], zeros[squares * lanes];
-      for (int64_t i = 0; i < squares * lanes; ++i) {
-        scales[i] = m.scales[ids[i] * m.groups() + group];
-        zeros[i] = m.zero_points ? static_cast<float>(m.zero_points[ids[i] * m.groups() + group]) : 128.0f;
-      }
-      for (const int64_t end = (group + 1) << m.shift; w < end; w += lanes) {
-        for (int s = 0; s < squares; ++s) {
-          const Float scale = S::load(scales + s * lanes), zero = S::load(zeros + s * lanes);
-          Float square[lanes];
-          for (int64_t i = 0; i < lanes; ++i) square[i] = S::load_codes(sources[s * lanes + i] + w);
-          for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[s * lanes + i] + squares * lanes * m.width + w);
-          S::transpose(square);
-          for (int64_t i = 0; i < lanes; ++i) {
-            const Float value = S::multiply(S::subtract(square[i], zero), scale);
-            for (int k = 0; k < M; ++k) sum[s][k] = S::fused(S::floats(a[k * a_stride + w + i]), value, sum[s][k]);
-          }
-        }
-      }
-    }
-    for (int s = 0; s < squares && r + s * lanes < m.rows; ++s)
-      for (int k = 0; k < M; ++k) S::store(c + k * c_stride + r + s * lanes, sum[s][k]);
+void absorb(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& matrix, float* c, int64_t c_stride) {
+  constexpr int least_vectors = kVector / S::lanes;
+  constexpr int64_t some = 16;
+  const int64_t group = int64_t{1} << matrix.shift, width = matrix.width;
+  for (int64_t k = 0; k < matrix.rows; k += some, a += some) {
+    const Codes<S> part{matrix.from(k)};
+    const int64_t depth = least(some, matrix.rows - k);
+    if (rows == 1 && group >= S::alone * S::lanes)
+      multiply_columns<S, Codes<S>, 1, S::alone>(a, a_stride, rows, part, 0, depth, width, kAhead, k > 0, c, c_stride);
+    else if (group >= S::wide * S::lanes)
+      multiply_columns<S, Codes<S>, S::few, S::wide>(a, a_stride, rows, part, 0, depth, width, kAhead, k > 0, c, c_stride);
+    else
+      multiply_columns<S, Codes<S>, S::few, least_vectors>(a, a_stride, rows, part, 0, depth, width, kAhead, k > 0, c,
+                                                           c_stride);
   }
 }
 
-// `rows` of 1 to M.
+// Codes are transposed by fours, as the words of a vector, and become values behind that. 1 to M rows.
 template <class S, int M>
-void expand_some(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& m, float* c, int64_t c_stride) {
-  if constexpr (M > 1)
-    if (rows < M) return expand_some<S, M - 1>(a, a_stride, rows, m, c, c_stride);
-  expand_rows<S, M>(a, a_stride, m, c, c_stride);
+__attribute__((noinline)) void expand_rows(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& m, float* c,
+                                           int64_t c_stride) {
+  using Float = typename S::Float;
+  constexpr int64_t lanes = S::lanes, bytes = 4 * lanes;
+  constexpr int squares = S::sums / M > 4 ? 4 : S::sums / M > 1 ? S::sums / M : 1;  // each is a chain
+  const float* row[M];
+  for (int k = 0; k < M; ++k) row[k] = a + least(k, rows - 1) * a_stride;
+  const int64_t groups = m.groups(), inside = (int64_t{1} << m.shift) - 1;
+  for (int64_t r = 0; r < m.rows; r += squares * lanes) {
+    Float sum[M][squares], codes[squares * lanes];
+    float scales[squares * lanes], zeros[squares * lanes];
+    const uint8_t* sources[squares * lanes];
+    int64_t places[squares * lanes];
+    for (int64_t i = 0, id = r; i < squares * lanes; ++i, id += id + 1 < m.rows) {
+      sources[i] = m.codes + id * m.width;
+      places[i] = id * groups;
+      zeros[i] = 128.0f + S::raised;
+    }
+    for (int k = 0; k < M; ++k)
+      for (int s = 0; s < squares; ++s) sum[k][s] = S::floats(0.0f);
+    for (int64_t w = 0; w < m.width; w += bytes) {
+      const int64_t count = least(bytes, m.width - w), behind = w + 2 * bytes - m.width;
+      const int64_t ahead = behind < 0 ? w + 2 * bytes : squares * lanes * m.width + behind;
+#pragma GCC unroll 1
+      for (int64_t s = 0; s < squares * lanes; s += lanes) {
+        Float square[lanes];
+        for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[s + i] + ahead);
+        if (count == bytes)
+          for (int64_t i = 0; i < lanes; ++i) memcpy(square + i, sources[s + i] + w, sizeof(Float));
+        else
+          for (int64_t i = 0; i < lanes; ++i) memcpy(square + i, sources[s + i] + w, static_cast<size_t>(count));
+        S::transpose(square);
+        for (int64_t i = 0; i < lanes; ++i) codes[s + i] = square[i];
+      }
+      for (int64_t i = 0; i < count; i += 4) {
+        if (((w + i) & inside) == 0)
+          for (int64_t j = 0; j < squares * lanes; ++j) {
+            const int64_t group = places[j] + ((w + i) >> m.shift);
+            scales[j] = m.scales[group];
+            if (m.zero_points) zeros[j] = zero_point(m, group) + S::raised;
+          }
+#pragma GCC unroll 1
+        for (int64_t byte = 0; byte < 4; ++byte)
+          for (int s = 0; s < squares; ++s) {
+            const Float code = S::byte_of(codes[s * lanes + i / 4], static_cast<int>(byte));
+            const Float value = S::multiply(S::subtract(code, S::load(zeros + s * lanes)), S::load(scales + s * lanes));
+            for (int k = 0; k < M; ++k) sum[k][s] = S::fused(S::floats(row[k][w + i + byte]), value, sum[k][s]);
+          }
+      }
+    }
+    for (int s = 0; s < squares && r + s * lanes < m.rows; ++s)
+      for (int k = 0; k < M && k < rows; ++k) S::store(c + k * c_stride + r + s * lanes, sum[k][s]);
+  }
 }
 
 template <class S>
 void expand(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& m, float* c, int64_t c_stride) {
-  expand_some<S, kFewRows>(a, a_stride, rows, m, c, c_stride);
+  if (rows == 1)
+    expand_rows<S, 1>(a, a_stride, rows, m, c, c_stride);
+  else if (rows <= kFewRows / 2)
+    expand_rows<S, kFewRows / 2>(a, a_stride, rows, m, c, c_stride);
+  else
+    expand_rows<S, kFewRows>(a, a_stride, rows, m, c, c_stride);
 }
 
 // --- blocks of a cache ---------------------------------------------------------------------------------------------
 
 template <class S>
-void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t width, float* panel) {
+void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t width, float* panel, int64_t columns) {
   constexpr int64_t lanes = S::lanes;
   for (int64_t r = 0; r < rows; r += lanes) {
     const float* sources[lanes];
@@ -236,64 +282,63 @@ void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t wid
       for (int64_t i = 0; i < lanes; ++i) square[i] = S::load(sources[i] + w);
       for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[i] + lanes * stride + w);  // the next rows
       S::transpose(square);
-      for (int64_t i = 0; i < least(lanes, width - w); ++i) S::store(panel + (w + i) * kPanelKeys + r, square[i]);
+      for (int64_t i = 0; i < least(lanes, width - w); ++i) S::store(panel + (w + i) * columns + r, square[i]);
     }
   }
 }
 
-// Each square of keys is transposed in registers, and used there. Few rows take two at once: each is a chain.
-template <class S, class E, int M>
-void score_rows(const float* queries, int64_t width, const E& from, int64_t keys, float* scores,
-                int64_t scores_stride) {
+// Each square of keys is transposed in registers, and used there. 1 to M rows; few take two at once: each is a chain.
+template <class S, typename T, int M>
+__attribute__((noinline)) void score_rows(const float* queries, int64_t width, int64_t rows, const T* from,
+                                          int64_t stride, int64_t keys, float* scores, int64_t scores_stride) {
   constexpr int64_t lanes = S::lanes;
   constexpr int squares = M <= 4 ? 2 : 1;
+  const float* row[M];
+  for (int m = 0; m < M; ++m) row[m] = queries + least(m, rows - 1) * width;
   for (int64_t r = 0; r < keys; r += squares * lanes) {
-    decltype(from.from) sources[squares * lanes];
-    for (int64_t i = 0; i < squares * lanes; ++i) sources[i] = from.from + least(r + i, keys - 1) * from.stride;
-    typename S::Float sum[squares][M];
-    for (int s = 0; s < squares; ++s)
-      for (int m = 0; m < M; ++m) sum[s][m] = S::floats(0.0f);
+    const T* sources[squares * lanes];
+    for (int64_t i = 0; i < squares * lanes; ++i) sources[i] = from + least(r + i, keys - 1) * stride;
+    typename S::Float sum[M][squares];
+    for (int m = 0; m < M; ++m)
+      for (int s = 0; s < squares; ++s) sum[m][s] = S::floats(0.0f);
     for (int64_t w = 0; w < width; w += lanes) {
       typename S::Float square[squares][lanes];
       for (int s = 0; s < squares; ++s) {
-        for (int64_t i = 0; i < lanes; ++i) square[s][i] = E{sources[s * lanes + i], 0}.load(0, w);
-        for (int64_t i = 0; i < lanes; ++i)
-          __builtin_prefetch(sources[s * lanes + i] + squares * lanes * from.stride + w);
+        for (int64_t i = 0; i < lanes; ++i) square[s][i] = load_any<S>(sources[s * lanes + i] + w);
+        for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[s * lanes + i] + squares * lanes * stride + w);
         S::transpose(square[s]);
       }
       for (int64_t i = 0; i < least(lanes, width - w); ++i)
         for (int m = 0; m < M; ++m) {
-          const typename S::Float query = S::floats(queries[m * width + w + i]);
-          for (int s = 0; s < squares; ++s) sum[s][m] = S::fused(query, square[s][i], sum[s][m]);
+          const typename S::Float query = S::floats(row[m][w + i]);
+          for (int s = 0; s < squares; ++s) sum[m][s] = S::fused(query, square[s][i], sum[m][s]);
         }
     }
     for (int s = 0; s < squares && r + s * lanes < keys; ++s)
-      for (int m = 0; m < M; ++m) S::store(scores + m * scores_stride + r + s * lanes, sum[s][m]);
+      for (int m = 0; m < M && m < rows; ++m) S::store(scores + m * scores_stride + r + s * lanes, sum[m][s]);
   }
-}
-
-// `rows` of 1 to M.
-template <class S, class E, int M>
-void score_few(const float* queries, int64_t width, int64_t rows, const E& from, int64_t keys, float* scores,
-                int64_t scores_stride) {
-  if constexpr (M > 1)
-    if (rows < M) return score_few<S, E, M - 1>(queries, width, rows, from, keys, scores, scores_stride);
-  score_rows<S, E, M>(queries, width, from, keys, scores, scores_stride);
 }
 
 template <class S>
 void score(const float* queries, int64_t width, int64_t rows, const Rows& from, int64_t keys, float* scores,
            int64_t scores_stride) {
-  with_rows<S>(from, [&](auto keys_from) {
-    score_few<S, decltype(keys_from), kFewRows>(queries, width, rows, keys_from, keys, scores, scores_stride);
+  with_rows<S>(from, [&](auto b) {
+    using T = typename decltype(b)::Element;
+    if (rows == 1)
+      score_rows<S, T, 1>(queries, width, rows, b.from, b.stride, keys, scores, scores_stride);
+    else if (rows <= kFewRows / 2)
+      score_rows<S, T, kFewRows / 2>(queries, width, rows, b.from, b.stride, keys, scores, scores_stride);
+    else
+      score_rows<S, T, kFewRows>(queries, width, rows, b.from, b.stride, keys, scores, scores_stride);
   });
 }
 
 // Lanes are rows of queries, whose words stand side by side; a key's words are taken one by one, so that keys need not be
 // transposed, only what they give. They are copied in small pieces, which lie alike whatever their stride.
-template <class S, class E>
-void score_by_rows(const float* panel, int64_t width, int64_t rows, const E& from, int64_t keys, float* scores,
-                   int64_t scores_stride) {
+template <class S, typename T>
+__attribute__((noinline)) void score_by_rows(const float* panel, int64_t columns, int64_t width, int64_t rows,
+                                             const T* from, int64_t stride, int64_t keys, float* scores,
+                                             int64_t scores_stride) {
   using Float = typename S::Float;
   constexpr int64_t lanes = S::lanes;
   float words[lanes][kVector];
@@ -303,13 +348,15 @@ void score_by_rows(const float* panel, int64_t width, int64_t rows, const E& fro
       for (int64_t i = 0; i < lanes; ++i) sum[n][i] = S::floats(0.0f);
     for (int64_t at = 0; at < width; at += kVector) {
       for (int64_t i = 0; i < lanes; ++i) {
-        const int64_t key = least(r + i, keys - 1);
-        for (int64_t w = 0; w < kVector; w += lanes) S::store(words[i] + w, from.load(key, at + w));
-        __builtin_prefetch(from.from + (key + lanes) * from.stride + at);
+        const T* key = from + least(r + i, keys - 1) * stride + at;
+        __builtin_prefetch(key + lanes * stride);
+        for (int64_t w = 0; w < kVector; w += lanes) S::store(words[i] + w, load_any<S>(key + w));
       }
-      for (int64_t w = 0; w < least(kVector, width - at); ++w) {
+      const int64_t count = least(kVector, width - at);
+#pragma GCC unroll 1
+      for (int64_t w = 0; w < count; ++w) {
         Float query[S::across];
-        for (int n = 0; n < S::across; ++n) query[n] = S::load(panel + (at + w) * kPanelKeys + n * lanes);
+        for (int n = 0; n < S::across; ++n) query[n] = S::load(panel + (at + w) * columns + n * lanes);
         for (int64_t i = 0; i < lanes; ++i) {
           const Float word = S::floats(words[i][w]);
           for (int n = 0; n < S::across; ++n) sum[n][i] = S::fused(word, query[n], sum[n][i]);
@@ -325,11 +372,12 @@ void score_by_rows(const float* panel, int64_t width, int64_t rows, const E& fro
 }
 
 template <class S>
-void score_some(const float* panel, int64_t width, int64_t rows, const Rows& from, int64_t keys, float* scores,
-                int64_t scores_stride) {
-  with_rows<S>(from, [&](auto keys_from) {
+void score_some(const float* panel, int64_t columns, int64_t width, int64_t rows, const Rows& from, int64_t keys,
+                float* scores, int64_t scores_stride) {
+  with_rows<S>(from, [&](auto b) {
     for (int64_t row = 0; row < rows; row += S::across * S::lanes)
-      score_by_rows<S>(panel + row, width, rows - row, keys_from, keys, scores + row * scores_stride, scores_stride);
+      score_by_rows<S>(panel + row, columns, width, rows - row, b.from, b.stride, keys, scores + row * scores_stride,
+                       scores_stride);
   });
 }
 
@@ -453,7 +501,7 @@ void merge(const Part& into, const Part& part, int64_t rows) {
 
 template <class S>
 constexpr moedge::AttentionKernels make_attention() {
-  static_assert(kVector % S::lanes == 0 && S::vectors * S::lanes >= kVector, "columns are multiples of kVector");
+  static_assert(kVector % S::lanes == 0 && S::slim * S::lanes >= kVector, "columns are multiples of kVector");
   return {widen<S>, narrow<S>, transpose_rows<S>, multiply<S>, score<S>, score_some<S>,
           weigh<S>, soften<S>, merge<S>, dequantize<S>, absorb<S>, expand<S>};
 }

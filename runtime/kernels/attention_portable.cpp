@@ -6,7 +6,8 @@ namespace {
 
 struct Plain {
   static constexpr int64_t lanes = 4;
-  static constexpr int rows = 2, vectors = 4, few = 1, wide = 4, some = 2, slim = 4, across = 1;
+  static constexpr int alone = 4, few = 2, wide = 4, rows = 2, slim = 4, sums = 4, across = 1;
+  static constexpr float raised = 0.0f;
   struct Float {
     float lane[4];
   };
@@ -60,6 +61,13 @@ struct Plain {
   }
   static Float load_codes(const uint8_t* from) {
     return each([&](int i) { return static_cast<float>(from[i]); });
+  }
+  static Float byte_of(Float words, int byte) {
+    return each([&](int i) {
+      uint32_t bits;
+      memcpy(&bits, &words.lane[i], 4);
+      return static_cast<float>(bits >> 8 * byte & 0xffu);
+    });
   }
   static void store_half(uint16_t* to, Float value) {
     for (int i = 0; i < 4; ++i) to[i] = narrow_half(value.lane[i]);

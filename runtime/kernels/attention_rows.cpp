@@ -188,7 +188,7 @@ void expand_values(const LatentAttention& l, const LatentScratch& s, int64_t hea
     } else {
       int64_t stride = 0;
       const float* matrix = whole_vectors(a, l.v_up, head, at, rows, work.matrix, &stride);
-      a.kernels->transpose(matrix, stride, rows, l.rank, work.panel);
+      a.kernels->transpose(matrix, stride, rows, l.rank, work.panel, kPanelKeys);
       a.kernels->multiply(mixed, a.heads * l.rank, count, work.panel, kPanelKeys, l.rank, vectors_up(rows), work.some,
                           kPanelKeys);
     }
