@@ -229,6 +229,8 @@ def check_place(target: Path, *, error: type[MoedgeError] = BundleError) -> None
     with _writing(target, error):
         if target.is_dir():
             raise error(f"{target} is a folder, not a file; name an output file")
+        if target.exists() and not target.is_file():  # a device or a pipe would be replaced by a file
+            raise error(f"{target} is no plain file; name another output file")
         above = _existing_parent(target.parent)
         if not above.is_dir():
             raise error(f"{target}: {above} is a file, not a folder; name another output file")

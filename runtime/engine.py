@@ -355,8 +355,10 @@ class Engine:
         from .snapshot import read_snapshot
 
         with self.lock:
-            self.begin()
-            return read_snapshot(self.bundle, self.info, self._context, Path(path))
+            self.session  # noqa: B018  (raises where the engine is closed)
+            count = read_snapshot(self.bundle, self.info, self._context, Path(path))
+            self._turn += 1  # a generation that still runs is over; a snapshot that is refused ends none
+            return count
 
     def prefill(self, tokens: NDArray[np.int64], session: Session | None = None) -> NDArray[np.float32]:
         """Feed `tokens` to the context, or to a further sequence of it, in chunks.

@@ -53,12 +53,18 @@ def write_snapshot(bundle: Bundle, info: EngineInfo, context: Context, path: Pat
 def read_snapshot(bundle: Bundle, info: EngineInfo, context: Context, path: Path) -> int:
     """Put what `path` holds into `context`; how many tokens."""
     try:
-        content = path.read_bytes()
+        with path.open("rb") as stream:
+            content = stream.read(len(_MAGIC))
+            if content == _MAGIC:  # whatever else it is may be larger than the memory
+                content += stream.read()
     except (FileNotFoundError, IsADirectoryError):
         raise EngineError(f"there is no snapshot at {path}; write one: engine.save_snapshot(...)") from None
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read ({error.strerror}); write another: engine.save_snapshot(...)") from None
     header, place = _checked_header(content, path)
     if header.get("made_by") != _identity(bundle, info):
-        model, profile = (dict(header.get("made_by") or {}).get(name) for name in ("model", "profile"))
+        made_by = header.get("made_by")
+        model, profile = (made_by.get(name) if isinstance(made_by, dict) else None for name in ("model", "profile"))
         raise EngineError(
             f"{path} was saved with another bundle or engine ({model}, engine '{profile}'); "
             f"save one with {bundle.path}: engine.save_snapshot(...)"

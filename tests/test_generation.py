@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 
@@ -11,7 +12,7 @@ import fake_engine
 import numpy as np
 import pytest
 
-from moedge.errors import EngineError, UsageError
+from moedge.errors import BundleError, EngineError, UsageError
 from moedge.runtime.context import PrefixStore
 from moedge.runtime.engine import load
 from moedge.runtime.sampling import log_probabilities
@@ -364,6 +365,16 @@ def test_snapshots_that_are_refused(engine, fake_bundle, tmp_path):
     path.write_bytes(b"something else")
     with pytest.raises(EngineError, match="context is no snapshot of this version of moedge"):
         engine.load_snapshot(path)
+    with path.open("wb") as stream:
+        stream.truncate(1 << 40)  # not read whole
+    with pytest.raises(EngineError, match="context is no snapshot of this version of moedge"):
+        engine.load_snapshot(path)
+    with pytest.raises(EngineError, match=r"mem cannot be read \(Input/output error\); write another"):
+        engine.load_snapshot("/proc/self/mem")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BundleError, match="pipe is no plain file; name another output file"):
+        engine.save_snapshot(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo(), "not replaced"
     path.write_bytes(content)
     with load(fake_bundle, max_seq_len=len(PROMPT) - 1) as small:
         with pytest.raises(EngineError, match="has 21 tokens and the context has room for 20; .* a larger max_seq_len"):
@@ -408,6 +419,7 @@ def test_tampered_snapshots_are_refused_whatever_their_checksum_says(engine, tmp
         ({"arrays": None}, "is no snapshot"),
         ({"arrays": [{}]}, "is no snapshot"),
         ({"made_by": None}, "was saved with another bundle or engine"),
+        ({"made_by": [5]}, "was saved with another bundle or engine"),
     ):
         path.write_bytes(forged(content, **changes))
         with pytest.raises(EngineError, match=text):
