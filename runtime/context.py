@@ -55,23 +55,33 @@ class PrefixStore:
                 if digest not in self._chunks:
                     break
                 found.append(self._chunks[digest].rows)
-            for digest in reversed(digests[: len(found)]):  # the first last: without it the others are of no use
-                self._chunks.move_to_end(digest)
+            self._touch(digests[: len(found)])
             return found
 
-    def put(self, digest: bytes, rows: list[NDArray[Any]]) -> None:
-        """Keep the rows of a chunk; what was least recently used makes room."""
+    def put(self, digests: Sequence[bytes], rows: list[NDArray[Any]]) -> None:
+        """Keep the rows of the last of a prompt's chunks so far; what was least recently used makes room.
+
+        A chunk is of no use without those before it: they never make room for it, and where one is gone it is not kept.
+        """
+        *before, digest = digests
         size = sum(part.nbytes for part in rows)
-        if size > self.limit:
-            return
         with self._lock:
-            if digest in self._chunks:
+            if size > self.limit or digest in self._chunks or (before and before[-1] not in self._chunks):
                 return
+            self._touch(before)
             while self.bytes + size > self.limit:
+                if len(self._chunks) == len(before):
+                    return
                 _, oldest = self._chunks.popitem(last=False)
                 self.bytes -= oldest.bytes
             self._chunks[digest] = _Chunk(rows, size)
             self.bytes += size
+            self._touch(before)
+
+    def _touch(self, digests: Sequence[bytes]) -> None:
+        """These are used; the first last, so that a chunk never goes before one that needs it."""
+        for digest in reversed(digests):
+            self._chunks.move_to_end(digest)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -149,8 +159,9 @@ class Context:
             if self.exact != first:
                 break
             self.exact = first + self._chunk
-            if self._store is not None and self._digests[first // self._chunk] not in self._store:
-                self._store.put(self._digests[first // self._chunk], self.session.read_rows(first, self.exact))
+            so_far = self._digests[: self.exact // self._chunk]
+            if self._store is not None and so_far[-1] not in self._store:
+                self._store.put(so_far, self.session.read_rows(first, self.exact))
         if not last:
             return None
         self._after = (end, logits.reshape(-1).copy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import math
 import os
 import signal
 import socket
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
     from .server import Settings
 
 _POSITIVE = click.IntRange(1)
+
+
+class _Span(click.FloatRange):
+    """Seconds or the like: a number, where click takes infinity and nan."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        found = float(super().convert(value, param, context))
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number", param, context)
+        return found
+
+
 SLOTS = 4  # where the engine steps one text at a time
 
 
@@ -43,11 +56,11 @@ SLOTS = 4  # where the engine steps one text at a time
 @click.option("--max-prompt-tokens", type=_POSITIVE, metavar="N", help="[default: what the context has room for]")
 @click.option("--max-new-tokens", type=_POSITIVE, metavar="N", help="[default: what the context has room for]")
 @click.option("--max-texts", type=_POSITIVE, default=8, show_default=True, help="In one request: prompts times n.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, help="Seconds.")
-@click.option("--drain", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds for texts to end.")
+@click.option("--timeout", type=_Span(0, min_open=True), default=600.0, show_default=True, help="Seconds.")
+@click.option("--drain", type=_Span(0), default=30.0, show_default=True, help="Seconds for texts to end.")
 @click.option(
     "--stream-interval",
-    type=click.FloatRange(0, 10_000),
+    type=_Span(0, 10_000),
     default=40.0,
     show_default=True,
     metavar="MS",

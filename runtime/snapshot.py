@@ -60,7 +60,8 @@ def read_snapshot(bundle: Bundle, info: EngineInfo, context: Context, path: Path
     except (FileNotFoundError, IsADirectoryError):
         raise EngineError(f"there is no snapshot at {path}; write one: engine.save_snapshot(...)") from None
     except OSError as error:
-        raise EngineError(f"{path} cannot be read ({error.strerror}); write another: engine.save_snapshot(...)") from None
+        text = f"{path} cannot be read ({error.strerror}); write another: engine.save_snapshot(...)"
+        raise EngineError(text) from None
     header, place = _checked_header(content, path)
     if header.get("made_by") != _identity(bundle, info):
         made_by = header.get("made_by")

@@ -186,15 +186,34 @@ def test_reuse_all_takes_generated_tokens_too(fake_bundle):
 def test_stored_beginnings_are_bounded_and_the_least_recently_used_goes():
     store, rows = PrefixStore(100), [np.zeros(10, np.float32)]
     for name in (b"a", b"b"):
-        store.put(name, rows)
+        store.put([name], rows)
     assert len(store.find([b"a"])) == 1
-    store.put(b"c", rows)
+    store.put([b"c"], rows)
     assert (b"a" in store, b"b" in store, b"c" in store, store.bytes) == (True, False, True, 80)
-    store.put(b"large", [np.zeros(1000, np.float32)])
+    store.put([b"large"], [np.zeros(1000, np.float32)])
     assert len(store) == 2
     assert len(store.find([b"c", b"b", b"a"])) == 1, "a chunk is of use behind its predecessors only"
+    store.put([b"c", b"d"], rows)
+    assert b"a" not in store and len(store.find([b"c", b"d"])) == 2, "what one chunk needs is as new as it"
+    store.put([b"c", b"d", b"e"], rows)
+    assert len(store.find([b"c", b"d", b"e"])) == 2, "a prompt's later chunks do not take its first one's room"
+    store.put([b"f"], rows)
+    assert len(store.find([b"c", b"d"])) == 1, "the last chunk goes first"
+    store.put([b"c", b"d", b"e"], rows)
+    assert b"e" not in store, "nobody would find it behind one that is gone"
     store.clear()
     assert (len(store), store.bytes) == (0, 0)
+
+
+def test_of_a_prompt_longer_than_the_store_the_beginning_is_kept(fake_bundle):
+    row = 4 * fake_engine.LAYERS * (fake_engine.LATENT + fake_engine.ROPE)
+    prompt = list(range(1, 6 * CHUNK))
+    with load(fake_bundle, prefill_chunk=CHUNK, prefix_bytes=3 * CHUNK * row) as engine:
+        want = answer(engine, prompt)
+        answer(engine, [9] * 3)
+        again = engine.generate(prompt, max_new_tokens=12)
+        list(again)
+        assert again.reused_tokens == 3 * CHUNK and again.tokens == want[1]
 
 
 def test_an_engine_keeps_no_more_than_it_may(fake_bundle):

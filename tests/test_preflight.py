@@ -299,6 +299,19 @@ def test_absurd_numbers_are_refused(bundle, monkeypatch, changes, said):
     assert said in refusal(bundle, "cpu")
 
 
+def test_weights_that_are_a_link(bundle, tmp_path):
+    """Several bundles' folders may share a file; a link to one of another name cannot be followed, and is named."""
+    weights, store = bundle / "weights.bin", tmp_path / "store"
+    store.mkdir()
+    weights.rename(store / "weights.bin")
+    weights.symlink_to(store / "weights.bin")
+    with load(bundle) as engine:
+        assert engine.logits([1, 2]).shape == (2, fake_engine.VOCAB)
+    weights.unlink()
+    weights.symlink_to((store / "weights.bin").rename(store / "blob"))
+    assert f"BUNDLE/weights.bin is a link to {store / 'blob'}, which onnxruntime does not follow: " in refusal(bundle)
+
+
 def test_an_edited_moedge_json_is_told_by_its_seal(tiny_bundle, tmp_path):
     """Any byte of it: what an export wrote is loaded as it is, or not at all."""
     path = shutil.copytree(tiny_bundle, tmp_path / "bundle") / "moedge.json"

@@ -14,11 +14,13 @@ from pathlib import Path
 import fake_engine
 import httpx
 import pytest
+from click.testing import CliRunner
 from serving import NAME, serving
 
 openai = pytest.importorskip("openai")
 
 from moedge.runtime.engine import load  # noqa: E402
+from moedge.runtime.serve_commands import serve_command  # noqa: E402
 
 ENDLESS = {"max_tokens": 60, "logit_bias": {str(fake_engine.EOS): -100}}
 
@@ -130,6 +132,13 @@ def test_the_command_says_what_is_wrong(engine):
             f"error: cannot listen on 127.0.0.1 port {port} (Address already in use); "
             "choose another: --port 0 takes any that is free\n"
         )
+
+
+@pytest.mark.parametrize("option", ["--timeout", "--drain", "--stream-interval"])
+def test_times_are_finite(option):
+    for value in ("nan", "inf"):
+        result = CliRunner().invoke(serve_command, ["bundle", option, value])
+        assert result.exit_code == 2 and ("is not a finite number" in result.output or "in the range" in result.output)
 
 
 def test_the_server_is_not_imported_before_it_is_needed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...bundle import WEIGHTS
 from ...errors import EngineError
 from ..machine import default_threads
 
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def make_settings(ort: Any, bundle: Bundle, options: SessionOptions) -> tuple[Any, int]:
-    """onnxruntime's SessionOptions over the bundle's weights, and the threads in them."""
+    """onnxruntime's SessionOptions over the bundle's weights, and the threads in them.
+
+    Raises:
+        EngineError: weights.bin is a link to a file of another name.
+    """
     threads = options.threads or default_threads()
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
@@ -25,7 +30,13 @@ def make_settings(ort: Any, bundle: Bundle, options: SessionOptions) -> tuple[An
     if options.profile_prefix is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = options.profile_prefix
-    folder = str(bundle.path.absolute())
+    weights = bundle.file(WEIGHTS).resolve()  # onnxruntime follows no link out of the folder it is told
+    if weights.name != WEIGHTS:
+        raise EngineError(
+            f"{bundle.file(WEIGHTS)} is a link to {weights}, which onnxruntime does not follow: link to a file that is "
+            f"called {WEIGHTS}, make it a hard link, or copy the file"
+        )
+    folder = str(weights.parent)
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     return settings, threads
 
