@@ -139,7 +139,8 @@ void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int
     a.kernels->score(a.queries + row * a.width, a.width, n, keys.at(first), end - first, scores + first,
                      kBlock);
   else if (tile.rows <= kSomeRows)
-    a.kernels->score_some(work.panel + r, vectors_up(tile.rows), a.width, n, keys.at(first), end - first, scores + first, kBlock);
+    a.kernels->score_some(work.panel + r, vectors_up(tile.rows), a.width, n, keys.at(first), end - first,
+                          scores + first, kBlock);
   for (int64_t at = first; tile.rows > kSomeRows && at < end; at += kPanelKeys)
     a.kernels->multiply(a.queries + row * a.width, a.width, n, work.panel + at * a.width, kPanelKeys, a.width,
                         least(kPanelKeys, vectors_up(end - at)), scores + at, kBlock);
