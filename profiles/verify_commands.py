@@ -52,7 +52,8 @@ def _follow_routes(bundle: Bundle, verdict: Verdict, progress: Progress | None) 
 
 def _print(verdict: Verdict, routes: Deep | None) -> None:
     files = f"{verdict.files} files ({verdict.bytes / 2**20:,.1f} MiB)"
-    click.echo(f"{files}, {verdict.experts} experts, {len(verdict.engines)} engines")
+    engines = "1 engine" if len(verdict.engines) == 1 else f"{len(verdict.engines)} engines"
+    click.echo(f"{files}, {verdict.experts} experts, {engines}")
     for profile, state in verdict.engines.items():
         # A fault of its own stands below, once.
         told = "runs here" if state["runs_here"] else "" if state["reason"] in verdict.faults else state["reason"]

@@ -134,14 +134,18 @@ class ChatRequest(_Common):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    modalities: list[str] | None = None
     response_format: ResponseFormat | None = None
 
 
 def unsupported(body: CompletionRequest | ChatRequest) -> str | None:
     """What a request asks for that cannot be done here; silence would be taken for consent."""
     if isinstance(body, ChatRequest):
-        if body.tools:
+        if body.tools or body.functions:
             return "tools are not supported: leave them out"
+        if set(body.modalities or ()) - {"text"}:
+            return "modalities must be text"
         if body.response_format is not None and body.response_format.type != "text":
             return "response_format must be text"
         return None

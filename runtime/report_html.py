@@ -113,7 +113,10 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 _ITL_NOTE = "How long each further token takes (ITL, in milliseconds). Shorter is better."
 _TTFT_NOTE = "From the request to the first token of the answer: the whole prompt goes through (TTFT, in milliseconds)."
-_DECODE_NOTE = "Rate of decoding, all sequences of the batch together. More is better."
+_DECODE_NOTE = (
+    "Rate of decoding, all sequences of the batch together, over all steps: where a few were held up, it is below what "
+    "the median time between tokens gives. More is better."
+)
 _MEMORY_NOTE = "The most that is held at once: weights, KV cache, workspace and runtime."
 _SHARE_NOTE = (
     "A decode step must read the active weights and the KV cache: how near its rate of reading comes to what "

@@ -92,9 +92,7 @@ def serve_command(
     """
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, purpose="serve")
-    from ..bundle import Bundle
     from .engine import PREFIX_BYTES, load
-    from .preflight import choose_profile, read_engine
     from .server import Settings
     from .server_guard import Keys
 
@@ -102,21 +100,18 @@ def serve_command(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_exit_at_sigterm())
         listener = stack.enter_context(_listen(host, port))
-        opened = Bundle.open(bundle)
-        profile = profile or choose_profile(opened)
-        built = read_engine(opened, profile).max_batch
         engine = stack.enter_context(
             load(
-                opened,
+                bundle,
                 profile,
                 threads=threads,
                 max_seq_len=max_seq_len,
-                lanes=slots or max(built, SLOTS),
+                lanes=slots or SLOTS,  # an engine of several lanes has them all
                 prefix_bytes=PREFIX_BYTES if prefix_bytes is None else prefix_bytes,
                 lock_weights=lock_weights,
             )
         )
-        slots = slots or (built if built > 1 else _default_slots(engine))
+        slots = slots or (engine.info.max_batch if engine.info.max_batch > 1 else _default_slots(engine))
         model = name or str((engine.bundle.manifest.get("model") or {}).get("name") or engine.bundle.path.name)
         settings = Settings(name=model, slots=slots, keys=keys, stream_interval=stream_interval / 1000, **options)
         if not keys and not _is_loopback(host):

@@ -372,7 +372,7 @@ def test_verify_of_a_whole_bundle(bundle, no_gpu):
     shutil.rmtree(bundle / "engines/rtx4090")
     result = run_verify(bundle)
     assert result.exit_code == 0
-    assert result.stdout.splitlines()[0].endswith("4 experts, 1 engines")
+    assert result.stdout.splitlines()[0].endswith("4 experts, 1 engine")
     assert "engine cpu: ok; runs here" in result.stdout
     assert "checking bundle/model.onnx\n" in result.stderr and "checking cpu/model.onnx\n" in result.stderr
 

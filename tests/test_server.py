@@ -189,7 +189,9 @@ def test_wrong_requests(server, options, text):
 def test_what_is_not_supported_in_a_chat_is_refused(client):
     ask = {"model": NAME, "messages": [{"role": "user", "content": "a"}]}
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    for options in ({"tools": [tool]}, {"response_format": {"type": "json_object"}}):
+    wrong = [{"tools": [tool]}, {"functions": [tool["function"]]}]
+    wrong += [{"response_format": {"type": "json_object"}}, {"modalities": ["text", "audio"]}]
+    for options in wrong:
         with pytest.raises(openai.BadRequestError, match="not supported|must be text"):
             client.chat.completions.create(**ask, **options)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import time
+from types import SimpleNamespace
 
 import fake_engine
 import pytest
 from serving import NAME, serving
 
 from moedge.runtime.engine import load
+from moedge.runtime.server_patience import patient_protocol
 
 ASK = {"model": NAME, "prompt": "a", "max_tokens": 3}
 HEADER_SECONDS, WRITE_SECONDS, CONNECTIONS = 0.4, 0.8, 12
@@ -143,19 +145,44 @@ def test_readers_that_do_not_read(server, stream):
         assert b"HTTP/1.1 200 " in read_until_closed(peer)
 
 
-def test_readers_that_read_slowly_get_everything(server):
-    """More than 32 KiB in each span of time: slow, but no reason to hang up."""
+class Loop:
+    """Timers that end when the test says so."""
+
+    def call_later(self, seconds, call):
+        assert seconds == WRITE_SECONDS
+        self.call = call
+
+
+def test_who_takes_32_kib_in_each_span_of_time_is_not_cut_off(monkeypatch):
+    protocol = object.__new__(patient_protocol(HEADER_SECONDS, WRITE_SECONDS, CONNECTIONS))
+    waiting, cut = [200_000], []
+    protocol.loop, protocol.transport = Loop(), SimpleNamespace(
+        get_write_buffer_size=lambda: waiting[0], abort=lambda: cut.append(waiting[0])
+    )
+    protocol._watch_writing()
+    for _ in range(3):
+        waiting[0] -= 32 << 10
+        protocol.loop.call()
+        assert not cut
+    waiting[0] -= (32 << 10) - 1
+    protocol.loop.call()
+    assert cut == [200_000 - 4 * (32 << 10) + 1]
+
+
+def test_readers_that_read_slowly_get_everything(server, monkeypatch):
+    """Far more than the buffers between hold, in small pieces."""
+    monkeypatch.setattr(server.uvicorn.config.http, "write_seconds", 100 * WRITE_SECONDS)  # the test above has that
     with connect(server) as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
         bias = {str(fake_engine.EOS): -100}
         peer.sendall(request(stream=True, max_tokens=60, n=8, logprobs=20, logit_bias=bias))
-        began, found = time.monotonic(), b""
+        found = b""
         while not found.endswith(b"0\r\n\r\n"):
             part = peer.recv(16 << 10)
             assert part, "cut off"
             found += part
-            time.sleep(len(part) / 200_000)  # five times what is asked of it
-        assert b"[DONE]" in found and time.monotonic() - began > WRITE_SECONDS
+            time.sleep(len(part) / 400_000)
+        assert b"[DONE]" in found and len(found) > 100_000
 
 
 def test_more_connections_than_may_be(server):
