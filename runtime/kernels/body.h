@@ -67,6 +67,36 @@ void load_turned(const uint8_t* const* rows, int64_t at, int64_t count, bool who
   S::load_transposed(starts, 0, out);
 }
 
+// Zero points of groups `from` to `from + count` of `lanes` rows -> [group][row]: words of each row side by side, of which
+// all rows take the same bits at once. One by one they cost more than one token's products.
+template <class S>
+void load_zeros(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count, int32_t* zeros) {
+  constexpr int64_t lanes = S::lanes;
+  const int64_t row_bytes = matrix.zero_row_bytes(), first = from * matrix.bits / 8;
+  const int64_t bytes = (count * matrix.bits + 7) / 8;
+  alignas(64) uint32_t words[lanes * lanes / 4];
+  for (int64_t at = 0; at < bytes; at += 4) {
+    const uint8_t* column = matrix.zero_points + first + at;
+    uint32_t* into = words + at / 4 * lanes;
+    // As with scales: a word may go beyond its row, but not beyond the last one.
+    if (rows[lanes - 1] * row_bytes + first + at + 4 <= matrix.rows * row_bytes) {
+      for (int64_t r = 0; r < lanes; ++r) memcpy(into + r, column + rows[r] * row_bytes, 4);
+      continue;
+    }
+    memset(into, 0, lanes * 4);
+    for (int64_t r = 0; r < lanes; ++r)
+      memcpy(into + r, column + rows[r] * row_bytes, static_cast<size_t>(least(4, bytes - at)));
+  }
+  const uint32_t mask = (1u << matrix.bits) - 1;
+  const int32_t middle = matrix.bits == 8 ? S::middle : 0;
+  for (int64_t b = 0; b < count; ++b) {
+    const uint32_t* word = words + b * matrix.bits / 32 * lanes;
+    const int shift = static_cast<int>(b * matrix.bits % 32);
+    for (int64_t r = 0; r < lanes; ++r)
+      zeros[b * lanes + r] = static_cast<int32_t>(word[r] >> shift & mask) - middle;
+  }
+}
+
 // Groups `from` to `from + count` of `lanes` rows, count <= lanes.
 template <class S>
 void load_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count, Groups<S>* groups) {
@@ -79,9 +109,7 @@ void load_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_
   const bool whole = rows[lanes - 1] * matrix.groups() + from + lanes <= matrix.rows * matrix.groups();
   load_turned<S>(sources, 0, 4 * count, whole, turned);
   for (int64_t b = 0; b < lanes; ++b) S::store_floats(groups->scales + b * lanes, S::as_floats(turned[b]));
-  const int32_t middle = matrix.bits == 8 ? S::middle : 0;
-  for (int64_t r = 0; matrix.zero_points && r < lanes; ++r)
-    for (int64_t b = 0; b < count; ++b) groups->zeros[b * lanes + r] = zero_point(matrix, rows[r], from + b) - middle;
+  if (matrix.zero_points) load_zeros<S>(matrix, rows, from, count, groups->zeros);
 }
 
 // Bytes `from` to `from + count` of each of the tile's rows.
@@ -322,6 +350,7 @@ void add_groups(const Matrix& matrix, int64_t first, const int32_t* integers, co
     for (int64_t r = 0; r < lanes; ++r) {
       sources[r] = reinterpret_cast<const uint8_t*>(integers + r * groups + from);
       __builtin_prefetch(matrix.scales + (first + lanes + r) * groups + from);
+      if (matrix.zero_points) __builtin_prefetch(matrix.zero_points + (first + 2 * lanes + r) * matrix.zero_row_bytes());
     }
     typename S::Int sums[lanes];
     S::load_transposed(sources, 0, sums);

@@ -115,18 +115,21 @@ void run_mixture(const Mixture& m, void* scratch, const Parallel& parallel) {
 
   const int64_t tile = m.kernels->tile;
   const int64_t up_rows = unit_rows(*m.kernels, m.gate_up), up_blocks = divide_up(2 * m.inner, up_rows);
-  parallel(s.choices.count * up_blocks, [&](int64_t unit) {
-    const int64_t first = unit % up_blocks * up_rows, end = least(2 * m.inner, first + up_rows);
-    const int32_t expert = s.choices.active[unit / up_blocks];
-    const int64_t step = s.choices.alone(expert) ? kMaxAlone : tile;
-    for (int64_t row = first; row < end; row += step) compute_inner(m, s, expert, row, least(step, end - row));
+  for_stretches(s.choices.count * up_blocks, parallel, [&](int64_t unit, int64_t last) {
+    while (unit < last) {  // what the stretch has of one expert
+      const int64_t of = unit / up_blocks * up_blocks, next = least(last, of + up_blocks);
+      const int32_t expert = s.choices.active[unit / up_blocks];
+      const int64_t end = least(2 * m.inner, (next - of) * up_rows), step = s.choices.alone(expert) ? kMaxAlone : tile;
+      for (int64_t row = (unit - of) * up_rows; row < end; row += step)
+        compute_inner(m, s, expert, row, least(step, end - row));
+      unit = next;
+    }
   });
   quantize_rows(*m.kernels, s.h, m.tokens * m.choices, m.down.bits, s.inner, parallel);
 
-  // A unit has some rows of y alone to itself, and adds its experts in ascending order whatever else is computed.
-  const int64_t down_rows = unit_rows(*m.kernels, m.down);
-  parallel(divide_up(m.hidden, down_rows), [&](int64_t unit) {
-    const int64_t first = unit * down_rows, end = least(m.hidden, first + down_rows);
+  // A stretch has some rows of y alone to itself, and adds its experts in ascending order whatever else is computed.
+  for_stretches(divide_up(m.hidden, tile), parallel, [&](int64_t unit, int64_t last) {
+    const int64_t first = unit * tile, end = least(m.hidden, last * tile);
     for (int64_t token = 0; token < m.tokens; ++token)
       memset(m.y + token * m.hidden + first, 0, static_cast<size_t>(end - first) * sizeof(float));
     for (int64_t i = 0; i < s.choices.count; ++i) {
@@ -167,8 +170,8 @@ void run_linear(const Linear& l, void* scratch, const Parallel& parallel) {
   const Activations x = blocks.take_activations(l.tokens, l.matrix);
   quantize_rows(*l.kernels, l.x, l.tokens, l.matrix.bits, x, parallel);
   const int64_t rows = l.matrix.rows, some = unit_rows(*l.kernels, l.matrix);
-  parallel(divide_up(rows, some), [&](int64_t unit) {
-    multiply_rows(*l.kernels, l.matrix, x, l.tokens, unit * some, least(rows, (unit + 1) * some), l.bias, l.y);
+  for_stretches(divide_up(rows, some), parallel, [&](int64_t unit, int64_t last) {
+    multiply_rows(*l.kernels, l.matrix, x, l.tokens, unit * some, least(rows, last * some), l.bias, l.y);
   });
 }
 

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <unistd.h>
+
 #include "kernels.h"
 
 namespace moedge {
@@ -35,6 +37,34 @@ struct Blocks {
     return {codes, scales, take<int32_t>(rows * groups), matrix.width, groups};
   }
 };
+
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// How many may work at once on `units`.
+inline int64_t count_workers(int64_t units) {
+  constexpr int64_t kMost = 64;
+  static int64_t processors = 0;  // asked once: the C library opens a file each time
+  int64_t known = __atomic_load_n(&processors, __ATOMIC_RELAXED);
+  if (!known) __atomic_store_n(&processors, known = most(1, sysconf(_SC_NPROCESSORS_ONLN)), __ATOMIC_RELAXED);
+  return most(1, least(least(units, kMost), known));
+}
+
+// body(first, end) over `units` units, in stretches: long ones first, because every new place in memory is read slowly
+// at its beginning, and single units last, so that all threads end together.
+template <typename Body>
+void for_stretches(int64_t units, const Parallel& parallel, const Body& body) {
+  const int64_t workers = count_workers(units);
+  int64_t next = 0;
+  parallel(workers, [&](int64_t) {
+    int64_t first = __atomic_load_n(&next, __ATOMIC_RELAXED);
+    while (first < units) {
+      const int64_t end = first + most(1, (units - first) / (2 * workers));
+      if (!__atomic_compare_exchange_n(&next, &first, end, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+      body(first, end);
+      first = __atomic_load_n(&next, __ATOMIC_RELAXED);
+    }
+  });
+}
 
 // body(first, end) over `rows` rows of `width` numbers, a few at a time.
 template <typename Body>

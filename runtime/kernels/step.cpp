@@ -104,11 +104,15 @@ void run_projections(const Projections& p, void* scratch, const Parallel& parall
     some[i] = unit_rows(*p.kernels, p.matrices[i]);
     total += units[i] = divide_up(p.matrices[i].rows, some[i]);
   }
-  parallel(total, [&](int64_t unit) {
-    int64_t i = 0;
-    for (; unit >= units[i]; ++i) unit -= units[i];
-    const int64_t first = unit * some[i], end = least(p.matrices[i].rows, first + some[i]);
-    multiply_rows(*p.kernels, p.matrices[i], x, norm.tokens, first, end, p.biases[i], p.y[i]);
+  for_stretches(total, parallel, [&](int64_t unit, int64_t last) {
+    for (int64_t i = 0; unit < last; ++i) {  // what the stretch has of each matrix
+      const int64_t next = least(last, units[i]);
+      if (unit < next)
+        multiply_rows(*p.kernels, p.matrices[i], x, norm.tokens, unit * some[i], least(p.matrices[i].rows, next * some[i]),
+                      p.biases[i], p.y[i]);
+      unit = most(0, unit - units[i]);
+      last -= units[i];
+    }
   });
 }
 
@@ -125,8 +129,8 @@ void run_mlp(const Mlp& m, void* scratch, const Parallel& parallel) {
   normalize_and_quantize(*m.kernels, s.norm, m.gate_up.bits, s.x, parallel);
   const auto multiply = [&](const Matrix& matrix, const Activations& x, float* y) {
     const int64_t some = unit_rows(*m.kernels, matrix);
-    parallel(divide_up(matrix.rows, some), [&](int64_t unit) {
-      multiply_rows(*m.kernels, matrix, x, tokens, unit * some, least(matrix.rows, (unit + 1) * some), nullptr, y);
+    for_stretches(divide_up(matrix.rows, some), parallel, [&](int64_t unit, int64_t last) {
+      multiply_rows(*m.kernels, matrix, x, tokens, unit * some, least(matrix.rows, last * some), nullptr, y);
     });
   };
   multiply(m.gate_up, s.x, s.both);
