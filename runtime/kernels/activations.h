@@ -74,10 +74,10 @@ void quantize(const float* x, int bits, int64_t row, const Activations& out) {
   if (bits != 4) return;
   const int64_t half = half_block<S>(static_cast<int64_t>(group));
   for (int8_t* block = codes; block < codes + out.width; block += 2 * half) {
-    int8_t odd[4 * S::lanes];
-    for (int64_t i = 0; i < half; ++i) odd[i] = block[2 * i + 1];
-    for (int64_t i = 0; i < half; ++i) block[i] = block[2 * i];
-    memcpy(block + half, odd, static_cast<size_t>(half));
+    uint16_t pairs[4 * S::lanes];  // a copy, so that the compiler sees that what it reads stays
+    memcpy(pairs, block, static_cast<size_t>(2 * half));
+    for (int64_t i = 0; i < half; ++i) block[i] = static_cast<int8_t>(pairs[i]);
+    for (int64_t i = 0; i < half; ++i) block[half + i] = static_cast<int8_t>(pairs[i] >> 8);
   }
 }
 

@@ -322,7 +322,7 @@ inline typename S::Int sum_groups(const uint8_t* codes, const int8_t* x, int64_t
     for (int64_t c = i * count; c < (i + 1) * count; ++c) {
       const typename S::Int word = S::load_bytes(codes + c * chunk);
       const int8_t* part = x + c * chunk * 8 / bits;
-      __builtin_prefetch(codes + c * chunk + kAhead);
+      __builtin_prefetch(codes + c * chunk + kAhead / 2);
       sums[i] = S::template dot<bits>(sums[i], bits == 4 ? S::low_nibbles(word) : S::prepare(word), S::load_bytes(part));
       if (bits == 4) sums[i] = S::template dot<bits>(sums[i], S::high_nibbles(word), S::load_bytes(part + chunk));
     }
@@ -436,6 +436,7 @@ void dot_floats(const float* row, int64_t width, const float* x, float* out, int
   for (; at + kSums <= width; at += kSums)
     for (int64_t v = 0; v < vectors; ++v) {
       const typename S::Float own = S::load_some(row + at + v * lanes);
+      __builtin_prefetch(row + at + v * lanes + kAhead / 4);
       for (int m = 0; m < M; ++m)
         sums[m][v] = S::add(sums[m][v], S::multiply(own, S::load_some(x + m * width + at + v * lanes)));
     }

@@ -101,15 +101,17 @@ void run_router(const Router& r, void* scratch, const Parallel& parallel) {
   if (norm.weight || norm.residual)
     for_rows(norm.tokens, norm.width, parallel, [&](int64_t first, int64_t end) { run_norm(norm, first, end - first); });
   // A unit is some experts by some tokens, so that one token's and many tokens' work can be shared out alike.
-  const int64_t rows = norm.tokens == 1 ? 8 : least(experts, 64), some = 64, columns = divide_up(experts, rows);
-  parallel(divide_up(norm.tokens, some) * columns, [&](int64_t unit) {
-    const int64_t first = unit % columns * rows, token = unit / columns * some;
-    const int64_t height = least(rows, experts - first), count = least(some, norm.tokens - token);
-    float* out = r.logits + token * experts + first;
-    r.kernels->multiply_floats(r.matrix + first * norm.width, height, norm.width, x + token * norm.width, count, out,
-                               experts);
-    for (int64_t i = 0; r.bias && i < count; ++i)
-      for (int64_t e = 0; e < height; ++e) out[i * experts + e] += r.bias[first + e];
+  const int64_t some = 64, rows = norm.tokens <= some ? 8 : least(experts, 64), columns = divide_up(experts, rows);
+  for_stretches(divide_up(norm.tokens, some) * columns, parallel, [&](int64_t unit, int64_t last) {
+    for (; unit < last; ++unit) {
+      const int64_t first = unit % columns * rows, token = unit / columns * some;
+      const int64_t height = least(rows, experts - first), count = least(some, norm.tokens - token);
+      float* out = r.logits + token * experts + first;
+      r.kernels->multiply_floats(r.matrix + first * norm.width, height, norm.width, x + token * norm.width, count, out,
+                                 experts);
+      for (int64_t i = 0; r.bias && i < count; ++i)
+        for (int64_t e = 0; e < height; ++e) out[i * experts + e] += r.bias[first + e];
+    }
   });
   for_rows(norm.tokens, 32 * experts, parallel, [&](int64_t first, int64_t end) {
     for (int64_t token = first; token < end; ++token)
