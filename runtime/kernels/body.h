@@ -193,13 +193,15 @@ __attribute__((noinline)) void multiply_group(const uint8_t* words, int64_t grou
   }
 }
 
-// `count` rows of activations, 1 to M.
+// `count` rows of activations, 1 to M. An odd count takes the next row too, as those after it do for few: each form is
+// kilobytes of code.
 template <class S, int bits, int M>
 void multiply_some(int64_t count, const uint8_t* words, int64_t group, const Groups<S>* groups, int64_t among,
                    bool zeros, int32_t zero, const Activations& x, const int64_t* ids, int64_t place, float* acc) {
+  constexpr int fewer = M > 2 ? M - 2 : 1;
   if constexpr (M > 1)
-    if (count < M)
-      return multiply_some<S, bits, M - 1>(count, words, group, groups, among, zeros, zero, x, ids, place, acc);
+    if (count <= fewer)
+      return multiply_some<S, bits, fewer>(count, words, group, groups, among, zeros, zero, x, ids, place, acc);
   multiply_group<S, bits, M>(words, group, groups, among, zeros, zero, x, ids, place, acc);
 }
 
@@ -208,7 +210,7 @@ template <class S, int bits>
 void multiply_many(const Matrix& matrix, const int64_t* rows, const Activations& x, const int64_t* ids, int64_t count,
                    int32_t zero, float* acc) {
   constexpr int64_t lanes = S::lanes, tile = Strip<S>::tile;
-  memset(acc, 0, static_cast<size_t>(count * tile) * sizeof(float));
+  memset(acc, 0, static_cast<size_t>((count + 1) * tile) * sizeof(float));
   Strip<S> strip;
   Groups<S> groups[2];
   const int64_t group_bytes = matrix.group * bits / 8, wide = Strip<S>::row_bytes(matrix);
@@ -279,12 +281,13 @@ void multiply_few(const Matrix& matrix, const int64_t* rows, const Activations& 
   }
 }
 
-// `count` rows of activations, 1 to M.
+// `count` rows of activations, 1 to M; as `multiply_some`, and a single row has a form where `multiply_one` has none.
 template <class S, int bits, int M>
 void multiply_few(int64_t count, const Matrix& matrix, const int64_t* rows, const Activations& x, const int64_t* ids,
                   int32_t zero, float* acc) {
-  if constexpr (M > 1)
-    if (count < M) return multiply_few<S, bits, M - 1>(count, matrix, rows, x, ids, zero, acc);
+  constexpr int fewer = M > 2 ? M - 2 : 1;
+  if constexpr (M > 2 || (M == 2 && S::lanes <= 4))
+    if (count <= fewer) return multiply_few<S, bits, fewer>(count, matrix, rows, x, ids, zero, acc);
   multiply_few<S, bits, M>(matrix, rows, x, ids, zero, acc);
 }
 
@@ -293,10 +296,11 @@ void multiply_tile(const Matrix& matrix, int64_t first, int64_t rows, const Acti
                    int64_t count, float* out, int64_t stride) {
   constexpr int64_t tile = Strip<S>::tile;
   static_assert(tile <= kMaxTile, "callers give room for kMaxTile");
-  int64_t own[tile], ids[kMaxTokens];  // beyond the last row: that row again, whose results nobody takes
+  static_assert(S::tokens % 2 == 0 && (S::few == 1 || S::few % 2 == 0), "an odd count is made even");
+  int64_t own[tile], ids[kMaxTokens + 1];  // beyond the last row: that row again, whose results nobody takes
   for (int64_t r = 0; r < tile; ++r) own[r] = least(first + r, matrix.rows - 1);
-  for (int64_t i = 0; i < count; ++i) ids[i] = index ? index[i] : i;
-  alignas(64) float acc[kMaxTokens * tile];
+  for (int64_t i = 0; i <= count; ++i) ids[i] = index ? index[least(i, count - 1)] : least(i, count - 1);
+  alignas(64) float acc[(kMaxTokens + 1) * tile];
   const int32_t zero = zero_point(matrix, 0, 0) - (bits == 8 ? S::middle : 0);
   if (count <= S::few && matrix.group * bits % (32 * S::lanes) == 0)
     multiply_few<S, bits, S::few>(count, matrix, own, x, ids, zero, acc);
@@ -400,9 +404,8 @@ void multiply_bits(const Matrix& matrix, int64_t first, int64_t rows, const Acti
   const int64_t group_bytes = matrix.group * bits / 8;
   const bool whole = group_bytes % chunk == 0;
   if (S::lanes > 4 && count == 1 && whole && matrix.rows >= S::lanes && matrix.width <= kMostWidth) {
-    const auto run = group_bytes == chunk       ? multiply_one<S, bits, 1>
-                     : group_bytes == 2 * chunk ? multiply_one<S, bits, 2>
-                                                : multiply_one<S, bits, 0>;
+    constexpr int usual = 128 * bits / 8 / chunk;  // of groups as they are exported
+    const auto run = group_bytes == usual * chunk ? multiply_one<S, bits, usual> : multiply_one<S, bits, 0>;
     return run(matrix, first, rows, x, index ? index[0] : 0, out);
   }
   for (int64_t at = 0; at < rows; at += tile)
