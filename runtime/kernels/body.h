@@ -102,8 +102,11 @@ template <class S>
 void load_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count, Groups<S>* groups) {
   constexpr int64_t lanes = S::lanes;
   const uint8_t* sources[lanes];
-  for (int64_t r = 0; r < lanes; ++r)
+  for (int64_t r = 0; r < lanes; ++r) {  // and what is next
     sources[r] = reinterpret_cast<const uint8_t*>(matrix.scales + rows[r] * matrix.groups() + from);
+    __builtin_prefetch(sources[r] + 4 * lanes * matrix.groups());
+    if (matrix.zero_points) __builtin_prefetch(matrix.zero_points + (rows[r] + 2 * lanes) * matrix.zero_row_bytes());
+  }
   typename S::Int turned[lanes];
   // Behind a row's end lies the next one's beginning; behind the last row's might be the file's.
   const bool whole = rows[lanes - 1] * matrix.groups() + from + lanes <= matrix.rows * matrix.groups();
@@ -254,12 +257,12 @@ void multiply_few(const Matrix& matrix, const int64_t* rows, const Activations& 
       for (int64_t at = b * group_bytes; at < (b + 1) * group_bytes; at += chunk) {
         typename S::Int words[lanes];
         S::load_transposed(sources, at, words);
-        for (int64_t r = 0; r < lanes; ++r)  // the next rows of the matrix, while these are multiplied
-          __builtin_prefetch(sources[r] + lanes * bytes + at);
         const int8_t* parts[M];
         for (int m = 0; m < M; ++m) parts[m] = x.codes + ids[m] * x.width + at * 8 / bits;
 #pragma GCC unroll 16
         for (int64_t w = 0; w < lanes; ++w) {
+          // The next rows while these are multiplied, in the order that they lie in, and not at once: they would wait.
+          __builtin_prefetch(sources[0] + lanes * (bytes + at) + w * chunk);
           const typename S::Int low = bits == 4 ? S::low_nibbles(words[w]) : S::prepare(words[w]);
           const int own = bits == 4 ? 0 : w % chains;
           for (int m = 0; m < M; ++m) sums[m][own] = S::template dot_word<bits>(sums[m][own], low, parts[m] + 4 * w);
@@ -351,11 +354,7 @@ void add_groups(const Matrix& matrix, int64_t first, const int32_t* integers, co
     const uint8_t* sources[lanes];
     const int64_t count = least(lanes, groups - from);
     load_groups<S>(matrix, rows, from, count, &some);
-    for (int64_t r = 0; r < lanes; ++r) {
-      sources[r] = reinterpret_cast<const uint8_t*>(integers + r * groups + from);
-      __builtin_prefetch(matrix.scales + (first + lanes + r) * groups + from);
-      if (matrix.zero_points) __builtin_prefetch(matrix.zero_points + (first + 2 * lanes + r) * matrix.zero_row_bytes());
-    }
+    for (int64_t r = 0; r < lanes; ++r) sources[r] = reinterpret_cast<const uint8_t*>(integers + r * groups + from);
     typename S::Int sums[lanes];
     S::load_transposed(sources, 0, sums);
     for (int64_t b = 0; b < count; ++b)
