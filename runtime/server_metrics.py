@@ -62,7 +62,7 @@ class Metrics:
             registry.register(times)
         registry.register(_Made(self._ttft, self._itl))
         self._batch = Histogram("moedge_batch_size", "Texts in a round of steps.", registry=registry, buckets=_TEXTS)
-        self._prompt = Counter("moedge_prompt_tokens", "Tokens of prompts that were begun.", registry=registry)
+        self._prompt = Counter("moedge_prompt_tokens", "Tokens of prompts whose text began.", registry=registry)
         self._reused = Counter(
             "moedge_prefix_reused_tokens", "Tokens of prompts that needed no computing.", registry=registry
         )
