@@ -122,7 +122,7 @@ class Engine:
         """`held`: what is let go when the engine is closed."""
         at_once = PREFILL_AT_ONCE if prefill_chunk is None and session.cuts_alike else 1
         prefill_chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
-        if bundle.config.get("rope", {}).get("kind", "fixed") != "fixed":
+        if (bundle.config.get("rope") or {}).get("kind", "fixed") != "fixed":
             # Frequencies that follow the tokens so far: only a prompt computed whole is what the model was trained on.
             prefill_chunk = max(prefill_chunk, info.max_seq_len)
         self.bundle = bundle
