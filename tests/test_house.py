@@ -265,6 +265,12 @@ def test_a_wheel_made_without_a_compiler_has_the_sources(tmp_path: Path) -> None
     assert ask_kernels(tmp_path, asked) == told
 
 
+def test_what_is_installed_is_below_two_megabytes_without_the_sample(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {file.filename: file.file_size for file in archive.infolist() if file.filename.startswith("moedge/")}
+    assert sum(size for name, size in sizes.items() if not name.startswith("moedge/sample/")) < 2_000_000
+
+
 # The command line
 
 
