@@ -397,6 +397,36 @@ BiasedExperts <alpha, limit> (x, experts, weights, gate_up, gate_up_bias, down, 
 }
 """
 
+# packed uint8 [n, 3 k / 4] (blocks of 48 bytes: `export.quantization.pack_int6`) -> codes uint8 [n, k], whose middle is
+# 128, as that of any 8-bit code.
+SIX_BIT_CODES = """
+<domain: "moedge", opset_import: ["" : 23]>
+SixBitCodes (packed) => (codes)
+{
+    block_shape = Constant <value_ints = [0, -1, 48]> ()
+    row_shape = Constant <value_ints = [0, -1]> ()
+    sizes = Constant <value_ints = [32, 16]> ()
+    two = Constant <value = uint8 {2}> ()
+    four = Constant <value = uint8 {4}> ()
+    low_bits = Constant <value = uint8 {15}> ()
+    high_bits = Constant <value = uint8 {48}> ()
+    shift = Constant <value = uint8 {96}> ()
+    blocks = Reshape (packed, block_shape)
+    pairs, fours = Split <axis = 2> (blocks, sizes)
+    first_half = BitwiseAnd (pairs, low_bits)
+    second_half = BitShift <direction = "RIGHT"> (pairs, four)
+    lower = Concat <axis = 2> (first_half, second_half)
+    by_four = BitShift <direction = "LEFT"> (fours, four)
+    by_two = BitShift <direction = "LEFT"> (fours, two)
+    back = BitShift <direction = "RIGHT"> (fours, two)
+    moved = Concat <axis = 2> (by_four, by_two, fours, back)
+    upper = BitwiseAnd (moved, high_bits)
+    six = BitwiseOr (lower, upper)
+    centred = Add (six, shift)
+    codes = Reshape (centred, row_shape)
+}
+"""
+
 FUNCTIONS = {
     "Positions": POSITIONS,
     "RotaryAngles": ROTARY_ANGLES,
@@ -408,4 +438,5 @@ FUNCTIONS = {
     "SwiGLU": SWIGLU,
     "Experts": EXPERTS,
     "BiasedExperts": BIASED_EXPERTS,
+    "SixBitCodes": SIX_BIT_CODES,
 }

@@ -32,6 +32,7 @@ DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "uint8": ir.DataType.UINT8,
+    "uint6": ir.DataType.UINT8,  # packed
     "uint4": ir.DataType.UINT4,
     "int64": ir.DataType.INT64,
 }
@@ -295,6 +296,8 @@ class _GraphBuilder:
         """A canonical tensor in float32, dequantized or cast where it is stored otherwise."""
         stored = self.layout[name]
         data = self.external(stored.data)
+        if stored.data.dtype == "uint6":
+            data = self.call("SixBitCodes", [data])
         if stored.scales is not None and stored.zero_points is not None:
             inputs = [data, self.external(stored.scales), self.external(stored.zero_points)]
             axis = len(stored.data.shape) - 1
@@ -319,7 +322,7 @@ class _GraphBuilder:
 
     def external(self, slot: Slot) -> ir.Value:
         if slot.name not in self.initializers:
-            shape = ir.Shape(slot.shape)
+            shape = ir.Shape(slot.tensor_shape)
             tensor = ir.ExternalTensor(
                 WEIGHTS,
                 slot.offset,

@@ -281,6 +281,8 @@ def _make_step(
     made = 0
     for maker in makers:
         shape = next((shapes[name] for name in _names(maker.inputs) if name in shapes), ())
+        if maker.op_type == "SixBitCodes":
+            shape = (*shape[:-1], shape[-1] * 4 // 3)
         shapes.update(dict.fromkeys(_names(maker.outputs), shape))
         if maker.op_type != "Transpose":
             made += _FLOAT * math.prod(shape)

@@ -7,9 +7,11 @@ import dataclasses
 from ..errors import CheckpointError
 from .config import MoEConfig
 from .options import HEAD, HEAD_CHOICES
+from .quantization import SIX_BIT_BLOCK
 from .weights import Weight
 
 _EMBEDDING, _HEAD = "embed.weight", "head.weight"
+_NARROW = ("int6", "int4")
 
 
 def choose_head(weights: str, head: str | None) -> str:
@@ -29,14 +31,29 @@ def choose_head(weights: str, head: str | None) -> str:
     return head
 
 
+def settle_head(head: str, width: int, *, tied: bool, asked: bool) -> str:
+    """What a head [vocab, width] can be: where nobody asked, int8 for one that is tied or that int6 cannot be.
+
+    Raises:
+        CheckpointError: int6 was asked for, and its blocks do not divide the width.
+    """
+    divides = head != "int6" or width % SIX_BIT_BLOCK == 0
+    if asked and not divides:
+        raise CheckpointError(
+            f"head 'int6' takes a hidden size that {SIX_BIT_BLOCK} divides, and this one is {width}; use --head int8 or "
+            "int4"
+        )
+    return "int8" if head in _NARROW and not asked and (tied or not divides) else head
+
+
 def untie_head(config: MoEConfig, plan: list[Weight], head: str) -> tuple[MoEConfig, list[Weight]]:
-    """Config and plan with a head of its own, made of the embedding's tensor, where an int4 one was tied to it.
+    """Config and plan with a head of its own, made of the embedding's tensor, where an int6 or int4 one was tied to it.
 
     Rows of the embedding are looked up, and stay int8; the head is read whole for each token. Integers of 8 bits that
     a quantized checkpoint brought are kept, and stay tied.
     """
     table = next((weight for weight in plan if weight.name == _EMBEDDING), None)
-    if head != "int4" or not config.tie_word_embeddings or table is None:
+    if head not in _NARROW or not config.tie_word_embeddings or table is None:
         return config, plan
     if any(piece.integers is not None and piece.integers.bits > 4 for piece in table.pieces()):
         return config, plan

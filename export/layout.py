@@ -1,7 +1,8 @@
 """Where each canonical tensor lies in weights.bin, decided from shapes alone, before a byte is read.
 
 Every tensor is stored once, 64-byte aligned. int4 is unsigned, two to a byte, low nibble first, blocks along the
-input dimension, so that one offset serves `DequantizeLinear`, `MatMulNBits` and `QMoE`.
+input dimension, so that one offset serves `DequantizeLinear`, `MatMulNBits` and `QMoE`. int6, which ONNX does not know,
+is bytes that `moedge.SixBitCodes` takes (`quantization.pack_int6`); its zero points are those of the 8-bit codes it gives.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .options import BY_CHANNEL, GROUP_SIZES, HEAD
-from .quantization import Integers, pick_group_size
+from .quantization import SIX_BIT_BLOCK, Integers, pick_group_size
 from .weights import Weight
 
 ALIGNMENT = 64
-Dtype = Literal["float32", "float16", "uint8", "uint4", "int64"]
-_BITS = {"float32": 32, "float16": 16, "uint8": 8, "uint4": 4, "int64": 64}
+Dtype = Literal["float32", "float16", "uint8", "uint6", "uint4", "int64"]
+_BITS = {"float32": 32, "float16": 16, "uint8": 8, "uint6": 6, "uint4": 4, "int64": 64}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Slot:
     @property
     def nbytes(self) -> int:
         return (math.prod(self.shape) * _BITS[self.dtype] + 7) // 8
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """As the graph has it: 6-bit codes are bytes there."""
+        return (*self.shape[:-1], self.shape[-1] * 3 // 4) if self.dtype == "uint6" else self.shape
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,8 @@ def plan_layout(
 ) -> Layout:
     """Give each tensor its dtype, group size and place. `zero_points`: those of linears are their own, not the middle.
 
-    `group_size`: the largest; `BY_CHANNEL` for one scale a row. `head`: int8 or int4, where `weights` are int4.
-    Integers that a quantized checkpoint brings are kept as they are, whatever is asked for.
+    `group_size`: the largest; `BY_CHANNEL` for one scale a row. `head`: int8, int6 or int4, where `weights` are
+    int4. Integers that a quantized checkpoint brings are kept as they are, whatever is asked for.
     """
     allocator = _Allocator()
     symmetric: dict[Dtype, int] = {}
@@ -112,12 +118,17 @@ def plan_layout(
     choices = [(weight, _choose(weight, brought, weights, group_size, zero_points, head)) for weight in plan]
     for weight, choice in choices:
         if choice.group_size and not choice.zero_points:
-            count = math.prod(weight.shape) // choice.group_size
-            symmetric[choice.dtype] = max(symmetric.get(choice.dtype, 0), count)
+            count, dtype = math.prod(weight.shape) // choice.group_size, _points_dtype(choice)
+            symmetric[dtype] = max(symmetric.get(dtype, 0), count)
     constants = {dtype: allocator.take(f"symmetric.{dtype}", dtype, (count,)) for dtype, count in symmetric.items()}
     stored = {weight.name: _place(weight, choice, allocator, constants) for weight, choice in choices}
     fill = tuple((slot, 0x88 if slot.dtype == "uint4" else 0x80) for slot in constants.values())
     return Layout(stored, fill, allocator.end)
+
+
+def _points_dtype(choice: Choice) -> Dtype:
+    """Of zero points."""
+    return "uint8" if choice.dtype == "uint6" else choice.dtype
 
 
 def _place(weight: Weight, choice: Choice, allocator: _Allocator, constants: dict[Dtype, Slot]) -> Stored:
@@ -131,7 +142,8 @@ def _place(weight: Weight, choice: Choice, allocator: _Allocator, constants: dic
     if choice.zero_points:
         zero = allocator.take(name, choice.dtype, shape)
     else:
-        zero = Slot(name, choice.dtype, shape, constants[choice.dtype].offset)
+        dtype = _points_dtype(choice)
+        zero = Slot(name, dtype, shape, constants[dtype].offset)
     return Stored(weight, data, scales, zero, choice.group_size, not choice.zero_points, choice.by_channel, order)
 
 
@@ -163,8 +175,11 @@ def _choose(
     widths = (weight.shape[-1], *weight.group_with)
     by_channel = group_size == BY_CHANNEL
     group_size = max(GROUP_SIZES) if by_channel else group_size
-    wide = weight.precision == "table" or (weight.role == "head" and head == "int8")
+    own_head = weight.role == "head" and head != "int4"
+    wide = weight.precision == "table" or own_head
     dtype: Dtype = "uint8" if weights == "int8" or wide else "uint4"
+    if own_head and head == "int6" and weight.precision != "table" and weight.shape[-1] % SIX_BIT_BLOCK == 0:
+        dtype = "uint6"
     if zero_points and not wide:
         group = pick_group_size(group_size, *widths, even=dtype == "uint4")
         if group is not None:

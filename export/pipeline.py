@@ -29,7 +29,7 @@ from .digests import Digest, Key
 from .families import Family, find_family
 from .functions import DOMAIN
 from .graph import build_canonical_graph, check_graph, save_graph
-from .heads import choose_head, copies_embedding, untie_head
+from .heads import choose_head, copies_embedding, settle_head, untie_head
 from .layout import Layout, plan_layout
 from .load_balance import make_load_aware
 from .memory import calibration_bytes, plan_memory
@@ -74,7 +74,8 @@ def export_checkpoint(
         source: folder with config.json and safetensors.
         output: the bundle's folder; it appears when everything is written and checked, or not at all.
         weights: fp32, fp16, int8 or int4.
-        head: int8 or int4, where weights are int4; None: int8. A tied head becomes a copy when it is int4.
+        head: int8, int6 or int4, where weights are int4; None: the default. A tied head becomes a copy when it is int6
+            or int4, and is int8 by default, as is one of a hidden size that 64 does not divide: int6 takes no other.
         group_size: input channels that share a scale; the largest that divides a tensor's width is used, up to this;
             0 is one scale for each output channel.
         algorithm: how weights are quantized.
@@ -95,15 +96,16 @@ def export_checkpoint(
         BundleError: the output cannot be written.
     """
     check_options(weights, group_size)
-    head = choose_head(weights, head)
+    asked, head = head is not None, choose_head(weights, head)
     quantizer = find_algorithm(algorithm)
     checkpoint = Checkpoint.open(source)
     family = find_family(checkpoint)
     config = family.read_config(checkpoint)
     plan, notes = _make_plan(checkpoint, family, config, adapter)
+    head = settle_head(head, config.hidden_size, tied=config.tie_word_embeddings, asked=asked)
     config, plan = untie_head(config, plan, head)
     if copies_embedding(plan):
-        notes.append("the head is tied to the embedding; in int4 it is stored beside it")
+        notes.append(f"the head is tied to the embedding; in {head} it is stored beside it")
     quantizer, extra = _calibrate(quantizer, checkpoint, config, plan, calibration)
     if load_aware is not None:
         config = make_load_aware(config, load_aware)

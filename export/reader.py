@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .layout import Layout, Slot, Stored
+from .quantization import unpack_int6
 
 Array = np.ndarray[Any, Any]
 CHUNK_BYTES = 512 << 10  # float32 bytes dequantized at once: what stays in the processor's cache
@@ -73,7 +74,11 @@ class WeightsReader:
         return values
 
     def read_codes(self, slot: Slot, start: int, stop: int) -> Array:
-        """Elements `start` to `stop` of a slot as float32."""
+        """Elements `start` to `stop` of a slot as float32; int6, by whole rows, as the 8-bit codes of the graph."""
+        if slot.dtype == "uint6":
+            first, last = start * 3 // 4, stop * 3 // 4
+            packed = np.fromfile(self.path, np.uint8, last - first, offset=slot.offset + first)
+            return unpack_int6(packed).astype(np.float32) + np.float32(96)
         if slot.dtype == "uint4":
             first, last = start // 2, (stop + 1) // 2
             packed = np.fromfile(self.path, np.uint8, last - first, offset=slot.offset + first)

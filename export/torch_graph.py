@@ -19,7 +19,7 @@ from ..errors import UsageError
 from .checkpoint import Checkpoint, TensorEntry
 from .functions import DOMAIN
 from .gating import list_gates
-from .graph import DTYPES, IR_VERSION
+from .graph import DTYPES, IR_VERSION, load_functions
 from .layout import Layout, Slot, Stored
 from .weights import Piece, Precision, Role, Weight
 
@@ -361,6 +361,9 @@ class _Writer:
 
         first = next(iter(self.graph))
         self.graph.insert_before(first, self._constants)
+        if any(node.op_type == "SixBitCodes" for node in self._constants):
+            for function in load_functions({"SixBitCodes"}):
+                self.model.functions[function.identifier()] = function
         RemoveUnusedNodesPass()(self.model)
         self.model.ir_version = IR_VERSION
         self.model.producer_name, self.model.producer_version = "moedge", None
@@ -378,9 +381,11 @@ class _Writer:
         value.name, value.type, value.shape = old.name, old.type, old.shape
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], nodes, [old], [value])
 
-    def _once(self, name: str, kind: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
+    def _once(
+        self, name: str, kind: str, inputs: list[ir.Value], *, domain: str = "", **attributes: Any
+    ) -> ir.Value:
         if name not in self.made:
-            value = self.tape.op(kind, inputs, attributes)
+            value = self.tape.op(kind, inputs, attributes, domain=domain)
             value.name = name
             self.made[name] = value
         return self.made[name]
@@ -391,6 +396,8 @@ class _Writer:
     def _weight(self, stored: Stored) -> ir.Value:
         """A stored weight in float32."""
         data, name = self._external(stored.data), f"{stored.weight.name}.float"
+        if stored.data.dtype == "uint6":
+            data = self._once(f"{stored.weight.name}.codes", "SixBitCodes", [data], domain=DOMAIN)
         if stored.scales is not None and stored.zero_points is not None:
             inputs = [data, self._external(stored.scales), self._external(stored.zero_points)]
             axis = len(stored.data.shape) - 1
@@ -416,7 +423,7 @@ class _Writer:
             return existing
         if existing is not None:  # torch's own of that name, which is on its way out
             existing.name = f"{slot.name}.torch"
-        dtype, shape = DTYPES[slot.dtype], ir.Shape(slot.shape)
+        dtype, shape = DTYPES[slot.dtype], ir.Shape(slot.tensor_shape)
         tensor = ir.ExternalTensor(
             WEIGHTS, slot.offset, slot.nbytes, dtype, shape=shape, name=slot.name, base_dir=self.base_dir
         )

@@ -38,7 +38,7 @@ from ..errors import BundleError, UsageError, require
 from .digests import Digest, Key
 from .functions import DOMAIN
 from .graph import save_graph
-from .heads import choose_head
+from .heads import choose_head, settle_head
 from .layout import Layout, plan_layout
 from .options import names_builder
 from .pipeline import check_options, check_room, describe_classes
@@ -103,7 +103,7 @@ def export_torch_model(
     require("torch", purpose="export a torch model")
     require("onnxscript", "torch", "export a torch model")
     check_options(weights, group_size)
-    head = choose_head(weights, head)
+    asked, head = head is not None, choose_head(weights, head)
     quantizer = find_algorithm(algorithm)
     if isinstance(quantizer, Calibrated) or hasattr(quantizer, "calibrate"):
         raise UsageError(f"algorithm {algorithm} calibrates on a checkpoint; for a torch model use rtn or hqq")
@@ -115,7 +115,7 @@ def export_torch_model(
         vocab = _probe(name, model)
         positions = _find_positions(name, model, max_positions)
         graph = canonicalize(trace(name, model), model, name)
-        head = _settle_head(graph, head)
+        head = _settle_head(graph, head, asked)
         own = quantizer.ZERO_POINTS if zero_points is None else zero_points
         layout = plan_layout(graph.plan, weights, group_size, zero_points=own, head=head)
         check_room(target, layout.nbytes)
@@ -353,11 +353,15 @@ def _find_tokenizer(tokenizer: str | os.PathLike[str] | None) -> list[Path]:
     return [file, *(path for path in beside if path.is_file())] if place.is_dir() else [file]
 
 
-def _settle_head(graph: TorchGraph, head: str) -> str:
+def _settle_head(graph: TorchGraph, head: str, asked: bool) -> str:
     """What was asked for; int8 with a note where the embedding's rows are looked up in the same matrix."""
-    if head == "int4" and any(weight.role == "head" and weight.precision == "table" for weight in graph.plan):
-        graph.notes.append("the head is the embedding's own table, and stays int8")
-        return "int8"
+    for weight in graph.plan:
+        if weight.role != "head":
+            continue
+        tied = weight.precision == "table"
+        if asked and tied and head in ("int6", "int4"):
+            graph.notes.append("the head is the embedding's own table, and stays int8")
+        head = settle_head(head, weight.shape[-1], tied=tied, asked=asked and not tied)
     return head
 
 

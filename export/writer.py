@@ -16,7 +16,7 @@ from .checkpoint import Array, Checkpoint
 from .digests import Digest, Key
 from .layout import Layout, Slot, Stored
 from .memory import rows_at_once
-from .quantization import Algorithm, Calibrated, Quantized, pack_int4
+from .quantization import Algorithm, Calibrated, Quantized, pack_int4, pack_int6
 from .weights import list_rows, read_rows, read_unit
 
 CHUNK_BYTES = 512 << 10  # float32 bytes that are converted at once: what stays in the processor's cache
@@ -198,6 +198,8 @@ def _write_quantized(stream: BinaryIO, stored: Stored, start: int, quantized: Qu
 def _write_codes(stream: BinaryIO, slot: Slot, first: int, codes: Array) -> None:
     if slot.dtype == "uint4":
         _write_at(stream, slot.offset + first // 2, pack_int4(codes.reshape(-1)))
+    elif slot.dtype == "uint6":
+        _write_at(stream, slot.offset + first * 3 // 4, pack_int6(codes))
     else:
         _write_at(stream, slot.offset + first, codes)
 

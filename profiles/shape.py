@@ -212,7 +212,7 @@ def _head_bits(manifest: Mapping[str, Any]) -> int:
     entry = (quantization.get("classes") or {}).get(name)
     if entry is None:
         return 8 if quantization.get("weights") in ("int8", "int4") else 0
-    return {"uint4": 4, "uint8": 8}.get(str(entry.get("dtype")), 0)
+    return {"uint4": 4, "uint6": 6, "uint8": 8}.get(str(entry.get("dtype")), 0)
 
 
 def _attention(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -311,6 +311,12 @@ int main() {
           all = all * 31 + steps_digest(kernels, tokens, 48, 80, 16, bits, full);
           all = all * 31 + steps_digest(kernels, tokens, 256, 640, 128, bits, full);
         }
+    for (int64_t tokens : {1, 2, 3, 7, 40, 300}) {
+      all = all * 31 + run_one(kernels, tokens, 576, 64, 64, 6, false);
+      all = all * 31 + run_one(kernels, tokens, 192, 320, 16, 6, false);
+      all = all * 31 + run_one(kernels, tokens, 512, 256, 256, 6, false);
+      all = all * 31 + steps_digest(kernels, tokens, 256, 640, 128, 6, false);
+    }
     all = all * 31 + attention_digest(kernels);
     printf("%s %016llx\n", name, static_cast<unsigned long long>(all));
   }

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from moedge.export.quantization import pack_int6
 from moedge.runtime import kernels
 
 Array = NDArray[Any]
@@ -37,6 +38,8 @@ class Stack:
         """As weights.bin has them: nibbles by twos, the low one first."""
         if self.bits == 8:
             return values
+        if self.bits == 6:
+            return pack_int6(values)
         if values.shape[-1] % 2:
             values = np.concatenate([values, np.zeros_like(values[..., :1])], -1)
         return (values[..., ::2] | values[..., 1::2] << 4).astype(np.uint8)

@@ -13,6 +13,7 @@ from ..checkpoint import Checkpoint
 from ..options import ALGORITHMS, GROUP_SIZES
 
 Array = np.ndarray[Any, Any]
+SIX_BIT_BLOCK = 64  # codes of 6 bits that are packed together
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,33 @@ def pack_int4(codes: Array) -> Array:
     shape = (*codes.shape[:-1], codes.shape[-1] // 2) if codes.shape[-1] % 2 == 0 else packed.shape
     result: Array = packed.reshape(shape)
     return result
+
+
+def pack_int6(codes: Array) -> Array:
+    """uint8 [..., n] of values 0 to 63 -> uint8 [..., 3 n / 4], by blocks of 64, which must divide n.
+
+    A block is 32 bytes of the codes' lower four bits, code i low and code 32 + i high, then 16 bytes of their upper two,
+    codes i, 16 + i, 32 + i and 48 + i from the lowest bits on: a vector of neighbours comes out of each load.
+    """
+    blocks = codes.reshape(*codes.shape[:-1], -1, SIX_BIT_BLOCK)
+    upper = blocks >> 4
+    packed = np.empty((*blocks.shape[:-1], 48), np.uint8)
+    packed[..., :32] = blocks[..., :32] & 15 | blocks[..., 32:] << 4
+    packed[..., 32:] = upper[..., :16] | upper[..., 16:32] << 2 | upper[..., 32:48] << 4 | upper[..., 48:] << 6
+    result: Array = packed.reshape(*codes.shape[:-1], -1)
+    return result
+
+
+def unpack_int6(packed: Array) -> Array:
+    """The inverse of `pack_int6`: uint8 [..., 3 n / 4] -> uint8 [..., n]."""
+    blocks = packed.reshape(*packed.shape[:-1], -1, 48)
+    lower, upper = blocks[..., :32], blocks[..., 32:]
+    codes = np.empty((*blocks.shape[:-1], SIX_BIT_BLOCK), np.uint8)
+    codes[..., :32], codes[..., 32:] = lower & 15, lower >> 4
+    for place in range(4):
+        codes[..., 16 * place : 16 * (place + 1)] |= (upper >> 2 * place & 3) << 4
+    unpacked: Array = codes.reshape(*packed.shape[:-1], -1)
+    return unpacked
 
 
 def unpack_int4(packed: Array) -> Array:

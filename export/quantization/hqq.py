@@ -22,7 +22,7 @@ NORM = 2.0
 _BETA = np.float32(10)  # the paper's weight of the quadratic term, in steps of the grid
 _TURNS = 2
 # Widths of the grid tried, in parts of the group's range: what is clipped pays for a finer step.
-_WIDTHS = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75), 8: (1.0,)}
+_WIDTHS = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75), 6: (1.0, 0.95), 8: (1.0,)}
 _BLOCK = 1 << 17  # values fitted at once: what stays in the cache
 
 

@@ -23,21 +23,28 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Matrix:
-    """How a weight [..., out, in] reaches the node that multiplies by it: codes with scales, or floating point."""
+    """How a weight [..., out, in] reaches the node that multiplies by it: codes with scales, or floating point.
+
+    `six_bits`: `data` is the bytes that `moedge.SixBitCodes` takes.
+    """
 
     data: ir.Value
     scales: ir.Value | None = None
     zero_points: ir.Value | None = None
     block_size: int = 0
+    six_bits: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         assert self.data.shape is not None
-        return self.data.shape.numpy()
+        shape = self.data.shape.numpy()
+        return (*shape[:-1], shape[-1] * 4 // 3) if self.six_bits else shape
 
     @property
     def bits(self) -> int:
         """Bits of a code; 0 for floating point."""
+        if self.six_bits:
+            return 6
         return {ir.DataType.UINT4: 4, ir.DataType.UINT8: 8}.get(self.data.dtype or ir.DataType.FLOAT, 0)
 
     @property
@@ -48,7 +55,7 @@ class Matrix:
         tensor = self.zero_points.const_value
         if not isinstance(tensor, ir.ExternalTensor) or tensor.length is None:
             return False
-        middle = {4: 0x88, 8: 0x80}[self.bits]
+        middle = {4: 0x88, 6: 0x80, 8: 0x80}[self.bits]
         content = tensor.tobytes()
         return content.count(middle) == len(content)
 
@@ -143,11 +150,15 @@ def find_matrix(value: ir.Value | None) -> Matrix:
     if node is None:
         return Matrix(value)
     source = node.inputs[0]
+    codes = None if source is None else source.producer()
+    six_bits = codes is not None and codes.op_type == "SixBitCodes"
+    if codes is not None and six_bits:
+        source = codes.inputs[0]
     assert source is not None and source.producer() is None, f"{node.op_type} of {source} is no stored matrix"
     if node.op_type == "Cast":
         return Matrix(source)
     assert node.op_type == "DequantizeLinear", f"{value} comes from {node.op_type}"
-    return Matrix(source, node.inputs[1], node.inputs[2], node.attributes["block_size"].as_int())
+    return Matrix(source, node.inputs[1], node.inputs[2], node.attributes["block_size"].as_int(), six_bits)
 
 
 def find_calls(model: ir.Model, kind: str) -> list[ir.Node]:

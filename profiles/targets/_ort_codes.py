@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...export.functions import DOMAIN
 from ._canonical import Matrix, Rewriter, attributes_of, find_matrix
 from ._ort_attention import MS
 
@@ -94,11 +95,16 @@ def mix_experts(
 def multiply_codes(
     rewriter: Rewriter, x: ir.Value, matrix: Matrix, scales: ir.Value | None, **attributes: Any
 ) -> ir.Value:
-    """`MatMulNBits` of x [S, in] with codes [out, in]."""
+    """`MatMulNBits` of x [S, in] with codes [out, in]. Codes of 6 bits become 8-bit ones when the graph is loaded."""
     rows, width = matrix.shape
-    blocks, block = width // matrix.block_size, matrix.block_size
-    inputs = [x, view_bytes(rewriter, matrix.data, [rows, blocks, block * matrix.bits // 8]), scales]
+    blocks, block, bits = width // matrix.block_size, matrix.block_size, matrix.bits
+    if matrix.six_bits:
+        bits, wide = 8, rewriter.op("SixBitCodes", [matrix.data], domain=DOMAIN)
+        codes = rewriter.op("Reshape", [wide, rewriter.ints(rows, blocks, block)])
+    else:
+        codes = view_bytes(rewriter, matrix.data, [rows, blocks, block * bits // 8])
+    inputs = [x, codes, scales]
     if not matrix.symmetric:
         inputs.append(zero_points_of(rewriter, matrix))
-    sizes: dict[str, Any] = {"K": width, "N": rows, "bits": matrix.bits, "block_size": block}
+    sizes: dict[str, Any] = {"K": width, "N": rows, "bits": bits, "block_size": block}
     return rewriter.op("MatMulNBits", inputs, domain=MS, **sizes, **attributes)

@@ -35,6 +35,22 @@ struct Vectors256 {
   static Int low_nibbles(Int a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
   static Int high_nibbles(Int a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
 
+  static Int either(Int a, Int b) { return _mm256_or_si256(a, b); }
+  template <int place>
+  static Int upper(Int a) {
+    const Int moved = place < 2 ? _mm256_slli_epi16(a, 4 - 2 * place) : _mm256_srli_epi16(a, 2 * place - 4);
+    return _mm256_and_si256(moved, _mm256_set1_epi8(48));
+  }
+  static void unpack(const uint8_t* block, Int* out) {
+    const Int lower = load_bytes(block);
+    const Int upper = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 32)));
+    const Int both = _mm256_set1_epi8(48);
+    const Int first = _mm256_sllv_epi32(upper, _mm256_setr_epi32(4, 4, 4, 4, 2, 2, 2, 2));
+    const Int second = _mm256_srlv_epi32(upper, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2));
+    out[0] = _mm256_or_si256(low_nibbles(lower), _mm256_and_si256(first, both));
+    out[1] = _mm256_or_si256(high_nibbles(lower), _mm256_and_si256(second, both));
+  }
+
   static Int sums(Int* of) {
     for (int width = 8; width > 2; width /= 2)
       for (int i = 0; i < width; i += 2) of[i / 2] = _mm256_hadd_epi32(of[i], of[i + 1]);

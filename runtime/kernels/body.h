@@ -21,6 +21,7 @@ using moedge::kMaxGroup;
 using moedge::kAhead;
 using moedge::kMaxTile;
 using moedge::kMaxTokens;
+using moedge::kMostWidth;
 using moedge::Matrix;
 
 // --- weights -----------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ struct Groups {
 };
 
 inline int32_t zero_point(const Matrix& matrix, int64_t row, int64_t group) {
-  if (!matrix.zero_points) return matrix.bits == 4 ? 8 : 128;
+  if (!matrix.zero_points) return 1 << (matrix.bits - 1);
   const uint8_t* packed = matrix.zero_points + row * matrix.zero_row_bytes();
   return matrix.bits == 8 ? packed[group] : packed[group / 2] >> (group % 2 * 4) & 15;
 }
@@ -315,8 +316,6 @@ void multiply_tile(const Matrix& matrix, int64_t first, int64_t rows, const Acti
 
 // --- one token ---------------------------------------------------------------------------------------------------
 
-constexpr int64_t kMostWidth = 32768;  // of a matrix, for `multiply_one`
-
 // The integers of `lanes` groups one behind the other in memory, each a vector, then summed: one integer a lane.
 template <class S, int bits, int chunks>
 inline typename S::Int sum_groups(const uint8_t* codes, const int8_t* x, int64_t chunks_if_many) {
@@ -411,10 +410,17 @@ void multiply_bits(const Matrix& matrix, int64_t first, int64_t rows, const Acti
     multiply_tile<S, bits>(matrix, first + at, least(tile, rows - at), x, index, count, out + at, stride);
 }
 
+}  // namespace
+
+#include "six_bits.h"
+
+namespace {
+
 template <class S>
 void multiply(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
               int64_t count, float* out, int64_t stride) {
-  (matrix.bits == 4 ? multiply_bits<S, 4> : multiply_bits<S, 8>)(matrix, first, rows, x, index, count, out, stride);
+  const auto run = matrix.bits == 4 ? multiply_bits<S, 4> : matrix.bits == 6 ? multiply_six_bits<S> : multiply_bits<S, 8>;
+  run(matrix, first, rows, x, index, count, out, stride);
 }
 
 // --- products in float -------------------------------------------------------------------------------------------

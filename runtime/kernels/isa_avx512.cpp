@@ -51,6 +51,21 @@ struct Avx512 {
     return acc;
   }
 
+  static Int either(Int a, Int b) { return _mm512_or_si512(a, b); }
+  template <int place>
+  static Int upper(Int a) {
+    const Int moved = place < 2 ? _mm512_slli_epi16(a, 4 - 2 * place) : _mm512_srli_epi16(a, 2 * place - 4);
+    return _mm512_and_si512(moved, _mm512_set1_epi8(48));
+  }
+  static void unpack(const uint8_t* block, Int* out) {
+    const Int pairs = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block)));
+    const Int fours = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 32)));
+    const Int lower = _mm512_srlv_epi64(pairs, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
+    const Int upper = _mm512_rorv_epi64(fours, _mm512_setr_epi64(60, 60, 62, 62, 0, 0, 2, 2));
+    const Int six = _mm512_ternarylogic_epi64(_mm512_set1_epi8(15), lower, upper, 0xca);  // lower's bits where 1, else upper's
+    out[0] = _mm512_and_si512(six, _mm512_set1_epi8(63));
+  }
+
   static Int sums(Int* of) {
     for (int i = 0; i < 16; i += 2)
       of[i / 2] = add(_mm512_unpacklo_epi32(of[i], of[i + 1]), _mm512_unpackhi_epi32(of[i], of[i + 1]));

@@ -35,6 +35,13 @@ struct Neon {
     return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(15)));
   }
   static Int high_nibbles(Int a) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(a), 4)); }
+  static Int either(Int a, Int b) { return vorrq_s32(a, b); }
+  template <int place>
+  static Int upper(Int a) {
+    const uint8x16_t bytes = vreinterpretq_u8_s32(a);
+    const uint8x16_t moved = place == 0 ? vshlq_n_u8(bytes, 4) : place == 1 ? vshlq_n_u8(bytes, 2) : place == 2 ? bytes : vshrq_n_u8(bytes, 2);
+    return vreinterpretq_s32_u8(vandq_u8(moved, vdupq_n_u8(48)));
+  }
   // The instruction multiplies signed bytes: 8-bit codes less 128.
   static Int prepare(Int a) {
     return vreinterpretq_s32_u8(veorq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(128)));

@@ -63,6 +63,16 @@ struct Portable {
   static Int high_nibbles(Int a) {
     return each<Int>([&](int i) { return (a.lane[i] >> 4) & 0x0f0f0f0f; });
   }
+  static Int either(Int a, Int b) {
+    return each<Int>([&](int i) { return a.lane[i] | b.lane[i]; });
+  }
+  template <int place>
+  static Int upper(Int a) {
+    return each<Int>([&](int i) {
+      const uint32_t bits = static_cast<uint32_t>(a.lane[i]);
+      return static_cast<int32_t>((place < 2 ? bits << (4 - 2 * place) : bits >> (2 * place - 4)) & 0x30303030u);
+    });
+  }
   static Int prepare(Int a) { return a; }
   template <int bits>
   static Int dot(Int acc, Int codes, Int x) {

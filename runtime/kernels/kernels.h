@@ -21,7 +21,11 @@ constexpr int64_t kAhead = 8192;
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// One matrix [rows, width] as it lies in weights.bin: codes of 4 bits (two to a byte, low nibble first) or 8.
+constexpr int64_t kMostWidth = 32768;  // of a matrix of 6-bit codes, and of any that one token has a path of its own for
+constexpr int64_t kSixBitBlock = 64;   // codes that are packed together
+
+// One matrix [rows, width] as it lies in weights.bin: codes of 4 bits (two to a byte, low nibble first), 6 (six_bits.h)
+// or 8.
 struct Matrix {
   const uint8_t* codes;
   const float* scales;         // [rows, groups]
@@ -32,6 +36,10 @@ struct Matrix {
   int64_t groups() const { return width / group; }
   int64_t row_bytes() const { return width * bits / 8; }
   int64_t zero_row_bytes() const { return (groups() * bits + 7) / 8; }
+  // Codes of 6 bits come in whole blocks and lie around the middle.
+  bool is_packed_well() const {
+    return bits != 6 || (width % kSixBitBlock == 0 && width <= kMostWidth && !zero_points);
+  }
   Matrix at(int64_t index) const {  // of a stack of matrices
     Matrix one = *this;
     one.codes += index * rows * row_bytes();

@@ -28,7 +28,7 @@ struct Products : KernelBase {
     int64_t value = 0;
     if (OrtStatus* status = ort.attribute(info, "bits", &value)) return status;
     bits = static_cast<int>(value);
-    return bits == 4 || bits == 8 ? nullptr : invalid("moedge.cpu: bits must be 4 or 8");
+    return bits == 4 || bits == 6 || bits == 8 ? nullptr : invalid("moedge.cpu: bits must be 4, 6 or 8");
   }
 };
 
@@ -63,7 +63,7 @@ OrtStatus* ExpertsOp::run(OrtKernelContext* context) const {
                    inner, in[6].shape[2] > 0 ? inner / in[6].shape[2] : 0, bits};
   if (!good_group(hidden, in[4].shape[2]) || !good_group(inner, in[6].shape[2]))
     return invalid("moedge.cpu.Experts: a scale must stand for 16, 32, 64, 128, 256 or 512 codes");
-  const bool fits = chosen.shape[0] == tokens && weights.is(tokens, choices) && up.shape[1] == 2 * inner &&
+  const bool fits = gate_up.is_packed_well() && out.is_packed_well() && chosen.shape[0] == tokens && weights.is(tokens, choices) && up.shape[1] == 2 * inner &&
                     up.is(experts, 2 * inner, gate_up.row_bytes()) && in[4].is(experts, 2 * inner, gate_up.groups()) &&
                     down.is(experts, hidden, out.row_bytes()) && in[6].is(experts, hidden, out.groups()) &&
                     (!in[7].data || in[7].is(experts, 2 * inner, gate_up.zero_row_bytes())) &&
@@ -106,7 +106,7 @@ OrtStatus* LinearOp::run(OrtKernelContext* context) const {
     return invalid("moedge.cpu.Linear: a scale must stand for 16, 32, 64, 128, 256 or 512 codes");
   const Matrix matrix{codes.as<uint8_t>(), scales.as<float>(), in[3].as<uint8_t>(), rows, width,
                       width / scales.shape[1], bits};
-  const bool fits = codes.is(rows, matrix.row_bytes()) && scales.is(rows, matrix.groups()) &&
+  const bool fits = matrix.is_packed_well() && codes.is(rows, matrix.row_bytes()) && scales.is(rows, matrix.groups()) &&
                     (!in[3].data || in[3].is(rows, matrix.zero_row_bytes())) &&
                     (!in[4].data || (in[4].rank == 1 && in[4].shape[0] == rows));
   if (!fits) return invalid("moedge.cpu.Linear: the inputs' shapes do not fit each other");

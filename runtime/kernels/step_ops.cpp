@@ -32,7 +32,7 @@ bool read_matrix(const Tensor* in, int64_t width, int bits, Matrix* out) {
   if (!in[0].data || !in[1].data || in[0].rank != 2 || in[1].rank != 2 || !good_group(width, in[1].shape[1])) return false;
   *out = {in[0].as<uint8_t>(), in[1].as<float>(),          in[2].as<uint8_t>(), in[0].shape[0], width,
           width / in[1].shape[1], bits};
-  return in[0].is(out->rows, out->row_bytes()) && in[1].is(out->rows, out->groups()) &&
+  return out->is_packed_well() && in[0].is(out->rows, out->row_bytes()) && in[1].is(out->rows, out->groups()) &&
          (!in[2].data || in[2].is(out->rows, out->zero_row_bytes()));
 }
 
@@ -79,7 +79,7 @@ struct QuantizedStep : StepKernel {
     int64_t value = 0;
     if (OrtStatus* status = ort.attribute(info, "bits", &value)) return status;
     bits = static_cast<int>(value);
-    if (bits != 4 && bits != 8) return invalid("moedge.cpu: bits must be 4 or 8");
+    if (bits != 4 && bits != 6 && bits != 8) return invalid("moedge.cpu: bits must be 4, 6 or 8");
     return StepKernel::read_attributes(info);
   }
 };
