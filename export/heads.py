@@ -40,8 +40,8 @@ def settle_head(head: str, width: int, *, tied: bool, asked: bool) -> str:
     divides = head != "int6" or width % SIX_BIT_BLOCK == 0
     if asked and not divides:
         raise CheckpointError(
-            f"head 'int6' takes a hidden size that {SIX_BIT_BLOCK} divides, and this one is {width}; use --head int8 or "
-            "int4"
+            f"head 'int6' takes a hidden size that {SIX_BIT_BLOCK} divides, and this one is {width}; use --head int8 "
+            "or int4"
         )
     return "int8" if head in _NARROW and not asked and (tied or not divides) else head
 

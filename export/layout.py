@@ -1,8 +1,9 @@
 """Where each canonical tensor lies in weights.bin, decided from shapes alone, before a byte is read.
 
 Every tensor is stored once, 64-byte aligned. int4 is unsigned, two to a byte, low nibble first, blocks along the
-input dimension, so that one offset serves `DequantizeLinear`, `MatMulNBits` and `QMoE`. int6, which ONNX does not know,
-is bytes that `moedge.SixBitCodes` takes (`quantization.pack_int6`); its zero points are those of the 8-bit codes it gives.
+input dimension, so that one offset serves `DequantizeLinear`, `MatMulNBits` and `QMoE`. int6, which ONNX does not
+know, is bytes that `moedge.SixBitCodes` takes (`quantization.pack_int6`); its zero points are those of the 8-bit codes
+that it gives.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 WEIGHTS_CHOICES = ("fp32", "fp16", "int8", "int4")
 HEAD_CHOICES = ("int8", "int6", "int4")
-HEAD = "int8"  # where weights are int4 and nobody says (docs/quantization.md has what the other costs)
+HEAD = "int6"  # where weights are int4 and nobody says (docs/quantization.md has what each costs)
 GROUP_SIZES = (128, 64, 32, 16)  # what QMoE and MatMulNBits take, largest first
 BY_CHANNEL = 0  # the group size that means one scale for each output channel
 ALGORITHMS = ("rtn", "hqq", "gptq")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .shape import ModelShape, reads_six_bits
 
 # Bits of one weight with its group's fp32 scale and its zero point, by dtype; `group` is the group size.
 _BITS: dict[str, Callable[[int], float]] = {
@@ -20,12 +21,14 @@ _BITS: dict[str, Callable[[int], float]] = {
     "bfloat16": lambda group: 16.0,
     "uint8": lambda group: 8.0 + 40.0 / group,
     "int8": lambda group: 8.0 + 32.0 / group,
+    "uint6": lambda group: 6.0 + 32.0 / group,
     "uint4": lambda group: 4.0 + 36.0 / group,
     "int4": lambda group: 4.0 + 32.0 / group,
 }
 # By what stands behind `--weights`: the dtype of most tensors.
 _INT4_HEAD = "int4 --head int4"
 _NARROWER = {"fp16": "float16", "int8": "uint8", "int4": "uint4", _INT4_HEAD: "uint4"}
+_SIX_BIT_BLOCK = 64  # a head is int6 by default where this divides its width and it is not tied
 _NEVER_QUANTIZED = ("norm", "router", "other")
 _GRAIN = 256  # tokens of context: below it, the next smaller powers of two down to 16
 
@@ -114,11 +117,13 @@ def _largest(fits: Callable[[int], bool], below: int) -> int:
     return low
 
 
-def narrower_weights(manifest: Mapping[str, Any]) -> dict[str, int]:
+def narrower_weights(manifest: Mapping[str, Any], target: str | None = None) -> dict[str, int]:
     """Bytes of all weights by the `--weights` options that are narrower than the bundle's, the widest first.
 
-    Integers that a quantized checkpoint brought are kept by every export: of those nothing is promised.
+    `target`: whose engine has them; None: the bundle. Integers that a quantized checkpoint brought are kept by every
+    export: of those nothing is promised.
     """
+    manifest = _as_read(manifest, target)
     quantization, sizes = manifest.get("quantization") or {}, manifest["sizes"]
     have = quantization.get("weights")
     if have == "int4" and quantization.get("head") == "int4":
@@ -128,20 +133,42 @@ def narrower_weights(manifest: Mapping[str, Any]) -> dict[str, int]:
         options.remove(_INT4_HEAD)
     later = options[options.index(have) + 1 :] if have in options else options
     now = sum(sizes.values())
-    found = {option: narrower_weight_bytes(manifest, option) for option in later}
+    found = {option: narrower_weight_bytes(manifest, option, target) for option in later}
     return {option: count for option, count in found.items() if count < now}
 
 
-def narrower_weight_bytes(manifest: Mapping[str, Any], option: str) -> int:
+def narrower_weight_bytes(manifest: Mapping[str, Any], option: str, target: str | None = None) -> int:
     """Bytes of all weights when exported with `--weights option`: as the exporter would lay them out.
 
-    Where the exporter is not installed, or the manifest is of a torch model: from the classes' bits alone.
+    `target`: as of `narrower_weights`. Where the exporter is not installed, or the manifest is of a torch model: from
+    the classes' bits alone.
     """
-    exact = _laid_out_bytes(manifest, option)
-    return round(sum(_narrower_sizes(manifest, option))) if exact is None else exact
+    manifest, usual = _as_read(manifest, target), _usual_head(manifest, target)
+    exact = _laid_out_bytes(manifest, option, usual)
+    return round(sum(_narrower_sizes(manifest, option, f"u{usual}"))) if exact is None else exact
 
 
-def _laid_out_bytes(manifest: Mapping[str, Any], option: str) -> int | None:
+def _as_read(manifest: Mapping[str, Any], target: str | None) -> Mapping[str, Any]:
+    """The manifest with the head as a target's engine has it."""
+    shape = ModelShape.from_manifest(manifest)
+    there = shape if target is None else shape.on(target)
+    if there is shape:
+        return manifest
+    quantization = manifest["quantization"]
+    classes = quantization["classes"]
+    classes = {**classes, "head": {**classes["head"], "dtype": "uint8"}}
+    return {**manifest, "sizes": dict(there.sizes), "quantization": {**quantization, "classes": classes}}
+
+
+def _usual_head(manifest: Mapping[str, Any], target: str | None) -> str:
+    """What a head is beside int4 weights where nobody asks, on a target that may keep 6 bits in 8."""
+    sizes, width = manifest["sizes"], manifest["config"]["hidden_size"]
+    untied = sizes.get("embedding") and sizes.get("head")
+    reads = target is None or reads_six_bits(target)
+    return "int6" if reads and untied and width % _SIX_BIT_BLOCK == 0 else "int8"
+
+
+def _laid_out_bytes(manifest: Mapping[str, Any], option: str, usual: str) -> int | None:
     try:
         from ..export.checkpoint import Checkpoint
         from ..export.config import moe_config_from_json
@@ -155,13 +182,14 @@ def _laid_out_bytes(manifest: Mapping[str, Any], option: str) -> int | None:
     except (ImportError, KeyError, TypeError, CheckpointError):
         return None
     weights, _, head = option.partition(" --head ")
-    layout = plan_layout(plan, weights, max(GROUP_SIZES), zero_points=False, head=choose_head(weights, head or None))
+    own = head or (usual if weights == "int4" else None)
+    layout = plan_layout(plan, weights, max(GROUP_SIZES), zero_points=False, head=choose_head(weights, own))
     return sum(layout.sizes_by_role().values())
 
 
-def _narrower_sizes(manifest: Mapping[str, Any], option: str) -> Iterator[float]:
+def _narrower_sizes(manifest: Mapping[str, Any], option: str, head: str) -> Iterator[float]:
     """By class: as narrow already, or never quantized, stay; the embedding stops at int8, the head where not asked."""
-    stop = {"int4": ("embedding", "head"), _INT4_HEAD: ("embedding",)}.get(option, ())
+    stop = {"int4": {"embedding": "uint8", "head": head}, _INT4_HEAD: {"embedding": "uint8"}}
     classes = (manifest.get("quantization") or {}).get("classes") or {}
     for name, count in manifest["sizes"].items():
         entry = classes.get(name) or {}
@@ -170,5 +198,5 @@ def _narrower_sizes(manifest: Mapping[str, Any], option: str) -> Iterator[float]
             yield count
             continue
         group = entry.get("group_size") or 128
-        wanted = "uint8" if name in stop else _NARROWER[option]
+        wanted = stop.get(option, {}).get(name, _NARROWER[option])
         yield count * min(1.0, _BITS[wanted](group) / bits(group))

@@ -45,7 +45,7 @@ def estimate(
         UsageError: a count below 1, or more tokens than the model has positions.
         BundleError: the manifest lacks what every bundle has, or is of a torch model's own graph.
     """
-    shape = ModelShape.from_manifest(manifest)
+    shape = ModelShape.from_manifest(manifest).on(device.target)
     if manifest["config"]["attention"]["kind"] == "torch":
         raise BundleError(
             f"{shape.name} is a PyTorch model's own graph, whose attention is not known: nothing can be predicted of "
@@ -65,7 +65,7 @@ def estimate(
     itl = {end: 1e3 * roofline.pass_seconds(step, shape, device, end) for end in ENDS}
     chunks = {end: [roofline.pass_seconds(chunk, shape, device, end) for chunk in prefill] for end in ENDS}
     ttft = {end: 1e3 * batch * sum(seconds) for end, seconds in chunks.items()}
-    count = bytes_per_token(manifest, context, batch, element)
+    count = bytes_per_token(manifest, context, batch, element, device.target)
     seconds = itl["expected"] / 1e3
     fit = check_fit(manifest, device, batch, length, cache_bytes_per_element=element)
     return {

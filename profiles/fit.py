@@ -189,7 +189,7 @@ class _Question:
             device=device.title,
             max_batch=max_batch,
             max_seq_len=max_seq_len,
-            weight_bytes=weight_bytes or self.weight_bytes or self.shape.weight_bytes,
+            weight_bytes=weight_bytes or self.weight_bytes or self.shape.on(device.target).weight_bytes,
             cache_bytes=self.cache_bytes(device.target, max_batch * max_seq_len),
             workspace_bytes=workspace,
             runtime_bytes=RUNTIME_BYTES[device.kind],
@@ -207,7 +207,8 @@ def _suggestions(question: _Question, device: DeviceProfile, fit: Fit) -> tuple[
         asked = question.ask(device, batch, length, weight_bytes=weight_bytes)
         return asked.fits, asked.total_bytes
 
-    narrower = {name: count for name, count in narrower_weights(question.manifest).items() if count < fit.weight_bytes}
+    options = narrower_weights(question.manifest, device.target).items()
+    narrower = {name: count for name, count in options if count < fit.weight_bytes}
     return suggest(ask, narrower, fit.max_batch, fit.max_seq_len)
 
 

@@ -27,7 +27,7 @@ SOURCE = "layers split over the devices, one hand-over of 10 to 100 us between n
 def devices_needed(manifest: Mapping[str, Any], device: DeviceProfile, batch: int, max_seq_len: int) -> int | None:
     """The fewest devices that hold the model, its layers split as evenly as whole layers allow; None: not even one a
     layer is enough."""
-    shape = ModelShape.from_manifest(manifest)
+    shape = ModelShape.from_manifest(manifest).on(device.target)
     fit = check_fit(manifest, device, batch, max_seq_len)
     if fit.fits:
         return 1

@@ -29,8 +29,9 @@ _OTHER_MACHINE = 1.5  # how much wider the band is on a CPU that nothing was mea
 class Constants:
     """What is fitted. `layer_us`: a layer's fixed cost; `latent_us`, `mixture_us` what latent attention and a mixture
     of experts add; `lane_us` what each further sequence of a step adds to a layer. `channel_ns`: element-wise work for
-    a token, layer and channel, on one core. `unpack4`, `unpack8`: operations to bring a byte of 4 or 8 bit weights into
-    registers, however many tokens then use it. `cached_speed`: how much faster than memory the last cache is."""
+    a token, layer and channel, on one core. `unpack4`, `unpack8`: operations to bring a byte of 4 (or 6) or 8 bit
+    weights into registers, however many tokens then use it. `cached_speed`: how much faster than memory the last cache
+    is."""
 
     pass_us: float
     layer_us: float
@@ -58,7 +59,7 @@ class CpuRoofline:
         fitted = self.constants
         shares = {"int8": fitted.int8_share}
         peak = device.flops.get(work.precision, device.flops["fp32"]) * shares.get(work.precision, fitted.fp32_share)
-        unpacking = {4: fitted.unpack4, 8: fitted.unpack8}.get(work.bits, 0.0) * work.bytes
+        unpacking = {4: fitted.unpack4, 6: fitted.unpack4, 8: fitted.unpack8}.get(work.bits, 0.0) * work.bytes
         reading = work.bytes / (device.bandwidth_bytes_per_s * fitted.bandwidth_share)
         hit = _cached(shape, device)
         reading *= 1 - hit + hit / fitted.cached_speed

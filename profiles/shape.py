@@ -22,6 +22,8 @@ READ_IN_FULL_OF_TORCH = ("linear", "other")
 ELEMENT_BYTES = {"onnxruntime": 4, "onnxruntime_cuda": 2, "tensorrt_rtx": 2, "tensorrt": 2}
 # What a target with a choice can keep its KV cache in; `default_kv_cache` says which it takes by itself.
 KV_CACHES = {"onnxruntime": ("fp32", "fp16", "int8")}
+# Whose kernels read codes of 6 bits; elsewhere they become 8-bit ones, at build or when the graph is loaded.
+_READS_SIX_BITS = ("onnxruntime",)
 _MOST = 1 << 50  # bytes, parameters, tokens: more than any model's
 _MOST_BLOCK = 64  # channels of an int8 latent that share a scale
 
@@ -83,6 +85,13 @@ class ModelShape:
                 "checkpoint again"
             )
 
+    def on(self, target: str) -> ModelShape:
+        """The shape as a target's engine has it."""
+        if self.head_bits != 6 or reads_six_bits(target):
+            return self
+        head = self.sizes.get("head", 0) + self.vocab_size * self.hidden_size * (8 - 6) // 8
+        return dataclasses.replace(self, sizes={**self.sizes, "head": head}, head_bits=8)
+
     @property
     def weight_bytes(self) -> int:
         """All weights, scales and zero points included."""
@@ -111,6 +120,10 @@ class ModelShape:
     def expert_bytes(self, tokens: int) -> float:
         """Bytes of the experts that `tokens` tokens call on, all layers."""
         return self.sizes.get("experts", 0) * self.distinct_experts(tokens) / self.experts if self.experts else 0.0
+
+
+def reads_six_bits(target: str) -> bool:
+    return target in _READS_SIX_BITS and kernels.library() is not None
 
 
 def latent_block(rank: int, rope: int) -> int:
@@ -146,14 +159,18 @@ def kv_element_bytes(kv_cache: str, config: Mapping[str, Any]) -> float:
 
 
 def bytes_per_token(
-    manifest: Mapping[str, Any], context: int, batch: int = 1, cache_bytes_per_element: float = 4
+    manifest: Mapping[str, Any],
+    context: int,
+    batch: int = 1,
+    cache_bytes_per_element: float = 4,
+    target: str = "onnxruntime",
 ) -> int:
     """The fewest bytes that one decode step reads: one token for each of `batch` sequences of `context` cached tokens.
 
     Weights that every token uses once, the expected distinct experts of the batch, one embedding row and the KV cache
     of each sequence.
     """
-    shape = ModelShape.from_manifest(manifest)
+    shape = ModelShape.from_manifest(manifest).on(target)
     weights = sum(shape.sizes.get(name, 0) for name in (*READ_IN_FULL, *READ_IN_FULL_OF_TORCH))
     rows = batch * shape.embedding_row_bytes
     cache = batch * shape.cache_bytes(context, cache_bytes_per_element)

@@ -203,7 +203,7 @@ def _result(
     shape = ModelShape.from_manifest(bundle.manifest)
     element = info.cache_bytes_per_token / shape.cache_width if info.cache else 4
     context = case.context + case.prompt_tokens + case.new_tokens // 2
-    read = bytes_per_token(bundle.manifest, context, case.batch, element)
+    read = bytes_per_token(bundle.manifest, context, case.batch, element, info.backend)
     return {
         "schema": SCHEMA,
         "model": bundle.manifest.get("model", {}).get("name", bundle.path.name),

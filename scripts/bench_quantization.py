@@ -21,6 +21,7 @@ from check_estimate import plan_manifest
 from synthetic_checkpoint import read_shape
 
 import moedge
+from moedge.export.options import HEAD, HEAD_CHOICES
 from moedge.profiles.shape import bytes_per_token
 from moedge.progress import console_progress
 from moedge.runtime.eval import evaluate
@@ -38,13 +39,13 @@ class Variant:
     algorithm: str = "rtn"
     group_size: int = 128
     zero_points: bool = False
-    head: str = "int8"  # where weights are int4
+    head: str = HEAD  # where weights are int4
 
     def describe(self) -> str:
         if self.weights == "fp32":
             return "fp32"
         group = "by channel" if self.group_size == CHANNEL else f"group {self.group_size}"
-        more = ", zero points" * self.zero_points + ", int4 head" * (self.head == "int4")
+        more = ", zero points" * self.zero_points + f", {self.head} head" * (self.head != HEAD)
         return f"{self.weights} {self.algorithm}, {group}{more}"
 
 
@@ -55,7 +56,13 @@ VARIANTS = [
     *(Variant("int4", name, group) for name in ("rtn", "hqq", "gptq") for group in (32, 64, 128)),
     *(Variant("int4", name, 128, zero_points=True) for name in ("rtn", "hqq", "gptq")),
     *(Variant("int4", name, CHANNEL) for name in ("rtn", "gptq")),
-    *(Variant("int4", name, group, head="int4") for name in ("rtn", "hqq", "gptq") for group in (32, 64, 128)),
+    *(
+        Variant("int4", name, group, head=head)
+        for head in HEAD_CHOICES
+        if head != HEAD
+        for name in ("rtn", "hqq", "gptq")
+        for group in (32, 64, 128)
+    ),
 ]
 # (title, shape, layers of it) of models whose heads are large and small beside what else is read.
 SHOWN = (
@@ -64,7 +71,8 @@ SHOWN = (
     ("the latter's first 12 layers", "qwen3-30b-a3b", 12),
 )
 RTN_32 = Variant("int4", "rtn", 32)
-FREE_HEAD = 0.25
+NARROW_HEADS = ("int6", "int4")
+FREE_HEAD = 0.05
 GOOD_128 = [Variant("int4", name, 128, zero) for name in ("hqq", "gptq") for zero in (False, True)]
 
 
@@ -158,41 +166,48 @@ def check_bars(results: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     ]
 
 
-def judge_heads(results: list[dict[str, Any]]) -> tuple[str, bool]:
-    """Whether an int4 head is so nearly free that it should be the default."""
-    added = {each.algorithm: each.added for each in compare_heads(results) if each.group_size == 128}
-    told = ", ".join(f"{name} {share:.0%}" for name, share in added.items())
-    bar = f"at group 128, 4 bits in the head add at most {FREE_HEAD:.0%} of what they cost everywhere else ({told})"
-    return bar, all(share <= FREE_HEAD for share in added.values())
+def judge_heads(results: list[dict[str, Any]], head: str) -> tuple[str, bool]:
+    """Whether a head of so few bits is so nearly free that it should be the default."""
+    found = [each for each in compare_heads(results, head) if each.group_size == 128]
+    told = ", ".join(f"{each.algorithm} {each.spread:.0%}" for each in found)
+    bar = f"{head}: at group 128 it adds at most {FREE_HEAD:.0%} of the divergence ({told})"
+    return bar, all(each.spread <= FREE_HEAD for each in found)
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The same int4 weights with a head of 8 and of 4 bits; `added`: what 4 bits cost there, over all else's cost."""
+    """The same int4 weights with a head of 8 bits and a narrower one.
+
+    `added`, `spread`: what the narrower one costs in bits per byte and in divergence, as a share of all else's cost.
+    """
 
     algorithm: str
     group_size: int
     wide: dict[str, Any]
     narrow: dict[str, Any]
     added: float
+    spread: float
 
 
-def compare_heads(results: list[dict[str, Any]]) -> list[Heads]:
+def compare_heads(results: list[dict[str, Any]], head: str) -> list[Heads]:
     by_variant = {_variant_of(result): result for result in results}
     found = []
-    for variant, narrow in by_variant.items():
-        if variant.head == "int4":
-            wide = by_variant[replace(variant, head="int8")]
+    for variant, wide in by_variant.items():
+        narrow = by_variant.get(replace(variant, head=head))
+        if variant.weights == "int4" and variant.head == "int8" and narrow is not None:
             costs = [_change(result, results) for result in (wide, narrow)]
             added = (costs[1] - costs[0]) / costs[0]
-            found.append(Heads(variant.algorithm, variant.group_size, wide, narrow, added))
+            spread = narrow["kl_nats"] / wide["kl_nats"] - 1
+            found.append(Heads(variant.algorithm, variant.group_size, wide, narrow, added, spread))
     return found
 
 
 def head_share(shape: str, layers: int | None) -> float:
-    """Of the bytes of weights that a token reads of a published shape at int4."""
+    """Of the bytes of weights that a token reads of a published shape at int4, if the head is int8."""
     manifest = plan_manifest(shape, read_shape(shape, layers))
-    return float(manifest["sizes"]["head"] / bytes_per_token(manifest, 0))
+    config = manifest["config"]
+    head = config["vocab_size"] * config["hidden_size"] * (1 + 4 / 128)
+    return float(head / (bytes_per_token(manifest, 0) - manifest["sizes"]["head"] + head))
 
 
 def _variant_of(result: dict[str, Any]) -> Variant:
@@ -215,13 +230,13 @@ def make_page(document: dict[str, Any]) -> str:
         "kernels round activations to 8 bits; the change is against fp32, and so are the divergence (of the next",
         "token's probabilities, in nats: the mean) and the share of tokens with the same most likely next one. The",
         "error is that of the experts' weights, root mean square over root mean square. The embedding is int8 in all",
-        "but fp32, and so is the head where nothing else is said.",
+        f"but fp32; the head is {HEAD} where weights are int4.",
         "",
         "| weights | bits per byte | change | KL divergence | same token | error | size |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in results:
-        if result["head"] == "int8":
+        if result["head"] == HEAD:
             lines.append(_row(result, results))
     lines += ["", "What is asked of it:", ""]
     lines += [f"- {what}: {'met' if met else 'not met'}" for what, met in check_bars(results)]
@@ -248,24 +263,28 @@ def _nearness(result: dict[str, Any]) -> list[str]:
 def _head_section(results: list[dict[str, Any]]) -> list[str]:
     shares = ", ".join(f"{head_share(*shape):.0%} in {title}" for title, *shape in SHOWN)
     lines = [
-        "## A head of 4 bits",
+        "## A head of fewer bits",
         "",
         "A token reads the whole head, and of the experts only its own. Of the weights that it reads, a head of 8 bits",
         f"is {shares}.",
-        "`moedge export --head int4` halves it. Added: what that costs in bits per byte, as a share of what 4 bits",
+        "`moedge export --head` takes int8, int6 and int4. Added: what the fewer bits cost, as a share of what 4 bits",
         "everywhere else cost.",
         "",
-        "| weights | change, int8 head | int4 head | added | KL divergence, int8 head | int4 head | same token, int8 "
-        "head | int4 head |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| weights | head | change | added | KL divergence | added | same token |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for each in compare_heads(results):
-        pairs = zip(_nearness(each.wide), _nearness(each.narrow), strict=True)
-        cells = [_variant_of(each.wide).describe(), *(f"{_change(r, results):+.2%}" for r in (each.wide, each.narrow))]
-        cells += [f"{each.added:+.0%}", *(cell for pair in pairs for cell in pair)]
-        lines.append(f"| {' | '.join(cells)} |")
-    what, met = judge_heads(results)
-    return [*lines, "", "What is asked of it to be the default:", "", f"- {what}: {'met' if met else 'not met'}"]
+    by_head = [compare_heads(results, head) for head in NARROW_HEADS]
+    for pair in zip(*by_head, strict=True):
+        name = replace(_variant_of(pair[0].wide), head=HEAD).describe()
+        rows = [(pair[0].wide, "", ""), *((each.narrow, f"{each.added:+.0%}", f"{each.spread:+.0%}") for each in pair)]
+        for result, added, spread in rows:
+            divergence, same = _nearness(result)
+            cells = [name, result["head"], f"{_change(result, results):+.2%}", added, divergence, spread, same]
+            lines.append(f"| {' | '.join(cells)} |")
+            name = ""
+    lines += ["", "What is asked of one to be the default:", ""]
+    judged = [judge_heads(results, head) for head in NARROW_HEADS]
+    return [*lines, *(f"- {what}: {'met' if met else 'not met'}" for what, met in judged)]
 
 
 if __name__ == "__main__":

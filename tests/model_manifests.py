@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-BITS = {"fp32": 32.0, "fp16": 16.0, "int8": 8 + 40 / 128, "int4": 4 + 36 / 128}  # fp32 scale and a zero point a group
-DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "uint8", "int4": "uint4"}
+# With an fp32 scale and, but for int6, a zero point a group.
+BITS = {"fp32": 32.0, "fp16": 16.0, "int8": 8 + 40 / 128, "int6": 6 + 32 / 128, "int4": 4 + 36 / 128}
+DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "uint8", "int6": "uint6", "int4": "uint4"}
 
 
-def deepseek_v2_lite(weights: str = "int4") -> dict[str, Any]:
-    """DeepSeek-V2-Lite's published shape: 27 layers, the first dense, 64 experts of 1408 with 6 a token, 2 shared."""
+def deepseek_v2_lite(weights: str = "int4", head: str = "int8") -> dict[str, Any]:
+    """DeepSeek-V2-Lite's published shape: 27 layers, the first dense, 64 experts of 1408 with 6 a token, 2 shared.
+
+    `head`: where weights are int4.
+    """
     hidden, layers, experts = 2048, 27, 64
     attention = hidden * 16 * 192 + hidden * 576 + 16 * 512 * (128 + 128) + 16 * 128 * hidden
     counts = {
@@ -22,8 +26,9 @@ def deepseek_v2_lite(weights: str = "int4") -> dict[str, Any]:
         "experts": 26 * experts * 3 * hidden * 1408,
         "head": 102400 * hidden,
     }
-    dtypes = {name: "int8" if name in ("embedding", "head") and weights == "int4" else weights for name in counts}
-    dtypes |= {"norm": "fp32", "router": "fp32"}
+    dtypes = dict.fromkeys(counts, weights) | {"norm": "fp32", "router": "fp32"}
+    if weights == "int4":
+        dtypes |= {"embedding": "int8", "head": head}
     return {
         "format": 1,
         "model": {

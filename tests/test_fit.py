@@ -94,7 +94,7 @@ def test_narrower_weights_are_what_an_export_would_write() -> None:
     for wide in ("fp32", "fp16", "int8"):
         for narrow in ("int8", "int4"):
             if (wide, narrow) != ("int8", "int8"):
-                by_hand = sum(deepseek_v2_lite(narrow)["sizes"].values())
+                by_hand = sum(deepseek_v2_lite(narrow, "int6")["sizes"].values())
                 assert narrower_weight_bytes(deepseek_v2_lite(wide), narrow) == pytest.approx(by_hand, rel=1e-6)
     manifest = deepseek_v2_lite()
     assert narrower_weight_bytes(manifest, "int8") == sum(manifest["sizes"].values()), "never wider"
@@ -182,8 +182,9 @@ def test_advice_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moedge.profiles.fit._devices_that_fit", lambda *asked: ())
     draw = random.Random(21)
     seen: Counter[str] = Counter()
-    for _ in range(900):
-        manifest = deepseek_v2_lite(draw.choice(("fp32", "fp16", "int8", "int4")))
+    for turn in range(900):
+        have = draw.choice(("fp32", "fp16", "int8", "int4"))
+        manifest = deepseek_v2_lite(have, ("int8", "int6")[turn % 2])
         scale = draw.choice((0.01, 0.1, 1, 3))
         manifest["sizes"] = {name: round(count * scale) for name, count in manifest["sizes"].items()}
         manifest["config"]["vocab_size"] = draw.choice((102_400, 10_000_000))  # whose logits tell batches apart
@@ -192,8 +193,8 @@ def test_advice_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
         memory = round(check_fit(manifest, device, batch, length).total_bytes * draw.uniform(0.05, 1.2))
         device = dataclasses.replace(device, memory_bytes=memory, memory_reserved_bytes=memory // 10)
         fit = check_fit(manifest, device, batch, length)
-        options = ("fp16", "int8", "int4", "int4 --head int4")
-        narrower = {name: narrower_weight_bytes(manifest, name) for name in options}
+        options = ("fp16", "int8", "int4", "int4 --head int4")[-1 if have == "int4" else 0 :]
+        narrower = {name: narrower_weight_bytes(manifest, name, device.target) for name in options}
         weights = {None: fit.weight_bytes} | {k: n for k, n in narrower.items() if n < fit.weight_bytes}
 
         def total(name: str | None, count: int, tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""The head at 4 bits: what is stored, that every target reads it, and what is refused."""
+"""The head at 4 and at 6 bits: what is stored, that every target reads it, and what is refused."""
 
 from __future__ import annotations
 
@@ -56,38 +56,39 @@ def canonical_logits(bundle: Bundle, ids: Array) -> Array:
     return logits
 
 
-@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize(("kind", "zero_points"), [("int4", False), ("int4", True), ("int6", True)])
 @pytest.mark.parametrize("algorithm", ["rtn", "hqq"])
 @pytest.mark.parametrize(("family", "name"), CASES[:2])
 def test_codes_are_the_algorithms_own(
-    family: str, name: str, algorithm: str, zero_points: bool, tmp_path: Path
+    family: str, name: str, algorithm: str, kind: str, zero_points: bool, tmp_path: Path
 ) -> None:
     """Of the head's tensor, or of the embedding's where that is the head; the embedding itself stays at 8 bits."""
-    bundle = export(family, name, tmp_path, algorithm=algorithm, zero_points=zero_points)
+    bundle = export(family, name, tmp_path, algorithm=algorithm, zero_points=zero_points, head=kind)
     checkpoint = Checkpoint.open(tmp_path / "checkpoint")
     module = find_family(checkpoint)
     config = module.read_config(checkpoint)
-    _, plan = untie_head(config, module.plan_weights(config), "int4")
-    layout = plan_layout(plan, "int4", 32, zero_points=zero_points, head="int4")
+    _, plan = untie_head(config, module.plan_weights(config), kind)
+    layout = plan_layout(plan, "int4", 32, zero_points=zero_points, head=kind)
     reader = WeightsReader(bundle.file("weights.bin"), layout)
     head, embedding = layout["head.weight"], layout["embed.weight"]
     source = checkpoint.read("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
     wanted = find_algorithm(algorithm).quantize(
-        source.astype(np.float32), 4, head.group_size, zero_points=not head.shared_zero_points
+        source.astype(np.float32), int(kind[-1]), head.group_size, zero_points=not head.shared_zero_points
     )
     np.testing.assert_array_equal(reader.read_rows(head, 0, config.vocab_size), wanted.dequantize())
-    assert (head.data.dtype, embedding.data.dtype) == ("uint4", "uint8") and embedding.shared_zero_points
-    assert head.shared_zero_points is not zero_points
+    assert (head.data.dtype, embedding.data.dtype) == (f"u{kind}", "uint8") and embedding.shared_zero_points
+    assert head.shared_zero_points is not (zero_points and kind == "int4")
 
 
+@pytest.mark.parametrize("kind", ["int4", "int6"])
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_every_engine_of_the_cpu_reads_it(
-    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: None
+    family: str, name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: None
 ) -> None:
-    bundle = export(family, name, tmp_path, zero_points=family == "phimoe")
+    bundle = export(family, name, tmp_path, zero_points=family == "phimoe", head=kind)
     classes = bundle.manifest["quantization"]["classes"]
-    assert (classes["head"]["dtype"], classes["embedding"]["dtype"]) == ("uint4", "uint8")
-    assert bundle.manifest["quantization"]["head"] == "int4" and bundle.manifest["provenance"]["verified"]
+    assert (classes["head"]["dtype"], classes["embedding"]["dtype"]) == (f"u{kind}", "uint8")
+    assert bundle.manifest["quantization"]["head"] == kind and bundle.manifest["provenance"]["verified"]
     ids = np.random.default_rng(3).integers(0, bundle.config["vocab_size"], 24)
     expected = canonical_logits(bundle, ids)
     model, _ = load_canonical(bundle)
@@ -108,15 +109,16 @@ def test_every_engine_of_the_cpu_reads_it(
     np.testing.assert_allclose(generator.get_output("logits")[0, 0], found[-1], atol=0.02 * np.abs(found).max())
 
 
-@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize(("kind", "zero_points"), [("int4", False), ("int4", True), ("int6", False)])
 @pytest.mark.parametrize(("family", "name"), CASES)
-def test_the_targets_of_gpus_read_it(family: str, name: str, zero_points: bool, tmp_path: Path) -> None:
-    bundle = export(family, name, tmp_path, zero_points=zero_points)
+def test_the_targets_of_gpus_read_it(family: str, name: str, kind: str, zero_points: bool, tmp_path: Path) -> None:
+    bundle = export(family, name, tmp_path, zero_points=zero_points, head=kind)
     model, config = load_canonical(bundle)
     network = lower_network(model, config, 40, real=ir.DataType.FLOAT)
     network.weights.write(tmp_path / WEIGHTS_FILE)
     network.save(tmp_path, MODEL)
-    assert network.model.graph.initializers["head.weight.lowered"].dtype == ir.DataType.INT4
+    wanted = {"int4": ir.DataType.INT4, "int6": ir.DataType.INT8}[kind]  # TensorRT has no integers of 6 bits
+    assert network.model.graph.initializers["head.weight.lowered"].dtype == wanted
     ids = np.random.default_rng(3).integers(0, config.vocab_size, 24)
     expected = canonical_logits(bundle, ids)
     on_cuda = lower_and_run(bundle, ids, ir.DataType.FLOAT)
@@ -124,24 +126,28 @@ def test_the_targets_of_gpus_read_it(family: str, name: str, zero_points: bool, 
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
-def test_a_tied_head_becomes_a_copy_that_counts_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "bits"), [("int4", 4), ("int6", 6)])
+def test_a_tied_head_becomes_a_copy_that_counts_once(kind: str, bits: int, tmp_path: Path) -> None:
     """What a token reads falls, what lies on the disk grows; the parameters are the checkpoint's."""
-    copied = export(*CASES[1], tmp_path)
+    copied = export(*CASES[1], tmp_path, head=kind)
     tied = moedge.export(tmp_path / "checkpoint", tmp_path / "tied", group_size=32, verify=False)
     assert copied.manifest["model"] == tied.manifest["model"]
-    assert "the head is tied to the embedding; in int4 it is stored beside it" in copied.manifest["provenance"]["notes"]
+    told = f"the head is tied to the embedding; in {kind} it is stored beside it"
+    assert told in copied.manifest["provenance"]["notes"]
     assert (tied.sizes["embedding"], copied.sizes["embedding"]) == (0, tied.sizes["head"])
     vocab, hidden = tied.config["vocab_size"], tied.config["hidden_size"]
-    assert copied.sizes["head"] == vocab * hidden // 2 + 4 * vocab * hidden // 32
-    assert bytes_per_token(tied.manifest, 64) - bytes_per_token(copied.manifest, 64) == vocab * hidden // 2
-    assert [ModelShape.from_manifest(bundle.manifest).head_bits for bundle in (tied, copied)] == [8, 4]
+    assert copied.sizes["head"] == vocab * hidden * bits // 8 + 4 * vocab * hidden // 32
+    saved = bytes_per_token(tied.manifest, 64) - bytes_per_token(copied.manifest, 64)
+    assert saved == vocab * hidden * (8 - bits) // 8
+    assert [ModelShape.from_manifest(bundle.manifest).head_bits for bundle in (tied, copied)] == [8, bits]
     assert tied.manifest["quantization"]["head"] == "int8"
 
 
-def test_gptq_fits_the_head_to_what_it_is_multiplied_with(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int4", "int6"])
+def test_gptq_fits_the_head_to_what_it_is_multiplied_with(kind: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Another one than hqq's, and parity checked, in an export as in each of its parts."""
     (tmp_path / "text.txt").write_text(TEXT)
-    options: dict[str, Any] = {"head": "int4", "group_size": 32}
+    options: dict[str, Any] = {"head": kind, "group_size": 32}
     fitted = moedge.export(
         tiny_checkpoint, tmp_path / "gptq", algorithm="gptq", calibration=tmp_path / "text.txt", **options
     )
@@ -153,7 +159,7 @@ def test_gptq_fits_the_head_to_what_it_is_multiplied_with(tiny_checkpoint: Path,
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"head": "fp16"}, "head 'fp16' is not known; known: int8, int4"),
+        ({"head": "fp16"}, "head 'fp16' is not known; known: int8, int6, int4"),
         (
             {"weights": "int8", "head": "int4"},
             "head 'int4' is for weights int4, and these are int8; leave --head out, or use --weights int4",

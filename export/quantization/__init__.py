@@ -158,8 +158,8 @@ def pack_int4(codes: Array) -> Array:
 def pack_int6(codes: Array) -> Array:
     """uint8 [..., n] of values 0 to 63 -> uint8 [..., 3 n / 4], by blocks of 64, which must divide n.
 
-    A block is 32 bytes of the codes' lower four bits, code i low and code 32 + i high, then 16 bytes of their upper two,
-    codes i, 16 + i, 32 + i and 48 + i from the lowest bits on: a vector of neighbours comes out of each load.
+    A block is 32 bytes of the codes' lower four bits, code i low and code 32 + i high, then 16 bytes of their upper
+    two, codes i, 16 + i, 32 + i and 48 + i from the lowest bits on: a vector of neighbours comes out of each load.
     """
     blocks = codes.reshape(*codes.shape[:-1], -1, SIX_BIT_BLOCK)
     upper = blocks >> 4

@@ -82,7 +82,9 @@ def _is_coded(node: ir.Node) -> bool:
     source = transpose.inputs[0].producer() if transpose is not None and transpose.inputs[0] is not None else None
     if source is None or source.op_type != "DequantizeLinear" or source.inputs[0] is None:
         return False
-    return source.inputs[0].is_initializer() and bool(linear_matrix(node).bits)
+    codes = source.inputs[0].producer()
+    stored = source.inputs[0].is_initializer() or (codes is not None and codes.op_type == "SixBitCodes")
+    return stored and bool(linear_matrix(node).bits)
 
 
 def _give_routes(lowering: _Lowering, call: ir.Node, layer: int, top_k: int) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...export.quantization import unpack_int6
+
 if TYPE_CHECKING:
     from ._canonical import Matrix
 
@@ -46,6 +48,8 @@ class Values:
             return np.asarray(data, np.float32)
         if self._matrix.bits == 4:
             data = np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
+        if self._matrix.six_bits:
+            data = unpack_int6(data)
         middle = np.float32(1 << (self._matrix.bits - 1))
         points = middle if self._zero_points is None else self._spread(self._zero_points[key])
         values: Array = (data.astype(np.float32) - points) * self._spread(self._scales[key])

@@ -1,8 +1,9 @@
 """The weights of a TensorRT network: a file of its own, in layouts that TensorRT reads fast, streamed from weights.bin.
 
 TensorRT takes signed INT4 and INT8 with zero point 0: codes are flipped as they pass (XOR 0x88 and 0x80). Zero points
-become offsets: scale * (code - zero point) = scale * flipped + scale * (middle - zero point). Every matrix has one
-layout that both optimization profiles read, because a second one is a second copy in the engine.
+become offsets: scale * (code - zero point) = scale * flipped + scale * (middle - zero point). Codes of 6 bits, which
+TensorRT has not, become INT8. Every matrix has one layout that both optimization profiles read, because a second one is
+a second copy in the engine.
 N = out, K = in, B = block (inputs that share a scale), E = experts, H = hidden size, I = intermediate size.
 """
 
@@ -19,6 +20,7 @@ import onnx_ir as ir
 
 from ...bundle import Progress
 from ...errors import BuildError
+from ...export.quantization import unpack_int6
 from ._canonical import Matrix
 from ._trt_fp8 import Values, codes_of, rounded, scales_of
 
@@ -84,18 +86,18 @@ class LoweredWeights:
         if self.fp8 and not as_it_is:
             sources = [self._values(matrix) for matrix in matrices]
             return self._by_row(name, (rows, width), lambda change: _each_row(sources, change)())
-        data = [matrix.data for matrix in matrices]
+        data = [_SixBits(matrix.data) if matrix.six_bits else matrix.data for matrix in matrices]
         if not first.bits:
             return Stored(self.add(name, self.real, (rows, width), _each_row(data, self._real)), None, 0, 0)
-        block = _split_block(first.block_size, width)
-        codes = self.add(name, _CODES[first.bits], (rows, width), _each_row(data, _flip_of(first)))
+        block, bits = _split_block(first.block_size, width), _stored_bits(first)
+        codes = self.add(name, _CODES[bits], (rows, width), _each_row(data, _flip_of(first)))
         scale_rows = _each_row(_scales_of(matrices), lambda part: self._scales(part, first.block_size, block, name))
         shape = (rows, width // block)
         scales = self.add(f"{name}.scales", self.real, shape, scale_rows)
         if all(matrix.symmetric for matrix in matrices):
-            return Stored(codes, scales, first.bits, block)
+            return Stored(codes, scales, bits, block)
         offset_rows = _each_row([_Offsets(matrix, block) for matrix in matrices], self._real)
-        return Stored(codes, scales, first.bits, block, self.add(f"{name}.offsets", self.real, shape, offset_rows))
+        return Stored(codes, scales, bits, block, self.add(f"{name}.offsets", self.real, shape, offset_rows))
 
     def expert_rows(self, name: str, experts: Matrix, shared: Matrix | None) -> Stored:
         """gate_up [E, 2I, H], rows interleaved, as [E*2I, H] with each expert's gate rows before its up rows.
@@ -298,6 +300,30 @@ class LoweredWeights:
 
 
 @dataclass(frozen=True)
+class _SixBits:
+    """Packed codes of 6 bits that are to be 8-bit ones; stands for the value of the bytes."""
+
+    data: ir.Value
+
+
+class _SixBitRows:
+    """The 8-bit codes of a mapped view of such bytes, rows by slices."""
+
+    itemsize = 1
+
+    def __init__(self, packed: Array) -> None:
+        self.packed = packed
+        self.shape = (len(packed), packed.shape[1] * 4 // 3)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Array:
+        codes: Array = unpack_int6(self.packed[rows]) + np.uint8(96)
+        return codes
+
+
+@dataclass(frozen=True)
 class _Narrowed:
     """Scales of a matrix, repeated for a narrower block; stands for the value of the scales."""
 
@@ -345,8 +371,12 @@ def _scales_of(matrices: list[Matrix]) -> list[ir.Value]:
     return [matrix.scales for matrix in matrices if matrix.scales is not None]
 
 
+def _stored_bits(matrix: Matrix) -> int:
+    return 8 if matrix.six_bits else matrix.bits
+
+
 def _flip_of(matrix: Matrix) -> Callable[[Array], Array]:
-    flip = np.uint8(_FLIP[matrix.bits])
+    flip = np.uint8(_FLIP[_stored_bits(matrix)])
     return lambda part: part ^ flip
 
 
@@ -356,6 +386,8 @@ def _bytes_or_floats(source: Any) -> Any:
         return source
     if isinstance(source, _Offsets):
         return source.read()
+    if isinstance(source, _SixBits):
+        return _SixBitRows(_bytes_or_floats(source.data))
     if isinstance(source, _Narrowed):
         assert source.matrix.scales is not None
         view = _bytes_or_floats(source.matrix.scales)
@@ -377,7 +409,7 @@ def _whole(source: ir.Value) -> Chunks:
     return lambda: iter([_bytes_or_floats(source)])
 
 
-def _each_row(sources: Sequence[ir.Value | _Offsets | Values], change: Callable[[Array], Array]) -> Chunks:
+def _each_row(sources: Sequence[ir.Value | _Offsets | _SixBits | Values], change: Callable[[Array], Array]) -> Chunks:
     """Rows of [N, width] matrices in order, `change`d."""
 
     def chunks() -> Iterator[Array]:

@@ -50,7 +50,7 @@ from ._trt_weights import LoweredWeights, Stored
 WEIGHTS_FILE = "model.weights"
 
 # Calls whose bodies are as good as anything else; every other one is lowered.
-_INLINED = ("Positions", "RotaryAngles", "LongRotaryAngles", "DynamicRotaryAngles", "SwiGLU")
+_INLINED = ("Positions", "RotaryAngles", "LongRotaryAngles", "DynamicRotaryAngles", "SwiGLU", "SixBitCodes")
 _LOWERED = {
     "LatentAttention": lower_latent_attention,
     "GroupedAttention": lower_grouped_attention,
