@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import family_cases
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,7 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from lowered_graph import LoweredGraph
+from model_manifests import deepseek_v2_lite
 from test_onnxruntime_cuda import lower_and_run
 
 import moedge
@@ -27,6 +29,7 @@ from moedge.export.quantization import find_algorithm
 from moedge.export.reader import WeightsReader
 from moedge.profiles.device import load_profile
 from moedge.profiles.estimate import bytes_per_token, estimate
+from moedge.profiles.fit import check_fit
 from moedge.profiles.shape import ModelShape
 from moedge.profiles.targets import onnxruntime as target
 from moedge.profiles.targets._canonical import load_canonical
@@ -170,6 +173,36 @@ def test_what_is_refused(options: dict[str, str], told: str, tiny_checkpoint: Pa
     with pytest.raises(moedge.CheckpointError) as raised:
         moedge.export(tiny_checkpoint, tmp_path / "out", **options)  # type: ignore[arg-type]
     assert str(raised.value) == told and not (tmp_path / "out").exists()
+
+
+def test_what_a_head_is_where_nobody_asks(tmp_path: Path) -> None:
+    """int6; int8 where it is the embedding's table or 64 does not divide its width, for which int6 is refused."""
+    found = {}
+    for name, changes in {"plain": {}, "tied": {"tie_word_embeddings": True}, "narrow": {"hidden_size": 48}}.items():
+        checkpoints.save_model(checkpoints.make_model(**changes), tmp_path / name)
+        bundle = moedge.export(tmp_path / name, tmp_path / f"{name}.bundle", group_size=16)
+        classes = bundle.manifest["quantization"]["classes"]
+        role = "embedding" if name == "tied" else "head"
+        found[name] = (bundle.manifest["quantization"]["head"], classes[role]["dtype"], len(bundle.manifest["sizes"]))
+    assert found == {"plain": ("int6", "uint6", 8), "tied": ("int8", "uint8", 8), "narrow": ("int8", "uint8", 8)}
+    with pytest.raises(moedge.CheckpointError) as raised:
+        moedge.export(tmp_path / "narrow", tmp_path / "out", head="int6")
+    told = "head 'int6' takes a hidden size that 64 divides, and this one is 48; use --head int8 or int4"
+    assert str(raised.value) == told and not (tmp_path / "out").exists()
+
+
+def test_targets_without_such_kernels_count_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what a step reads and in what must fit; an int8 head's figures are the same."""
+    six, eight = deepseek_v2_lite(head="int6"), deepseek_v2_lite(head="int8")
+    codes = 102400 * 2048
+    assert bytes_per_token(six, 64) == bytes_per_token(eight, 64) - round(codes * (2 + 8 / 128) / 8)
+    assert bytes_per_token(six, 64, target="tensorrt_rtx") == bytes_per_token(six, 64) + codes // 4
+    fits = [check_fit(six, load_profile(name)).weight_bytes for name in ("cpu", "rtx4090")]
+    assert fits[1] - fits[0] == codes // 4
+    shown = [estimate(six, load_profile(name))["bytes_per_token"] for name in ("raspberry-pi-5", "rtx4090")]
+    monkeypatch.setenv("MOEDGE_KERNELS", "stock")
+    assert estimate(six, load_profile("rtx4090"))["bytes_per_token"] == shown[1]
+    assert estimate(six, load_profile("raspberry-pi-5"))["bytes_per_token"] > shown[0]
 
 
 def test_the_command_and_a_bundle_of_before(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:

@@ -178,6 +178,35 @@ def test_a_head_in_four_bits_where_it_is_not_the_embedding(tmp_path: Path, trace
     assert len(own.manifest["provenance"]["notes"]) == 1 and own.manifest["quantization"]["head"] == "int4"
 
 
+def make_wide() -> Tied:
+    class Wide(Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = torch.nn.Linear(HIDDEN, 64)
+            self.head = torch.nn.Linear(64, VOCAB)
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            x = self.embedding(input_ids)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(self.wide(x))
+
+    torch.manual_seed(4)
+    return Wide().eval()
+
+
+def test_a_head_in_six_bits_is_what_nobody_asks_for(tmp_path: Path) -> None:
+    """Its engine, whose products round activations, gives nearly what the checked graph does."""
+    made = export_torch_model(make_wide, tmp_path / "b", group_size=16)
+    assert made.manifest["quantization"]["head"] == "int6" and made.manifest["provenance"]["verified"]
+    assert made.manifest["quantization"]["classes"]["head"]["dtype"] == "uint6"
+    (wanted,) = ort.InferenceSession(made.file("model.onnx")).run(None, {"input_ids": np.array([PROMPT])})
+    moedge.build(made.path, "cpu")
+    with moedge.load(made.path, "cpu") as engine:
+        found = engine.logits(PROMPT)
+    assert np.median(np.abs(found - wanted[0])) < 0.1 * wanted.std()
+
+
 def test_a_nan_in_a_router_is_reported(bundle: tuple[str, Path], tmp_path: Path) -> None:
     """Also where a step asks for no logits, which is not run before the next one."""
     made = moedge.Bundle.open(shutil.copytree(bundle[1], tmp_path / "b"))
