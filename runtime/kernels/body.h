@@ -419,7 +419,8 @@ namespace {
 template <class S>
 void multiply(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
               int64_t count, float* out, int64_t stride) {
-  const auto run = matrix.bits == 4 ? multiply_bits<S, 4> : matrix.bits == 6 ? multiply_six_bits<S> : multiply_bits<S, 8>;
+  const auto wide = matrix.bits == 6 ? multiply_six_bits<S> : multiply_bits<S, 8>;
+  const auto run = matrix.bits == 4 ? multiply_bits<S, 4> : wide;
   run(matrix, first, rows, x, index, count, out, stride);
 }
 

@@ -62,7 +62,7 @@ struct Avx512 {
     const Int fours = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 32)));
     const Int lower = _mm512_srlv_epi64(pairs, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
     const Int upper = _mm512_rorv_epi64(fours, _mm512_setr_epi64(60, 60, 62, 62, 0, 0, 2, 2));
-    const Int six = _mm512_ternarylogic_epi64(_mm512_set1_epi8(15), lower, upper, 0xca);  // lower's bits where 1, else upper's
+    const Int six = _mm512_ternarylogic_epi64(_mm512_set1_epi8(15), lower, upper, 0xca);  // where 1 lower, else upper
     out[0] = _mm512_and_si512(six, _mm512_set1_epi8(63));
   }
 

@@ -39,7 +39,8 @@ struct Neon {
   template <int place>
   static Int upper(Int a) {
     const uint8x16_t bytes = vreinterpretq_u8_s32(a);
-    const uint8x16_t moved = place == 0 ? vshlq_n_u8(bytes, 4) : place == 1 ? vshlq_n_u8(bytes, 2) : place == 2 ? bytes : vshrq_n_u8(bytes, 2);
+    const uint8x16_t low = place == 0 ? vshlq_n_u8(bytes, 4) : vshlq_n_u8(bytes, 2);
+    const uint8x16_t moved = place < 2 ? low : place == 2 ? bytes : vshrq_n_u8(bytes, 2);
     return vreinterpretq_s32_u8(vandq_u8(moved, vdupq_n_u8(48)));
   }
   // The instruction multiplies signed bytes: 8-bit codes less 128.

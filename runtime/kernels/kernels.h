@@ -21,8 +21,8 @@ constexpr int64_t kAhead = 8192;
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t kMostWidth = 32768;  // of a matrix of 6-bit codes, and of any that one token has a path of its own for
-constexpr int64_t kSixBitBlock = 64;   // codes that are packed together
+constexpr int64_t kMostWidth = 32768;  // of a matrix of 6-bit codes, and of any that has a path of its own for one token
+constexpr int64_t kSixBitBlock = 64;  // codes that are packed together
 
 // One matrix [rows, width] as it lies in weights.bin: codes of 4 bits (two to a byte, low nibble first), 6 (six_bits.h)
 // or 8.

@@ -63,7 +63,8 @@ OrtStatus* ExpertsOp::run(OrtKernelContext* context) const {
                    inner, in[6].shape[2] > 0 ? inner / in[6].shape[2] : 0, bits};
   if (!good_group(hidden, in[4].shape[2]) || !good_group(inner, in[6].shape[2]))
     return invalid("moedge.cpu.Experts: a scale must stand for 16, 32, 64, 128, 256 or 512 codes");
-  const bool fits = gate_up.is_packed_well() && out.is_packed_well() && chosen.shape[0] == tokens && weights.is(tokens, choices) && up.shape[1] == 2 * inner &&
+  const bool fits = gate_up.is_packed_well() && out.is_packed_well() && chosen.shape[0] == tokens &&
+                    weights.is(tokens, choices) && up.shape[1] == 2 * inner &&
                     up.is(experts, 2 * inner, gate_up.row_bytes()) && in[4].is(experts, 2 * inner, gate_up.groups()) &&
                     down.is(experts, hidden, out.row_bytes()) && in[6].is(experts, hidden, out.groups()) &&
                     (!in[7].data || in[7].is(experts, 2 * inner, gate_up.zero_row_bytes())) &&

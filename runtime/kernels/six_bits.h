@@ -17,7 +17,7 @@ constexpr int64_t kPackedBlock = kSixBitBlock * 6 / 8;
 // Rows by one row of activations, read as they lie: see `multiply_one`. Groups of `blocks` blocks, 0: of any number.
 template <class S, int blocks>
 __attribute__((noinline, hot)) void multiply_six_one(const Matrix& matrix, int64_t first, int64_t rows,
-                                                const Activations& x, int64_t token, float* out) {
+                                                     const Activations& x, int64_t token, float* out) {
   constexpr int64_t lanes = S::lanes, vectors = kSixBitBlock / (4 * lanes);
   const int64_t groups = x.groups, count = blocks ? blocks : matrix.group / kSixBitBlock;
   alignas(64) int32_t integers[kMostWidth * lanes / kSixBitBlock / 4 + lanes];  // [row][group], and room to read on
@@ -69,8 +69,8 @@ __attribute__((noinline, hot)) void load_six_bits(const uint8_t* const* rows, in
 // A group of `lanes` rows, `count` words of each, by M rows of activations; adds to acc [M][lanes].
 template <class S, int M>
 __attribute__((noinline, hot)) void add_six_bits(const typename S::Int* words, int64_t count, const float* scales,
-                                            const Activations& x, const int32_t* index, int64_t first, int64_t place,
-                                            float* acc) {
+                                                 const Activations& x, const int32_t* index, int64_t first,
+                                                 int64_t place, float* acc) {
   constexpr int chains = M > 1 ? 2 : 4;  // so that no dot product need wait for the last
   typename S::Int sums[M][chains];
   const int8_t* parts[M];
@@ -97,8 +97,8 @@ __attribute__((noinline, hot)) void add_six_bits(const typename S::Int* words, i
 
 // `lanes` rows from `first` by any number of rows of activations: the weights are turned and unpacked once for all.
 template <class S>
-__attribute__((cold)) void multiply_six_many(const Matrix& matrix, int64_t first, const Activations& x, const int32_t* index, int64_t count,
-                       float* acc) {
+__attribute__((cold)) void multiply_six_many(const Matrix& matrix, int64_t first, const Activations& x,
+                                             const int32_t* index, int64_t count, float* acc) {
   constexpr int64_t lanes = S::lanes;
   const int64_t bytes = matrix.row_bytes(), group = matrix.group;
   const int64_t span = group > kSixBitBlock ? group : kSixBitBlock;
@@ -134,12 +134,14 @@ __attribute__((cold)) void multiply_six_many(const Matrix& matrix, int64_t first
 }
 
 template <class S>
-__attribute__((cold)) void multiply_six_bits(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
-                       int64_t count, float* out, int64_t stride) {
+__attribute__((cold)) void multiply_six_bits(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x,
+                                             const int32_t* index, int64_t count, float* out, int64_t stride) {
   constexpr int64_t lanes = S::lanes;
   if constexpr (lanes > 4)
-    if (count == 1 && matrix.rows >= lanes && matrix.width <= kMostWidth / 4 && matrix.group % kSixBitBlock == 0)
-      return (matrix.group == 2 * kSixBitBlock ? multiply_six_one<S, 2> : multiply_six_one<S, 0>)(matrix, first, rows, x, index ? index[0] : 0, out);
+    if (count == 1 && matrix.rows >= lanes && matrix.width <= kMostWidth / 4 && matrix.group % kSixBitBlock == 0) {
+      const auto run = matrix.group == 2 * kSixBitBlock ? multiply_six_one<S, 2> : multiply_six_one<S, 0>;
+      return run(matrix, first, rows, x, index ? index[0] : 0, out);
+    }
   alignas(64) float acc[kMaxTokens * lanes];
   for (int64_t at = 0; at < rows; at += lanes) {
     multiply_six_many<S>(matrix, first + at, x, index, count, acc);
