@@ -167,7 +167,7 @@ def check_bars(results: list[dict[str, Any]]) -> list[tuple[str, bool]]:
 
 
 def judge_heads(results: list[dict[str, Any]], head: str) -> tuple[str, bool]:
-    """Whether a head of so few bits is so nearly free that it should be the default."""
+    """Whether a head of so few bits is so nearly free that it should be the default; bits per byte have more chance."""
     found = [each for each in compare_heads(results, head) if each.group_size == 128]
     told = ", ".join(f"{each.algorithm} {each.spread:.0%}" for each in found)
     bar = f"{head}: at group 128 it adds at most {FREE_HEAD:.0%} of the divergence ({told})"
