@@ -16,6 +16,7 @@ from moedge.runtime import kernels
 
 Array = NDArray[Any]
 Float = NDArray[np.float32]
+EPSILON = 1e-3
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 KINDS = {np.dtype(kind): value for kind, value in (
     (np.float32, TensorProto.FLOAT), (np.float16, TensorProto.FLOAT16), (np.int8, TensorProto.INT8),
@@ -35,6 +36,7 @@ class Grouped:
     sinks: bool = False
     interleaved: bool = False
     kind: str = "fp32"
+    norm: str = ""  # of q and k, before they are rotated: "head" or "row"
 
     @property
     def room(self) -> int:
@@ -59,6 +61,7 @@ class Latent:
     parts: int = 1
     group: int = 0  # of k_up and v_up in codes; 0: floats
     zero_points: bool = False
+    norm: bool = False  # of the latent, which then comes in a row with its rotated key
 
     @property
     def scale(self) -> float:
@@ -93,13 +96,15 @@ def grouped_model(case: Grouped, lanes: int, constants: dict[str, Array | None],
     names = ["q", "k", "v", "cos", "sin"]
     attributes = {"num_heads": case.heads, "num_key_value_heads": case.groups, "head_dim": case.size}
     attributes |= {"scale": case.scale, "interleaved": int(case.interleaved), "window": case.window}
+    attributes |= {"epsilon": EPSILON} if case.norm else {}
     caches = [f"{kind}.{lane}" for lane in range(lanes) for kind in ("keys", "values")]
     return _model("GroupedAttention", names, constants, caches, DTYPES[case.kind], sizes, attributes)
 
 
 def latent_model(case: Latent, lanes: int, constants: dict[str, Array | None], sizes: bool = True) -> bytes:
-    names = ["q", "latent", "k_rope", "cos", "sin"]
+    names = ["q", *(("kv_a", "norm") if case.norm else ("latent", "k_rope")), "cos", "sin"]
     attributes = {"scale": case.scale, "interleaved": int(case.interleaved), "scaled": int(case.kind == "int8")}
+    attributes |= {"epsilon": EPSILON} if case.norm else {}
     kinds = ["rows", "scales"] if case.kind == "int8" else ["rows"]
     caches = [f"{kind}.{lane}" for lane in range(lanes) for kind in kinds]
     return _model("LatentAttention", names, constants, caches, DTYPES[case.kind], sizes, attributes)
@@ -115,12 +120,13 @@ def _model(
     attributes: dict[str, Any],
 ) -> bytes:
     before = [name for name in ("k_up", "v_up") if name in constants]
-    after = [name for name in constants if name not in before]
+    after = [name for name in constants if name not in (*before, *names)]
     held = [name if constants[name] is not None else "" for name in (*before, "|", *after) if name != "|"]
     places = ["lengths", "sizes" if sizes else ""]
     inputs = [*names, *held[: len(before)], *places, *held[len(before) :], *caches]
     node = helper.make_node(op, inputs, ["y"], domain=kernels.DOMAIN, **attributes)
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+    rows = [name for name in names if name not in constants]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in rows]
     values += [helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in places if name]
     for name in caches:
         kind = TensorProto.FLOAT if name.startswith("scales.") else KINDS[np.dtype(dtype)]
@@ -175,6 +181,16 @@ def rotate(x: Float, cos: Float, sin: Float, interleaved: bool) -> Float:
     return np.concatenate([both, rest], -1)
 
 
+def normalize(x: Float, weight: Array | None) -> Float:
+    """RMSNorm of parts of rows, as wide as the weight."""
+    if weight is None:
+        return x
+    parts = x.reshape(len(x), -1, len(weight)).astype(np.float64)
+    normed = parts / np.sqrt((parts**2).mean(-1, keepdims=True) + EPSILON) * weight
+    found: Float = normed.reshape(x.shape).astype(np.float32)
+    return found
+
+
 def attend(q: Float, keys: Array, values: Array, past: int, window: int, scale: float, sinks: Array | None) -> Array:
     """q [S, n, d], keys [T, n, d], values [T, n, v] -> [S, n, v], in float64."""
     scores = np.einsum("snd,tnd->nst", q.astype(np.float64), keys.astype(np.float64)) * scale
@@ -198,8 +214,9 @@ def grouped_reference(case: Grouped, run: Run) -> Array:
         if size == 0:
             continue
         cos, sin = run.inputs["cos"][0, own], run.inputs["sin"][0, own]
-        q = rotate(run.inputs["q"][own].reshape(size, case.heads, case.size), cos, sin, case.interleaved)
-        k = rotate(run.inputs["k"][own].reshape(size, case.groups, case.size), cos, sin, case.interleaved)
+        q, k = (normalize(run.inputs[name][own], run.constants.get(f"{name}_norm")) for name in ("q", "k"))
+        q = rotate(q.reshape(size, case.heads, case.size), cos, sin, case.interleaved)
+        k = rotate(k.reshape(size, case.groups, case.size), cos, sin, case.interleaved)
         v = run.inputs["v"][own].reshape(size, case.groups, case.size)
         known = []
         for cache, rows, name in ((keys, k, "key_scales"), (values, v, "value_scales")):
@@ -229,8 +246,10 @@ def latent_reference(case: Latent, run: Run) -> Array:
         cos, sin = run.inputs["cos"][0, own], run.inputs["sin"][0, own]
         q = run.inputs["q"][own].reshape(size, case.heads, case.nope + case.rope)
         q_rope = rotate(q[..., case.nope :], cos, sin, case.interleaved)
-        k_rope = rotate(run.inputs["k_rope"][own][:, None], cos, sin, case.interleaved)[:, 0]
-        rows = np.concatenate([run.inputs["latent"][own], k_rope], -1)
+        both = run.inputs["kv_a"] if case.norm else np.concatenate([run.inputs["latent"], run.inputs["k_rope"]], -1)
+        latent, k_rope = both[own, : case.rank], both[own, case.rank :]
+        k_rope = rotate(k_rope[:, None], cos, sin, case.interleaved)[:, 0]
+        rows = np.concatenate([normalize(latent, run.constants.get("norm")), k_rope], -1)
         if case.kind == "int8":
             blocks = rows.reshape(size, case.parts, -1)
             scales = np.maximum(np.abs(blocks).max(-1) / 127, 1e-30)
@@ -282,6 +301,9 @@ def make_run(
         for name in ("key_scales", "value_scales"):
             steps = (generator.random(case.groups * case.room, np.float32) + 0.5) / 40
             constants[name] = steps.astype(np.float32) if case.kind == "int8" else None
+        for name, heads in (("q_norm", case.heads), ("k_norm", case.groups)):
+            if case.norm:
+                constants[name] = normal(case.size * (heads if case.norm == "row" else 1), np.float32)
     else:
         inputs["q"] = normal((count, case.heads * (case.nope + case.rope)), np.float32)
         inputs["latent"] = normal((count, case.rank), np.float32)
@@ -293,6 +315,9 @@ def make_run(
         constants |= dict.fromkeys(("k_scales", "v_scales", "k_zeros", "v_zeros"))
         if case.group:
             constants |= quantize_heads(case, constants, generator)
+        if case.norm:
+            inputs["kv_a"] = np.concatenate([inputs.pop("latent"), inputs.pop("k_rope")], -1)
+            constants["norm"] = normal(case.rank, np.float32)
     caches = [
         _make_caches(case, length, capacity or length + size, generator)
         for length, size in zip(lengths, sizes, strict=True)

@@ -41,6 +41,10 @@ CASES: list[Grouped | Latent] = [
     Latent(4, 16, 8, 32, 16, group=16),
     Latent(3, 5, 2, 256, 70, kind="fp16", group=128, zero_points=True),
     Latent(2, 24, 8, 96, 20, kind="int8", parts=13, group=32),
+    Latent(4, 16, 8, 32, 16, norm=True),
+    Latent(2, 24, 8, 96, 20, kind="int8", parts=13, group=32, norm=True),
+    Grouped(6, 2, 24, 12, norm="head"),
+    Grouped(4, 2, 20, 10, kind="int8", norm="row"),
 ]
 # Rows in the caches, rows of the run: by lane. Blocks are of 128 keys, panels of 64.
 RUNS = [
@@ -233,5 +237,12 @@ def test_caches_of_another_kind_are_refused(library: Path) -> None:
     run.caches[0][1] = np.ascontiguousarray(run.caches[0][1][:, :3])
     with pytest.raises(Exception, match="the scales of a row are not of blocks of one size"):
         run_model(open_case(latent, run, library), run)
+    for normed, name in ((Grouped(4, 2, 16, 8, norm="head"), "k_norm"), (Latent(4, 16, 8, 32, 16, norm=True), "norm")):
+        run = make_run(normed, [6], [1], generator)
+        weight = run.constants[name]
+        assert weight is not None
+        run.constants[name] = weight[:-1]
+        with pytest.raises(Exception, match=FIT):
+            run_model(open_case(normed, run, library), run)
     with pytest.raises(Exception, match="num_heads must be a multiple of num_key_value_heads"):
         open_case(Grouped(3, 2, 16, 8), make_run(Grouped(4, 2, 16, 8), [1], [1], generator), library)

@@ -1,10 +1,12 @@
 """Attention by the ops of runtime/kernels: one node a layer for any number of lanes, which writes the caches itself.
 
-The canonical call's own inputs go in, with each lane's caches, whole: they are inputs that the op changes, so nothing
-comes out again, nothing is bound anew from step to step, and no order of nodes has to be kept up.
+The canonical call's own inputs go in, before their norms, with each lane's caches, whole: they are inputs that the op
+changes, so nothing comes out again, nothing is bound anew from step to step, and no order of nodes has to be kept up.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import onnx_ir as ir
 
@@ -46,10 +48,15 @@ class OwnAttentionLowering(AttentionLowering):
         if all(up.bits == 8 for up in ups):
             k_up, v_up = (up.data for up in ups)
             codes = [*(up.scales for up in ups), *(None if up.symmetric else up.zero_points for up in ups)]
+        found = _joined_latent(rows[1], rows[2])
+        attributes: dict[str, Any] = {}
+        if found is not None:
+            rows[1:3], attributes = found
         attended = self.rewriter.op(
             "LatentAttention",
             [*rows, k_up, v_up, self.lengths, self.sizes, *codes, *caches],
             domain=DOMAIN,
+            **attributes,
             scale=float(a["scale"]),
             interleaved=a["interleaved"],
             scaled=int(len(entries) > 1),
@@ -64,12 +71,19 @@ class OwnAttentionLowering(AttentionLowering):
         ]
         q, k, v, cos, sin, *sinks = call.inputs
         caches = self._take_caches(entries)
+        found = [_norm_before(value, a["head_dim"]) for value in (q, k)]
+        attributes: dict[str, Any] = {}
+        norms: list[ir.Value | None] = []
+        if found[0] is not None and found[1] is not None and found[0][2] == found[1][2]:
+            (q, *_), (k, *_), attributes = found[0], found[1], {"epsilon": found[0][2]}
+            norms = [found[0][1], found[1][1]]
         rows = [q, k, v, cos, sin, self.lengths, self.sizes, *(sinks or [None])]
         window = a["window"] if self.max_seq_len is None or a["window"] < self.max_seq_len else 0
         attended = self.rewriter.op(
             "GroupedAttention",
-            [*rows, *self.grouped.flat_scales([entry.name for entry in entries]), *caches],
+            [*rows, *self.grouped.flat_scales([entry.name for entry in entries]), *norms, *caches],
             domain=DOMAIN,
+            **attributes,
             num_heads=a["num_heads"],
             num_key_value_heads=groups,
             head_dim=a["head_dim"],
@@ -91,3 +105,33 @@ class OwnAttentionLowering(AttentionLowering):
                 found.append(ir.val(self.lanes.name("past", entry.name, lane), entry.onnx_type, shape))
         self.graph.inputs.extend(found)
         return found
+
+
+def _norm_before(value: ir.Value | None, head_dim: int = 0) -> tuple[ir.Value, ir.Value, float] | None:
+    """What an RMSNorm over rows, or between two reshapes over heads, is of, its weight and its epsilon."""
+    node = value.producer() if value is not None else None
+    by_head = node is not None and node.op_type == "Reshape"
+    if by_head and node is not None and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if node is None or node.op_type != "RMSNormalization" or node.attributes.get_int("axis", -1) != -1:
+        return None
+    x, weight = node.inputs[:2]
+    if by_head:
+        before = x.producer() if x is not None else None
+        x = before.inputs[0] if before is not None and before.op_type == "Reshape" else None
+    if x is None or weight is None or weight.dtype != ir.DataType.FLOAT or weight.shape is None:
+        return None
+    if by_head and weight.shape[0] != head_dim:
+        return None
+    return x, weight, float(node.attributes.get_float("epsilon", 1e-5))
+
+
+def _joined_latent(
+    latent: ir.Value | None, k_rope: ir.Value | None
+) -> tuple[list[ir.Value | None], dict[str, Any]] | None:
+    """The row that latent and rotated key are split off, and the weight of the latent's norm, for the op to do both."""
+    found = _norm_before(latent)
+    split = found[0].producer() if found is not None else None
+    if found is None or split is None or split.op_type != "Split" or list(split.outputs) != [found[0], k_rope]:
+        return None
+    return [split.inputs[0], found[1]], {"epsilon": found[2]}

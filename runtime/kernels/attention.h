@@ -148,12 +148,20 @@ struct Rotation {
   bool interleaved;
 };
 
-// q [tokens, heads * width], k and v [tokens, groups * width].
+// An RMSNorm of parts of a row; null weight: none.
+struct PartNorm {
+  const float* weight;  // [width]
+  int64_t width;
+};
+
+// q [tokens, heads * width], k and v [tokens, groups * width]; q and k come before their norms, of a head or of all.
 struct GroupedAttention {
   Attention core;  // queries and scratch are set by the run
   const float* q;
   const float* k;
   const float* v;
+  PartNorm q_norm, k_norm;
+  float epsilon;
   Rotation rotation;
   const float* key_scales;    // of int8: [groups, room]
   const float* value_scales;  // likewise
@@ -176,13 +184,16 @@ struct HeadMatrices {
   }
 };
 
-// q [tokens, heads * (nope + rope)], latent [tokens, rank], k_rope [tokens, rope], k_up [heads, nope, rank], v_up
-// [heads, value_size, rank] -> y [tokens, heads * value_size].
+// q [tokens, heads * (nope + rope)], latent [tokens, rank], before its norm if it has one, and k_rope [tokens, rope], k_up
+// [heads, nope, rank], v_up [heads, value_size, rank] -> y [tokens, heads * value_size].
 struct LatentAttention {
   Attention core;
   const float* q;
   const float* latent;
   const float* k_rope;
+  int64_t latent_stride, rope_stride;
+  const float* norm;  // [rank] or null
+  float epsilon;
   Rotation rotation;
   HeadMatrices k_up, v_up;
   int64_t nope, rope, rank, value_size;

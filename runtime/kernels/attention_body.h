@@ -195,7 +195,8 @@ void absorb(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& mat
     if (rows == 1 && group >= S::alone * S::lanes)
       multiply_columns<S, Codes<S>, 1, S::alone>(a, a_stride, rows, part, 0, depth, width, kAhead, k > 0, c, c_stride);
     else if (group >= S::wide * S::lanes)
-      multiply_columns<S, Codes<S>, S::few, S::wide>(a, a_stride, rows, part, 0, depth, width, kAhead, k > 0, c, c_stride);
+      multiply_columns<S, Codes<S>, S::few, S::wide>(a, a_stride, rows, part, 0, depth, width, kAhead, k > 0, c,
+                                                     c_stride);
     else
       multiply_columns<S, Codes<S>, S::few, least_vectors>(a, a_stride, rows, part, 0, depth, width, kAhead, k > 0, c,
                                                            c_stride);

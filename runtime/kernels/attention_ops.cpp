@@ -5,10 +5,12 @@
 // run's own keys and values are written to the caches, which are inputs that change: each is bound once, whole.
 //
 // GroupedAttention  q [S, n d], k and v [S, g d], cos and sin [1, S, pairs], lengths int64 [lanes], sizes int64 [lanes]
-//                   (one lane: left out), sinks [n] (or none), key and value scales [g room] (int8 alone), then for
-//                   each lane keys and values [1, g, capacity, room] float, float16 or int8 -> y [S, n d]; attributes
-//                   num_heads, num_key_value_heads, head_dim, scale, interleaved, window (0: none)
-// LatentAttention   q [S, n (nope + rope)], latent [S, rank], k_rope [S, rope], cos and sin [1, S, rope / 2], k_up
+//                   (one lane: left out), sinks [n] (or none), key and value scales [g room] (int8 alone), with the
+//                   attribute epsilon the weights of q's and k's RMSNorm [d], or [n d] and [g d], then for each lane
+//                   keys and values [1, g, capacity, room] float, float16 or int8 -> y [S, n d]; attributes num_heads,
+//                   num_key_value_heads, head_dim, scale, interleaved, window (0: none)
+// LatentAttention   q [S, n (nope + rope)], latent [S, rank], k_rope [S, rope], or with the attribute epsilon both in one
+//                   [S, rank + rope] and the weight of the latent's RMSNorm [rank], cos and sin [1, S, rope / 2], k_up
 //                   [n, nope, rank] and v_up [n, v, rank] float, or codes uint8, lengths, sizes, then of codes the scales
 //                   float and zero points uint8 (or none: 128) [n, .., rank / group]: of k_up, of v_up, of k_up, of v_up;
 //                   then for each lane the cache [capacity, rank + rope], after it in int8 its scales float [capacity,
@@ -27,9 +29,11 @@ constexpr int64_t kMostLanes = 256;
 
 struct AttentionOp : KernelBase {
   float scale;
+  float epsilon;  // of norms that are the op's to do; negative: there are none
   int64_t interleaved;
 
   OrtStatus* read_attributes(const OrtKernelInfo* info) {
+    epsilon = attribute_or(ort, info, "epsilon", -1.0f);
     if (OrtStatus* status = ort.attribute(info, "scale", &scale)) return status;
     return ort.attribute(info, "interleaved", &interleaved);
   }
@@ -121,7 +125,11 @@ struct GroupedOp : AttentionOp {
   OrtStatus* run(OrtKernelContext* context) const;
 };
 
-constexpr size_t kGroupedLanes = 10;  // its first input of a lane
+constexpr size_t kGroupedLanes = 10;  // its first input of a lane, where there are no norms
+
+bool is_part(const PartNorm& norm, const Tensor& weight, int64_t head, int64_t row) {
+  return weight.rank == 1 && weight.kind == kFloat && (norm.width == head || norm.width == row);
+}
 
 OrtStatus* GroupedOp::run(OrtKernelContext* context) const {
   Tensor in[kMaxInputs];
@@ -138,8 +146,15 @@ OrtStatus* GroupedOp::run(OrtKernelContext* context) const {
   g.core.window = window;
   g.core.scale = scale;
   g.core.sinks = sinks.as<float>();
-  Tensor cache;
-  if (OrtStatus* status = read_input(ort, context, kGroupedLanes, &cache)) return status;
+  Tensor cache, norms[2];
+  size_t first_lane = kGroupedLanes;
+  if (epsilon >= 0.0f)
+    for (Tensor& norm : norms)
+      if (OrtStatus* status = read_input(ort, context, first_lane++, &norm)) return status;
+  g.q_norm = {norms[0].as<float>(), norms[0].shape[0]};
+  g.k_norm = {norms[1].as<float>(), norms[1].shape[0]};
+  g.epsilon = epsilon;
+  if (OrtStatus* status = read_input(ort, context, first_lane, &cache)) return status;
   g.core.room = cache.rank == 4 ? cache.shape[3] : 0;
   const bool scaled = cache.kind == kInt8;
   const auto scales_fit = [&](const Tensor& scales) {
@@ -149,10 +164,12 @@ OrtStatus* GroupedOp::run(OrtKernelContext* context) const {
                     v.is(tokens, groups * head_dim) && is_row_of_angles(cos, tokens, pairs) &&
                     is_row_of_angles(sin, tokens, pairs) && 2 * pairs <= head_dim && g.core.room >= head_dim &&
                     (!sinks.data || (sinks.rank == 1 && sinks.shape[0] == heads)) && scales_fit(in[8]) &&
-                    scales_fit(in[9]);
+                    scales_fit(in[9]) &&
+                    (epsilon < 0.0f || (is_part(g.q_norm, norms[0], head_dim, heads * head_dim) &&
+                                        is_part(g.k_norm, norms[1], head_dim, groups * head_dim)));
   if (!fits) return invalid("moedge.cpu.GroupedAttention: the inputs' shapes do not fit each other");
   Lane lanes[kMostLanes];
-  if (OrtStatus* status = read_lanes(context, in[5], in[6], kGroupedLanes, 2, &g.core, lanes)) return status;
+  if (OrtStatus* status = read_lanes(context, in[5], in[6], first_lane, 2, &g.core, lanes)) return status;
   OrtValue* value = nullptr;
   void* y = nullptr;
   if (OrtStatus* status = ort.output(context, 0, q.shape, 2, &value)) return status;
@@ -200,13 +217,14 @@ OrtStatus* LatentOp::run(OrtKernelContext* context) const {
   memcpy(in, constants, sizeof in);
   if (OrtStatus* status = read_inputs(ort, context, kLatentLanes, in)) return status;
   const Tensor &q = in[0], &latent = in[1], &k_rope = in[2], &cos = in[3], &sin = in[4], &k_up = in[5], &v_up = in[6];
-  if (latent.rank != 2 || k_rope.rank != 2 || k_up.rank != 3 || v_up.rank != 3)
+  const bool joined = epsilon >= 0.0f;
+  if (latent.rank != 2 || k_rope.rank != (joined ? 1 : 2) || k_up.rank != 3 || v_up.rank != 3)
     return invalid("moedge.cpu.LatentAttention: an input has another number of axes than it should");
   LatentAttention l{};
   const int64_t tokens = q.shape[0], heads = k_up.shape[0];
   l.nope = k_up.shape[1];
-  l.rope = k_rope.shape[1];
-  l.rank = latent.shape[1];
+  l.rank = joined ? k_up.shape[2] : latent.shape[1];
+  l.rope = joined ? latent.shape[1] - l.rank : k_rope.shape[1];
   l.value_size = v_up.shape[1];
   l.core.kernels = attention_kernels(kernels);
   l.core.tokens = tokens;
@@ -223,8 +241,9 @@ OrtStatus* LatentOp::run(OrtKernelContext* context) const {
     if (l.core.parts < 1 || l.core.width % l.core.parts)
       return invalid("moedge.cpu.LatentAttention: the scales of a row are not of blocks of one size");
   }
-  const bool fits = heads > 0 && l.rank > 0 && l.rope % 2 == 0 && q.is(tokens, heads * (l.nope + l.rope)) &&
-                    latent.shape[0] == tokens && k_rope.shape[0] == tokens &&
+  const bool fits = heads > 0 && l.rank > 0 && l.rope >= 0 && l.rope % 2 == 0 &&
+                    q.is(tokens, heads * (l.nope + l.rope)) &&
+                    latent.shape[0] == tokens && k_rope.shape[0] == (joined ? l.rank : tokens) &&
                     is_row_of_angles(cos, tokens, l.rope / 2) && is_row_of_angles(sin, tokens, l.rope / 2) &&
                     k_up.is(heads, l.nope, l.rank) && v_up.is(heads, l.value_size, l.rank) &&
                     read_matrices(k_up, in[9], in[11], &l.k_up) && read_matrices(v_up, in[10], in[12], &l.v_up);
@@ -240,7 +259,11 @@ OrtStatus* LatentOp::run(OrtKernelContext* context) const {
   if (tokens == 0) return nullptr;
   l.q = q.as<float>();
   l.latent = latent.as<float>();
-  l.k_rope = k_rope.as<float>();
+  l.k_rope = joined ? l.latent + l.rank : k_rope.as<float>();
+  l.latent_stride = latent.shape[1];
+  l.rope_stride = joined ? latent.shape[1] : l.rope;
+  l.norm = joined ? k_rope.as<float>() : nullptr;
+  l.epsilon = epsilon;
   l.rotation = {cos.as<float>(), sin.as<float>(), l.rope / 2, interleaved != 0};
   l.y = static_cast<float*>(y);
   return with_scratch(context, latent_scratch(l),

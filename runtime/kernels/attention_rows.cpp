@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "attention_share.h"
+#include "step.h"
 
 namespace moedge {
 
@@ -70,11 +71,24 @@ void store_row(const Attention& a, const float* row, int64_t width, const float*
 struct GroupedScratch {
   float* queries;
   float* heads;  // [tokens, width]: a rotated head of keys
+  float* q;      // [tokens, heads * width], normalized
+  float* k;      // [tokens, groups * width]
 };
 
 GroupedScratch take_grouped(const GroupedAttention& g, Blocks* blocks) {
-  float* queries = blocks->take<float>(g.core.tokens * g.core.heads * g.core.width);
-  return {queries, blocks->take<float>(g.core.tokens * g.core.width)};
+  const int64_t width = g.core.tokens * g.core.width;
+  float* queries = blocks->take<float>(g.core.heads * width);
+  float* heads = blocks->take<float>(width);
+  float* q = blocks->take<float>(g.q_norm.weight ? g.core.heads * width : 0);
+  return {queries, heads, q, blocks->take<float>(g.k_norm.weight ? g.core.groups * width : 0)};
+}
+
+// A token's row of `count` words, after its norm.
+const float* normalize(const PartNorm& norm, float epsilon, const float* x, int64_t token, int64_t count, float* room) {
+  if (!norm.weight) return x + token * count;
+  const int64_t parts = count / norm.width;
+  run_norm({(token + 1) * parts, norm.width, x, nullptr, norm.weight, epsilon, nullptr, room}, token * parts, parts);
+  return room + token * count;
 }
 
 void prepare_token(const GroupedAttention& g, const GroupedScratch& s, int64_t token) {
@@ -85,19 +99,21 @@ void prepare_token(const GroupedAttention& g, const GroupedScratch& s, int64_t t
     return;
   }
   const int64_t width = a.width, heads = a.heads_a_group(), place = lane->past + token - lane->first;
+  const float* q = normalize(g.q_norm, g.epsilon, g.q, token, a.heads * width, s.q);
+  const float* k = normalize(g.k_norm, g.epsilon, g.k, token, a.groups * width, s.k);
   for (int64_t group = 0; group < a.groups; ++group) {
     const float* key_scales = g.key_scales ? g.key_scales + group * a.room : nullptr;
     const float* value_scales = g.value_scales ? g.value_scales + group * a.room : nullptr;
     for (int64_t h = 0; h < heads; ++h) {
       float* query = s.queries + ((group * a.tokens + token) * heads + h) * width;
-      rotate(g.rotation, token, g.q + (token * a.heads + group * heads + h) * width, width, query);
+      rotate(g.rotation, token, q + (group * heads + h) * width, width, query);
       for (int64_t i = 0; key_scales && i < width; ++i) query[i] *= key_scales[i];
     }
-    const int64_t row = token * a.groups + group;
     float* key = s.heads + token * width;
-    rotate(g.rotation, token, g.k + row * width, width, key);
+    rotate(g.rotation, token, k + group * width, width, key);
     store_row(a, key, width, key_scales, lane->keys, group * lane->capacity + place);
-    store_row(a, g.v + row * width, width, value_scales, lane->values, group * lane->capacity + place);
+    const float* value = g.v + (token * a.groups + group) * width;
+    store_row(a, value, width, value_scales, lane->values, group * lane->capacity + place);
   }
 }
 
@@ -225,8 +241,12 @@ void write_latent(const LatentAttention& l, const LatentScratch& s, int64_t toke
     return;
   }
   float* row = s.rows + token * a.width;
-  memcpy(row, l.latent + token * l.rank, static_cast<size_t>(l.rank) * sizeof(float));
-  rotate(l.rotation, token, l.k_rope + token * l.rope, l.rope, row + l.rank);
+  const float* latent = l.latent + token * l.latent_stride;
+  if (l.norm)
+    run_norm({1, l.rank, latent, nullptr, l.norm, l.epsilon, nullptr, row}, 0, 1);
+  else
+    memcpy(row, latent, static_cast<size_t>(l.rank) * sizeof(float));
+  rotate(l.rotation, token, l.k_rope + token * l.rope_stride, l.rope, row + l.rank);
   const int64_t place = lane->past + token - lane->first;
   if (a.parts)
     store_blocks(a, row, *lane, place);
