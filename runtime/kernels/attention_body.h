@@ -36,12 +36,15 @@ using moedge::Rows;
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a rounded integer in the low bits
 constexpr int32_t kRoundBits = 0x4b400000;
+constexpr int64_t kWideRow = 256;
 
-// `count` elements, `ahead` bytes on.
-template <int64_t count, typename T>
-inline void fetch_ahead(const T* from, int64_t ahead) {
-  const char* bytes = reinterpret_cast<const char*>(from) + ahead;
-  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
+// `count` elements kAhead bytes on; at least one line, so that no loop is compiled twice, with and without.
+template <typename T>
+inline void fetch_ahead(const T* from, int64_t count) {
+  constexpr int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T)), line = 64 / static_cast<int64_t>(sizeof(T));
+  int64_t i = 0;
+  do __builtin_prefetch(from + ahead + i);
+  while ((i += line) < count);
 }
 
 template <class S>
@@ -68,9 +71,9 @@ struct Stored {
     typename S::Float load(int64_t column) const { return load_any<S>(from + column); }
   };
   Row row(int64_t row, int64_t column) const { return {from + row * stride + column}; }
-  template <int64_t count>
-  void fetch(int64_t row, int64_t column, int64_t ahead) const {
-    fetch_ahead<count>(from + row * stride + column, ahead);
+  template <int64_t>
+  void fetch(int64_t row, int64_t column, int64_t count) const {
+    fetch_ahead(from + row * stride + column, count);
   }
 };
 template <class S>
@@ -88,9 +91,9 @@ struct Codes {
     const int64_t group = row * m.groups() + (column >> m.shift);
     return {m.codes + row * m.width + column, S::floats(zero_point(m, group) + S::raised), S::floats(m.scales[group])};
   }
-  template <int64_t count>
-  void fetch(int64_t row, int64_t column, int64_t ahead) const {
-    fetch_ahead<count>(m.codes + row * m.width + column, ahead);
+  template <int64_t own>
+  void fetch(int64_t row, int64_t column, int64_t) const {
+    fetch_ahead(m.codes + row * m.width + column, own);
   }
 };
 
@@ -107,11 +110,11 @@ void with_rows(const Rows& rows, const Run& run) {
 
 // --- products ----------------------------------------------------------------------------------------------------
 
-// From column `at` of b on, 1 to M rows, onto what c holds if it is to be. `ahead`: bytes from what is read to what is
-// fetched. One form for all counts of rows: the last row stands in for those that are not there.
+// From column `at` of b on, 1 to M rows, onto what c holds if it is to be; of each row of b `fetched` columns
+// are fetched ahead. One form for all counts of rows: the last row stands in for those that are not there.
 template <class S, class E, int M, int N>
 __attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, int64_t rows, const E& from, int64_t at,
-                                             int64_t depth, int64_t ahead, bool onto, float* c, int64_t c_stride) {
+                                             int64_t depth, int64_t fetched, bool onto, float* c, int64_t c_stride) {
   const E b = from;
   const float* row[M];
   for (int m = 0; m < M; ++m) row[m] = a + least(m, rows - 1) * a_stride;
@@ -123,7 +126,7 @@ __attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, i
     const auto columns = b.row(k, at);
     typename S::Float column[N];
     for (int n = 0; n < N; ++n) column[n] = columns.load(n * S::lanes);
-    b.template fetch<N * S::lanes>(k, at, ahead);
+    b.template fetch<N * S::lanes>(k, at, fetched);
     for (int m = 0; m < M; ++m) {
       const typename S::Float one = S::floats(row[m][k]);
       for (int n = 0; n < N; ++n) sum[m][n] = S::fused(one, column[n], sum[m][n]);
@@ -133,33 +136,37 @@ __attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, i
     for (int n = 0; n < N; ++n) S::store(c + m * c_stride + at + n * S::lanes, sum[m][n]);
 }
 
-// Columns in tiles of N vectors, what is left in narrower ones; rows in tiles of at most M, alike in size, of which the
-// first fetches ahead.
+// Columns in tiles of N vectors, what is left in narrower ones; rows in tiles of at most M, alike in size. The first
+// tile fetches `fetched` columns, those of the first rows beside it `later`.
 template <class S, class E, int M, int N>
 void multiply_columns(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t at, int64_t depth,
-                      int64_t columns, int64_t ahead, bool onto, float* c, int64_t c_stride) {
+                      int64_t columns, int64_t fetched, int64_t later, bool onto, float* c, int64_t c_stride) {
   constexpr int64_t wide = N * S::lanes;
   const int64_t some = divide_up(rows, divide_up(rows, M));
-  for (; at + wide <= columns; at += wide)
-    for (int64_t r = 0; r < rows; r += some)
-      multiply_tile<S, E, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b, at, depth, r ? 0 : ahead, onto,
+  for (; at + wide <= columns; at += wide, fetched = later)
+    for (int64_t r = 0, now = fetched; r < rows; r += some, now = 0)
+      multiply_tile<S, E, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b, at, depth, now, onto,
                                 c + r * c_stride, c_stride);
   if constexpr (wide > kVector)
     if (at < columns)
-      multiply_columns<S, E, M, M == 1 ? N / 2 : kVector / S::lanes>(a, a_stride, rows, b, at, depth, columns, ahead,
-                                                                     onto, c, c_stride);
+      multiply_columns<S, E, M, M == 1 ? N / 2 : kVector / S::lanes>(a, a_stride, rows, b, at, depth, columns, fetched,
+                                                                     later, onto, c, c_stride);
 }
 
 template <class S, class E>
 void multiply_any(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t depth, int64_t columns, float* c,
                   int64_t c_stride) {
-  const int64_t ahead = rows <= moedge::kSomeRows ? kAhead : 0;
+  // Of wide rows each tile its own: the keys that they are part of were in the cache just before.
+  const int64_t own = 2 * kVector, later = rows <= moedge::kSomeRows && columns > kWideRow ? own : 0;
+  const int64_t fetched = rows > moedge::kSomeRows ? 0 : later ? later : columns;
   if (rows == 1)
-    multiply_columns<S, E, 1, S::alone>(a, a_stride, rows, b, 0, depth, columns, ahead, false, c, c_stride);
+    multiply_columns<S, E, 1, S::alone>(a, a_stride, rows, b, 0, depth, columns, fetched, later, false, c, c_stride);
   else if (rows <= 2 * S::few)
-    multiply_columns<S, E, S::few, S::wide>(a, a_stride, rows, b, 0, depth, columns, ahead, false, c, c_stride);
+    multiply_columns<S, E, S::few, S::wide>(a, a_stride, rows, b, 0, depth, columns, fetched, later, false, c,
+                                            c_stride);
   else if (rows > 0)
-    multiply_columns<S, E, S::rows, S::slim>(a, a_stride, rows, b, 0, depth, columns, ahead, false, c, c_stride);
+    multiply_columns<S, E, S::rows, S::slim>(a, a_stride, rows, b, 0, depth, columns, fetched, later, false, c,
+                                            c_stride);
 }
 
 template <class S>
@@ -193,12 +200,12 @@ void absorb(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& mat
     const Codes<S> part{matrix.from(k)};
     const int64_t depth = least(some, matrix.rows - k);
     if (rows == 1 && group >= S::alone * S::lanes)
-      multiply_columns<S, Codes<S>, 1, S::alone>(a, a_stride, rows, part, 0, depth, width, kAhead, k > 0, c, c_stride);
+      multiply_columns<S, Codes<S>, 1, S::alone>(a, a_stride, rows, part, 0, depth, width, 0, 0, k > 0, c, c_stride);
     else if (group >= S::wide * S::lanes)
-      multiply_columns<S, Codes<S>, S::few, S::wide>(a, a_stride, rows, part, 0, depth, width, kAhead, k > 0, c,
+      multiply_columns<S, Codes<S>, S::few, S::wide>(a, a_stride, rows, part, 0, depth, width, 0, 0, k > 0, c,
                                                      c_stride);
     else
-      multiply_columns<S, Codes<S>, S::few, least_vectors>(a, a_stride, rows, part, 0, depth, width, kAhead, k > 0, c,
+      multiply_columns<S, Codes<S>, S::few, least_vectors>(a, a_stride, rows, part, 0, depth, width, 0, 0, k > 0, c,
                                                            c_stride);
   }
 }
