@@ -55,6 +55,8 @@ def canonical_in_fp8(bundle: Bundle, ids: Array) -> Array:
             value = node.inputs[0]
             node = value.producer()
         source = value if node is None else node.inputs[0]
+        if source.producer() is not None:  # codes of 6 bits
+            source = source.producer().inputs[0]
         stays = source.name.startswith(("head.", "embed.")) or source.name.endswith(".router.weight")
         if stays or source.shape[0] == 1:
             continue
