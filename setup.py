@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 SOURCE = Path(__file__).resolve().parent / "runtime" / "kernels" / "compiling.py"
@@ -37,6 +38,13 @@ class BuildKernels(build_ext):
         return str(Path(*fullname.split(".")[:-1], compiling.library_name()))
 
 
+class BuildPackage(build_py):
+    """The root is the package; this file is not of it."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
+
+
 class TagWheel(bdist_wheel):
     """One wheel for every Python on this platform; for every platform where nothing was compiled."""
 
@@ -48,5 +56,5 @@ class TagWheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension("moedge.runtime.kernels.libmoedge_cpu", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": TagWheel},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage, "bdist_wheel": TagWheel},
 )

@@ -120,13 +120,13 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
 
 def _inspection(bundle: Bundle) -> dict[str, Any]:
     from . import kernels
-    from .preflight import cannot_run, read_engine
+    from .preflight import cannot_run, find_strangers, read_engine
 
     engines = []
     for profile in bundle.engines():
         try:
             info = read_engine(bundle, profile)
-            reason = cannot_run(bundle, info)
+            reason = cannot_run(bundle, info) or next(iter(find_strangers(bundle, info)), None)
         except MoedgeError as error:
             engines.append({"profile": profile, "status": "damaged", "runs_here": False, "reason": str(error)})
             continue

@@ -31,6 +31,12 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
+class ResponseFormat(_Strict):
+    """The form of the answer: only plain text."""
+
+    type: str
+
+
 class _Common(_Strict):
     model: str = Field(description="The name that /v1/models lists.")
     temperature: float | None = Field(
@@ -48,6 +54,9 @@ class _Common(_Strict):
     )
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     user: str | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    response_format: ResponseFormat | None = None
     # Not OpenAI's, but what others have too.
     top_k: int | None = Field(None, ge=0, lt=_INT64)
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
@@ -119,12 +128,6 @@ class Message(_Strict):
         return message if self.name is None else {**message, "name": self.name}
 
 
-class ResponseFormat(_Strict):
-    """The form of the answer: only plain text."""
-
-    type: str
-
-
 class ChatRequest(_Common):
     """The body of /v1/chat/completions."""
 
@@ -133,22 +136,17 @@ class ChatRequest(_Common):
     max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
     modalities: list[str] | None = None
-    response_format: ResponseFormat | None = None
 
 
 def unsupported(body: CompletionRequest | ChatRequest) -> str | None:
     """What a request asks for that cannot be done here; silence would be taken for consent."""
+    if body.tools or body.functions:
+        return "tools are not supported: leave them out"
+    if body.response_format is not None and body.response_format.type != "text":
+        return "response_format must be text"
     if isinstance(body, ChatRequest):
-        if body.tools or body.functions:
-            return "tools are not supported: leave them out"
-        if set(body.modalities or ()) - {"text"}:
-            return "modalities must be text"
-        if body.response_format is not None and body.response_format.type != "text":
-            return "response_format must be text"
-        return None
+        return "modalities must be text" if set(body.modalities or ()) - {"text"} else None
     if body.suffix:
         return "suffix is not supported: leave it out"
     if body.best_of is not None and body.best_of != (body.n or 1):

@@ -207,10 +207,7 @@ def inspect_engine(
         findings.faults.append(f"{label}: {fault}; {rebuild}")
     for fault in _find_damage(folder, info, whole, progress):
         findings.faults.append(f"{label}: {fault}; {rebuild}")
-    for name, digest in info.made_from.items():
-        entry = bundle.manifest["files"].get(name)
-        if entry is None or entry["sha256"] != digest:
-            findings.faults.append(f"{label} was made from another {name} than this bundle's; {rebuild}")
+    findings.faults += find_strangers(bundle, info)
     for name, entry in bundle.manifest["files"].items() if not whole else ():
         if name in (MODEL, WEIGHTS) and getattr(backend, "OWN_WEIGHTS", False) and not bundle.file(name).exists():
             continue
@@ -226,6 +223,17 @@ def inspect_engine(
         findings.faults += [f"{fault}; {rebuild}" for fault in deeper.faults]
         findings.unchecked += deeper.unchecked
     return findings
+
+
+def find_strangers(bundle: Bundle, info: EngineInfo) -> list[str]:
+    """For each file of the bundle that an engine was made from and that is another one now, what to say."""
+    files = bundle.manifest["files"]
+    return [
+        f"engine '{info.profile}' was made from another {name} than this bundle's; build it again: moedge build "
+        f"{bundle.path} --profile {info.profile}"
+        for name, digest in info.made_from.items()
+        if name not in files or files[name]["sha256"] != digest
+    ]
 
 
 def _find_unlisted(info: EngineInfo, backend: Backend) -> list[str]:

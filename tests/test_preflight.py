@@ -14,6 +14,7 @@ from moedge.bundle import Bundle
 from moedge.errors import BundleError, EngineError, MoedgeError
 from moedge.profiles.verify_commands import verify_command
 from moedge.runtime import machine, preflight
+from moedge.runtime.commands import inspect_command
 from moedge.runtime.engine import load
 from moedge.runtime.initializers import read_placed
 from moedge.runtime.sessions import _plans
@@ -112,6 +113,8 @@ def test_another_bundles_engine(bundle):
     made_from = json.loads((bundle / "engines/cpu/engine.json").read_text())["made_from"]
     engine_json(bundle, made_from={**made_from, "weights.bin": "0" * 64})
     assert refusal(bundle) == f"engine 'cpu' was made from another weights.bin than this bundle's; {AGAIN}"
+    (engine,) = json.loads(CliRunner().invoke(inspect_command, [str(bundle), "--json"]).stdout)["engines"]
+    assert not engine["runs_here"] and engine["reason"].startswith("engine 'cpu' was made from another weights.bin")
 
 
 def test_weights_of_another_size(bundle):

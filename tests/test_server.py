@@ -175,6 +175,8 @@ def test_models(client):
         ({"logit_bias": {"x": 1}}, "the keys of logit_bias must be token ids"),
         ({"logit_bias": {"300": 1}}, "logit_bias has token 300, which is out of range"),
         ({"stop": [""]}, "stop: must be a text, or a list of up to 16 texts, none of them empty"),
+        ({"tools": [{"type": "function"}]}, "tools are not supported: leave them out"),
+        ({"response_format": {"type": "json_object"}}, "response_format must be text"),
         ({"suffix": "x"}, "suffix is not supported: leave it out"),
         ({"echo": True, "logprobs": 1}, "echo and logprobs together are not supported"),
     ],
