@@ -6,8 +6,7 @@ import dataclasses
 
 from ..errors import CheckpointError
 from .config import MoEConfig
-from .options import HEAD, HEAD_CHOICES
-from .quantization import SIX_BIT_BLOCK
+from .options import HEAD, HEAD_CHOICES, SIX_BIT_BLOCK, usual_head
 from .weights import Weight
 
 _EMBEDDING, _HEAD = "embed.weight", "head.weight"
@@ -37,13 +36,14 @@ def settle_head(head: str, width: int, *, tied: bool, asked: bool) -> str:
     Raises:
         CheckpointError: int6 was asked for, and its blocks do not divide the width.
     """
-    divides = head != "int6" or width % SIX_BIT_BLOCK == 0
-    if asked and not divides:
+    if not asked:
+        return usual_head(width, tied=tied) if head in _NARROW else head
+    if head == "int6" and width % SIX_BIT_BLOCK:
         raise CheckpointError(
             f"head 'int6' takes a hidden size that {SIX_BIT_BLOCK} divides, and this one is {width}; use --head int8 "
             "or int4"
         )
-    return "int8" if head in _NARROW and not asked and (tied or not divides) else head
+    return head
 
 
 def untie_head(config: MoEConfig, plan: list[Weight], head: str) -> tuple[MoEConfig, list[Weight]]:

@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .options import BY_CHANNEL, GROUP_SIZES, HEAD
-from .quantization import SIX_BIT_BLOCK, Integers, pick_group_size
+from .options import BY_CHANNEL, GROUP_SIZES, HEAD, SIX_BIT_BLOCK
+from .quantization import Integers, pick_group_size
 from .weights import Weight
 
 ALIGNMENT = 64

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .layout import Layout, Slot, Stored
-from .quantization import unpack_int6
+from .quantization import widen_int6
 
 Array = np.ndarray[Any, Any]
 CHUNK_BYTES = 512 << 10  # float32 bytes dequantized at once: what stays in the processor's cache
@@ -78,7 +78,7 @@ class WeightsReader:
         if slot.dtype == "uint6":
             first, last = start * 3 // 4, stop * 3 // 4
             packed = np.fromfile(self.path, np.uint8, last - first, offset=slot.offset + first)
-            return unpack_int6(packed).astype(np.float32) + np.float32(96)
+            return widen_int6(packed).astype(np.float32)
         if slot.dtype == "uint4":
             first, last = start // 2, (stop + 1) // 2
             packed = np.fromfile(self.path, np.uint8, last - first, offset=slot.offset + first)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..export.options import usual_head
 from .shape import ModelShape, reads_six_bits
 
 # Bits of one weight with its group's fp32 scale and its zero point, by dtype; `group` is the group size.
@@ -28,7 +29,6 @@ _BITS: dict[str, Callable[[int], float]] = {
 # By what stands behind `--weights`: the dtype of most tensors.
 _INT4_HEAD = "int4 --head int4"
 _NARROWER = {"fp16": "float16", "int8": "uint8", "int4": "uint4", _INT4_HEAD: "uint4"}
-_SIX_BIT_BLOCK = 64  # a head is int6 by default where this divides its width and it is not tied
 _NEVER_QUANTIZED = ("norm", "router", "other")
 _GRAIN = 256  # tokens of context: below it, the next smaller powers of two down to 16
 
@@ -162,10 +162,11 @@ def _as_read(manifest: Mapping[str, Any], target: str | None) -> Mapping[str, An
 
 def _usual_head(manifest: Mapping[str, Any], target: str | None) -> str:
     """What a head is beside int4 weights where nobody asks, on a target that may keep 6 bits in 8."""
-    sizes, width = manifest["sizes"], manifest["config"]["hidden_size"]
-    untied = sizes.get("embedding") and sizes.get("head")
-    reads = target is None or reads_six_bits(target)
-    return "int6" if reads and untied and width % _SIX_BIT_BLOCK == 0 else "int8"
+    if target is not None and not reads_six_bits(target):
+        return "int8"
+    sizes = manifest["sizes"]
+    tied = not (sizes.get("embedding") and sizes.get("head"))
+    return usual_head(manifest["config"]["hidden_size"], tied=tied)
 
 
 def _laid_out_bytes(manifest: Mapping[str, Any], option: str, usual: str) -> int | None:

@@ -10,10 +10,9 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
-from ..options import ALGORITHMS, GROUP_SIZES
+from ..options import ALGORITHMS, GROUP_SIZES, SIX_BIT_BLOCK
 
 Array = np.ndarray[Any, Any]
-SIX_BIT_BLOCK = 64  # codes of 6 bits that are packed together
 
 
 @dataclass(frozen=True)
@@ -180,6 +179,12 @@ def unpack_int6(packed: Array) -> Array:
         codes[..., 16 * place : 16 * (place + 1)] |= (upper >> 2 * place & 3) << 4
     unpacked: Array = codes.reshape(*packed.shape[:-1], -1)
     return unpacked
+
+
+def widen_int6(packed: Array) -> Array:
+    """As `unpack_int6`, the codes as 8-bit ones, whose middle is 128: what `moedge.SixBitCodes` gives."""
+    widened: Array = unpack_int6(packed) + np.uint8(96)
+    return widened
 
 
 def unpack_int4(packed: Array) -> Array:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from ...bundle import Progress
 from ...errors import BuildError
-from ...export.quantization import unpack_int6
+from ...export.quantization import widen_int6
 from ._canonical import Matrix
 from ._trt_fp8 import Values, codes_of, rounded, scales_of
 
@@ -319,8 +319,7 @@ class _SixBitRows:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> Array:
-        codes: Array = unpack_int6(self.packed[rows]) + np.uint8(96)
-        return codes
+        return widen_int6(self.packed[rows])
 
 
 @dataclass(frozen=True)
