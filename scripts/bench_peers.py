@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peers_gguf import ARCHITECTURES
 from peers_gguf import bytes_per_token as gguf_bytes_per_token
 from peers_page import write_page
 from synthetic_checkpoint import SHAPES, read_shape, write_checkpoint
@@ -116,7 +117,10 @@ def prepare(name: str, work: Path, peer_python: str, parts: Sequence[str]) -> Fi
     """The bundles and the GGUF file of a shape, made where they are not there yet."""
     shape, _, layers = name.partition(":")
     config = read_shape(shape, int(layers) if layers else None)
-    folder = work / name.replace(":", "-")
+    if "llama.cpp" in parts and config["model_type"] not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise SystemExit(f"error: {name}: no GGUF file of {config['model_type']} is known here, only of {known}")
+    folder = work / label(name).replace(":", "-")
     folder.mkdir(parents=True, exist_ok=True)
     bundles: dict[str | None, Path] = {None: folder / "bundle"}
     if "int4-head" in parts:
@@ -140,6 +144,12 @@ def prepare(name: str, work: Path, peer_python: str, parts: Sequence[str]) -> Fi
         subprocess.run(command, check=True)
         other.with_suffix(".part").rename(other)
     return Files(bundles[None], bundles.get("int4"), other)
+
+
+def label(name: str) -> str:
+    """What a shape is called in results: of a config.json's path the file's name."""
+    shape, colon, layers = name.partition(":")
+    return (Path(shape).stem if shape.endswith(".json") else shape) + colon + layers
 
 
 def is_made(bundle: Path, head: str | None) -> bool:
@@ -357,7 +367,8 @@ def say(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for bundles and GGUF files; kept between runs")
-    parser.add_argument("--shape", action="append", metavar="NAME[:LAYERS]", help=f"default: {', '.join(DEFAULT)}")
+    parser.add_argument("--shape", action="append", metavar="NAME[:LAYERS]",
+                        help=f"a shape, or a config.json's path; default: {', '.join(DEFAULT)}")  # fmt: skip
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; may be given again")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=machine.default_threads())
@@ -367,14 +378,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     known = json.loads(SHAPES.read_text(encoding="utf-8"))
     for name in args.shape or DEFAULT:
-        if name.partition(":")[0] not in known:
-            parser.error(f"no shape {name!r}; there are {', '.join(known)}")
+        shape, _, layers = name.partition(":")
+        if shape not in known and not Path(shape).is_file():
+            parser.error(f"no shape {shape!r}; there are {', '.join(known)}; or the path of a config.json")
+        if layers and not (layers.isdecimal() and int(layers) > 0):
+            parser.error(f"{name!r}: after the colon comes a number of layers")
         say(name)
         parts = args.part or [part for part in PARTS if name in ONLY.get(part, (name,))]
         files = prepare(name, args.work, args.peer_python, parts)
         for part in () if args.prepare_only else parts:
             say(f" {part}")
-            keep(args.results, name, measure_part(part, name, files, args))
+            keep(args.results, label(name), measure_part(part, name, files, args))
     return 0
 
 

@@ -31,10 +31,10 @@ class Tensor(NamedTuple):
 
 
 def write_gguf(config: dict[str, Any], path: Path) -> None:
-    """Write the file for a Hugging Face config of type olmoe, qwen3_moe or deepseek_v2."""
+    """Write the file for a Hugging Face config of a type in ARCHITECTURES."""
     import gguf
 
-    arch, tensors, fields = _ARCHITECTURES[config["model_type"]](config)
+    arch, tensors, fields = ARCHITECTURES[config["model_type"]](config)
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_name("random")
     writer.add_block_count(config["num_hidden_layers"])
@@ -49,7 +49,7 @@ def write_gguf(config: dict[str, Any], path: Path) -> None:
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     for name, value in fields.items():
-        getattr(writer, f"add_{name}")(value)
+        getattr(writer, f"add_{name}")(gguf.ExpertGatingFuncType(value) if name == "expert_gating_func" else value)
     pools = {kind: _pool(kind) for kind in ("Q4_0", "Q6_K")}
     for tensor in tensors:
         kind = gguf.GGMLQuantizationType[tensor.kind]
@@ -71,11 +71,11 @@ def bytes_per_token(config: dict[str, Any], context: int) -> int:
 
     Every matrix, but of the embedding a row and of the experts those that are chosen; a latent is key and value in one.
     """
-    _, tensors, fields = _ARCHITECTURES[config["model_type"]](config)
+    _, tensors, fields = ARCHITECTURES[config["model_type"]](config)
     total = 0.0
     for tensor in tensors:
         size = math.prod(tensor.shape) * _BYTES[tensor.kind]
-        if tensor.name == "token_embd.weight":
+        if tensor.name == "token_embd.weight" and not config.get("tie_word_embeddings"):
             size /= tensor.shape[0]
         elif "_exps." in tensor.name:
             size *= config["num_experts_per_tok"] / fields["expert_count"]
@@ -115,9 +115,11 @@ def _pool(kind: str) -> NDArray[np.uint8]:
 
 def _common(config: dict[str, Any]) -> Iterator[Tensor]:
     vocab, hidden = config["vocab_size"], config["hidden_size"]
-    yield Tensor("token_embd.weight", (vocab, hidden))
+    tied = config.get("tie_word_embeddings")
+    yield Tensor("token_embd.weight", (vocab, hidden), "Q6_K" if tied else "Q4_0")
     yield Tensor("output_norm.weight", (hidden,), "F32")
-    yield Tensor("output.weight", (vocab, hidden), "Q6_K")
+    if not tied:
+        yield Tensor("output.weight", (vocab, hidden), "Q6_K")
 
 
 def _experts(prefix: str, hidden: int, width: int, count: int) -> Iterator[Tensor]:
@@ -133,57 +135,97 @@ def _mlp(prefix: str, hidden: int, width: int, suffix: str = "") -> Iterator[Ten
     yield Tensor(f"{prefix}.ffn_down{suffix}.weight", (hidden, width))
 
 
+def _attention(config: dict[str, Any], prefix: str, head: int, biases: bool = False) -> Iterator[Tensor]:
+    """A layer's norms, and queries, keys and values by heads."""
+    hidden, heads, groups = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
+    yield Tensor(f"{prefix}.attn_norm.weight", (hidden,), "F32")
+    yield Tensor(f"{prefix}.ffn_norm.weight", (hidden,), "F32")
+    for name, count in (("q", heads), ("k", groups), ("v", groups)):
+        yield Tensor(f"{prefix}.attn_{name}.weight", (count * head, hidden))
+        if biases:
+            yield Tensor(f"{prefix}.attn_{name}.bias", (count * head,), "F32")
+    yield Tensor(f"{prefix}.attn_output.weight", (hidden, heads * head))
+
+
 def _grouped(config: dict[str, Any]) -> tuple[str, list[Tensor], dict[str, Any]]:
-    """OLMoE and Qwen3-MoE: keys and values by heads, norms on queries and keys, every layer of experts."""
-    arch = {"olmoe": "olmoe", "qwen3_moe": "qwen3moe"}[config["model_type"]]
+    """Every layer of experts: OLMoE and Qwen3-MoE with norms on queries and keys, Mixtral and Granite-MoE without."""
+    arch = {"olmoe": "olmoe", "qwen3_moe": "qwen3moe", "mixtral": "llama", "granitemoe": "granitemoe"}[
+        config["model_type"]
+    ]
     hidden, heads, groups = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     head = config.get("head_dim") or hidden // heads
     width = config.get("moe_intermediate_size", config["intermediate_size"])
+    experts = config.get("num_experts") or config["num_local_experts"]
     by_head = arch == "qwen3moe"
     tensors = list(_common(config))
     for layer in range(config["num_hidden_layers"]):
         prefix = f"blk.{layer}"
-        tensors += [
-            Tensor(f"{prefix}.attn_norm.weight", (hidden,), "F32"),
-            Tensor(f"{prefix}.ffn_norm.weight", (hidden,), "F32"),
-            Tensor(f"{prefix}.attn_q.weight", (heads * head, hidden)),
-            Tensor(f"{prefix}.attn_k.weight", (groups * head, hidden)),
-            Tensor(f"{prefix}.attn_v.weight", (groups * head, hidden)),
-            Tensor(f"{prefix}.attn_output.weight", (hidden, heads * head)),
-            Tensor(f"{prefix}.attn_q_norm.weight", (head if by_head else heads * head,), "F32"),
-            Tensor(f"{prefix}.attn_k_norm.weight", (head if by_head else groups * head,), "F32"),
-            *_experts(prefix, hidden, width, config["num_experts"]),
-        ]
-    fields = {"head_count_kv": groups, "expert_count": config["num_experts"]}
+        tensors += [*_attention(config, prefix, head), *_experts(prefix, hidden, width, experts)]
+        if arch in ("olmoe", "qwen3moe"):
+            tensors.append(Tensor(f"{prefix}.attn_q_norm.weight", (head if by_head else heads * head,), "F32"))
+            tensors.append(Tensor(f"{prefix}.attn_k_norm.weight", (head if by_head else groups * head,), "F32"))
+    fields = {"head_count_kv": groups, "expert_count": experts}
     if by_head:
         fields |= {"key_length": head, "value_length": head, "expert_feed_forward_length": width}
+    if arch in ("llama", "granitemoe"):
+        fields |= {"rope_dimension_count": head}
+    if arch == "granitemoe":
+        fields |= {
+            "embedding_scale": config["embedding_multiplier"],
+            "residual_scale": config["residual_multiplier"],
+            "attention_scale": config["attention_multiplier"],
+            "logit_scale": config["logits_scaling"],
+        }
     return arch, tensors, fields
 
 
+def _shared(config: dict[str, Any]) -> tuple[str, list[Tensor], dict[str, Any]]:
+    """Qwen2-MoE: biases on queries, keys and values, a shared expert with a gate of its own."""
+    hidden, groups, experts = config["hidden_size"], config["num_key_value_heads"], config["num_experts"]
+    width, shared = config["moe_intermediate_size"], config["shared_expert_intermediate_size"]
+    tensors = list(_common(config))
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"blk.{layer}"
+        tensors += _attention(config, prefix, hidden // config["num_attention_heads"], biases=True)
+        tensors += _experts(prefix, hidden, width, experts)
+        tensors += _mlp(prefix, hidden, shared, "_shexp")
+        tensors.append(Tensor(f"{prefix}.ffn_gate_inp_shexp.weight", (hidden,), "F32"))
+    fields = {"head_count_kv": groups, "expert_count": experts, "expert_feed_forward_length": width}
+    return "qwen2moe", tensors, fields | {"expert_shared_feed_forward_length": shared}
+
+
 def _latent(config: dict[str, Any]) -> tuple[str, list[Tensor], dict[str, Any]]:
-    """DeepSeek-V2 without a low-rank query (V2-Lite), in the absorbed form llama.cpp converts to: one latent head."""
-    assert config.get("q_lora_rank") is None, "only shapes without q_lora_rank"
+    """DeepSeek-V2 and V3, in the absorbed form llama.cpp converts to: one latent head.
+
+    llama.cpp takes a model of 27 layers, and no other, for one without a low-rank query."""
     hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     width, shared, dense = config["moe_intermediate_size"], config["n_shared_experts"], config["first_k_dense_replace"]
+    low, sigmoid = config.get("q_lora_rank"), config.get("scoring_func") == "sigmoid"
     tensors = list(_common(config))
     for layer in range(config["num_hidden_layers"]):
         prefix = f"blk.{layer}"
         tensors += [
             Tensor(f"{prefix}.attn_norm.weight", (hidden,), "F32"),
             Tensor(f"{prefix}.ffn_norm.weight", (hidden,), "F32"),
-            Tensor(f"{prefix}.attn_q.weight", (heads * (nope + rope), hidden)),
             Tensor(f"{prefix}.attn_kv_a_mqa.weight", (rank + rope, hidden)),
             Tensor(f"{prefix}.attn_kv_a_norm.weight", (rank,), "F32"),
             Tensor(f"{prefix}.attn_k_b.weight", (heads, rank, nope)),
             Tensor(f"{prefix}.attn_v_b.weight", (heads, value, rank)),
             Tensor(f"{prefix}.attn_output.weight", (hidden, heads * value)),
         ]
+        if low:
+            tensors.append(Tensor(f"{prefix}.attn_q_a.weight", (low, hidden)))
+            tensors.append(Tensor(f"{prefix}.attn_q_a_norm.weight", (low,), "F32"))
+        name = "attn_q_b" if low else "attn_q"
+        tensors.append(Tensor(f"{prefix}.{name}.weight", (heads * (nope + rope), low or hidden)))
         if layer < dense:
             tensors += _mlp(prefix, hidden, config["intermediate_size"])
-        else:
-            tensors += _experts(prefix, hidden, width, config["n_routed_experts"])
-            tensors += _mlp(prefix, hidden, width * shared, "_shexp")
+            continue
+        tensors += _experts(prefix, hidden, width, config["n_routed_experts"])
+        tensors += _mlp(prefix, hidden, width * shared, "_shexp")
+        if sigmoid:
+            tensors.append(Tensor(f"{prefix}.exp_probs_b.bias", (config["n_routed_experts"],), "F32"))
     fields = {
         "head_count_kv": 1,
         "kv_lora_rank": rank,
@@ -198,11 +240,24 @@ def _latent(config: dict[str, Any]) -> tuple[str, list[Tensor], dict[str, Any]]:
         "expert_feed_forward_length": width,
         "expert_weights_scale": float(config["routed_scaling_factor"]),
         "expert_weights_norm": bool(config["norm_topk_prob"]),
+        "expert_gating_func": 2 if sigmoid else 1,
     }
+    if low:
+        fields["q_lora_rank"] = low
+    if sigmoid:
+        fields |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
     return "deepseek2", tensors, fields
 
 
-_ARCHITECTURES = {"olmoe": _grouped, "qwen3_moe": _grouped, "deepseek_v2": _latent}
+ARCHITECTURES = {
+    "olmoe": _grouped,
+    "qwen3_moe": _grouped,
+    "mixtral": _grouped,
+    "granitemoe": _grouped,
+    "qwen2_moe": _shared,
+    "deepseek_v2": _latent,
+    "deepseek_v3": _latent,
+}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,20 @@ def measured() -> list[dict[str, Any]]:
 
 def test_the_page_is_made_from_its_measurements(peers_page: Any) -> None:
     assert peers_page.render(measured(), "performance.svg") == (ROOT / "docs" / "performance.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("shape", json.loads((ROOT / "scripts" / "real_shapes.json").read_text()))
+def test_both_sides_hold_the_same_weights(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GGUF file of a shape has as many as the checkpoint that our bundle is made of."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import peers_gguf
+    import synthetic_checkpoint
+
+    config = synthetic_checkpoint.read_shape(shape, 5)
+    _, tensors, _ = peers_gguf.ARCHITECTURES[config["model_type"]](config)
+    ours = sum(math.prod(source.shape) for source in synthetic_checkpoint.list_sources(config, tmp_path))
+    assert sum(math.prod(tensor.shape) for tensor in tensors) == ours
+    assert len({tensor.name for tensor in tensors}) == len(tensors)
 
 
 def test_each_part_has_its_table_where_it_was_run(peers_page: Any) -> None:
