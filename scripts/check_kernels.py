@@ -2,8 +2,9 @@
 
     python scripts/check_kernels.py [--sanitize] [--cross aarch64-linux-gnu-g++ --run qemu-aarch64]
 
-Compiles scripts/check_kernels.cpp with the kernels, runs it and compares the digests it prints. With --sanitize also
-under the address and undefined-behaviour sanitizers; with --cross also for ARM, run by an emulator or on a device.
+Compiles scripts/check_kernels.cpp with the kernels, runs it and compares the digests it prints; and check_phases.cpp,
+which says whether threads wait as they must. With --sanitize also under the address and undefined-behaviour sanitizers,
+and the phases under the thread sanitizer; with --cross also for ARM, run by an emulator or on a device.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from moedge.runtime.kernels import compiling
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+PHASES = Path(__file__).with_name("check_phases.cpp")
 
 
 def main() -> int:
@@ -40,16 +42,27 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name, compiler, runner, sets, extra in runs:
             program = compile_program(Path(folder) / name, compiler, sets, extra)
-            done = subprocess.run([*runner, str(program)], capture_output=True, text=True, check=False, timeout=1200)
-            if done.returncode:
-                print(done.stderr, file=sys.stderr)
-                raise SystemExit(f"error: the {name} program failed with {done.returncode}")
-            for line in done.stdout.splitlines():
+            for line in run_program(name, [*runner, str(program)]):
                 print(f"{name:10} {line}")
                 digests[f"{name} {line.split()[0]}"] = line.split()[1]
+            phases = Path(folder) / name / "phases"
+            own = ("-fsanitize=thread", "-O1") if name == "sanitized" else extra
+            subprocess.run(
+                [*compiler, "-std=c++17", "-O2", *own, str(PHASES), "-lpthread", "-o", str(phases)], check=True
+            )
+            print(f"{name:10}", *run_program(name, [*runner, str(phases)]))
     if len(set(digests.values())) != 1:
         raise SystemExit("error: the digests differ")
     return 0
+
+
+def run_program(name: str, command: list[str]) -> list[str]:
+    """The lines it prints."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    if done.returncode:
+        print(done.stdout, done.stderr, file=sys.stderr)
+        raise SystemExit(f"error: the {name} program failed with {done.returncode}")
+    return done.stdout.splitlines()
 
 
 def compile_program(folder: Path, compiler: list[str], sets: dict[str, str], extra: tuple[str, ...]) -> Path:

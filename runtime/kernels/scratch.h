@@ -2,9 +2,8 @@
 
 #pragma once
 
-#include <unistd.h>
-
 #include "kernels.h"
+#include "phases.h"
 
 namespace moedge {
 
@@ -37,17 +36,6 @@ struct Blocks {
     return {codes, scales, take<int32_t>(rows * groups), matrix.width, groups};
   }
 };
-
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// How many may work at once on `units`.
-inline int64_t count_workers(int64_t units) {
-  constexpr int64_t kMost = 64;
-  static int64_t processors = 0;  // asked once: the C library opens a file each time
-  int64_t known = __atomic_load_n(&processors, __ATOMIC_RELAXED);
-  if (!known) __atomic_store_n(&processors, known = most(1, sysconf(_SC_NPROCESSORS_ONLN)), __ATOMIC_RELAXED);
-  return most(1, least(least(units, kMost), known));
-}
 
 // body(first, end) over `units` units, in stretches: long ones first, because every new place in memory is read slowly
 // at its beginning, and single units last, so that all threads end together.

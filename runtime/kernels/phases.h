@@ -1,0 +1,154 @@
+// Steps of an op that wait for each other, in one parallel region: a region's beginning and end cost as much as reading
+// 100 KB of weights.
+
+#pragma once
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <initializer_list>
+
+#include "kernels.h"
+
+namespace moedge {
+
+constexpr int64_t kMostWorkers = 64, kMostPhases = 6;
+
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// How many may work at once on `units`.
+inline int64_t count_workers(int64_t units) {
+  static int64_t processors = 0;  // asked once: the C library opens a file each time
+  int64_t known = __atomic_load_n(&processors, __ATOMIC_RELAXED);
+  if (!known) __atomic_store_n(&processors, known = most(1, sysconf(_SC_NPROCESSORS_ONLN)), __ATOMIC_RELAXED);
+  return most(1, least(least(units, kMostWorkers), known));
+}
+
+// `units` of work that begin when the phase before them is finished.
+struct Phase {
+  int64_t units;
+  void (*run)(const void* body, int64_t first, int64_t end, int64_t worker);
+  const void* body;
+  // Fetches the `part`th piece (0, 1, 2 ...) of what is read from a unit on; false: that is far enough. Null: nothing.
+  bool (*fetch)(const void* fetcher, int64_t unit, int64_t part);
+  const void* fetcher;
+};
+
+// body(first, end, worker) does the units from `first` to `end`; a worker is one thread at a time.
+template <typename Body>
+Phase phase(int64_t units, const Body& body) {
+  return {units,
+          [](const void* held, int64_t first, int64_t end, int64_t worker) {
+            (*static_cast<const Body*>(held))(first, end, worker);
+          },
+          &body, nullptr, nullptr};
+}
+
+// With fetch(unit, part), which a thread calls that would only wait.
+template <typename Body, typename Fetch>
+Phase phase(int64_t units, const Body& body, const Fetch& fetch) {
+  Phase made = phase(units, body);
+  made.fetch = [](const void* held, int64_t unit, int64_t part) -> bool {
+    return (*static_cast<const Fetch*>(held))(unit, part);
+  };
+  made.fetcher = &fetch;
+  return made;
+}
+
+// The phases while they run. Each worker has a stretch at a phase's beginning that it takes first, so that it knows what
+// to fetch; the units behind those go to whoever comes, long stretches first and single units last, and so does in the
+// end what belongs to a worker that is not there. A thread waits only for units that a running thread has taken: tasks
+// may run late, one after the other, or all on one thread.
+class Region {
+ public:
+  Region(const Phase* phases, int64_t count, int64_t workers) : phases_(phases), count_(count), workers_(workers) {
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t units = phases[p].units, half = units / (2 * workers);
+      Counters& c = counters_[p];
+      c.done = 0;
+      c.own = workers == 1 ? units : half > 0 || units < workers ? half : 1;
+      for (int64_t w = 0; w <= workers; ++w) c.next[w] = w * c.own;
+    }
+  }
+
+  void work(int64_t worker) {
+    Ahead ahead{0, 0};
+    for (int64_t p = 0; p < count_; ++p) {
+      const int64_t units = phases_[p].units;
+      for (int i = 0; units == 1 && i < 2; ++i) fetch_ahead(p + 1, worker, &ahead);  // one works and none has time
+      take(p, worker);
+      if (p + 1 == count_) return;
+      for (int64_t spins = 1; __atomic_load_n(&counters_[p].done, __ATOMIC_ACQUIRE) < units; ++spins) {
+        if (fetch_ahead(p + 1, worker, &ahead)) continue;
+        if (spins % 4096 == 0) sched_yield();  // whoever has the units may wait for this processor
+        pause();
+      }
+    }
+  }
+
+ private:
+  struct Counters {
+    alignas(64) int64_t done;               // units that are finished
+    int64_t own;                            // units of each worker's own stretch
+    alignas(64) int64_t next[kMostWorkers + 1];  // of each worker's own, and of the rest, the first not taken
+  };
+  struct Ahead {
+    int64_t phase, part;
+  };
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  void take(int64_t p, int64_t worker) {
+    const Phase& phase = phases_[p];
+    Counters& c = counters_[p];
+    int64_t taken = 0;
+    for (int64_t i = -2; i < workers_; ++i) {  // its own, the rest, then everybody's own
+      const int64_t from = i == -2 ? worker : i == -1 ? workers_ : i;
+      const int64_t limit = from == workers_ ? phase.units : (from + 1) * c.own;
+      int64_t first = __atomic_load_n(c.next + from, __ATOMIC_RELAXED);
+      while (first < limit) {
+        const int64_t some = (limit - first) / (2 * workers_), end = i == -2 ? limit : first + (some > 1 ? some : 1);
+        if (!__atomic_compare_exchange_n(c.next + from, &first, end, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+        const int64_t rest = __atomic_load_n(c.next + workers_, __ATOMIC_RELAXED);
+        if (phase.fetch && rest < phase.units) phase.fetch(phase.fetcher, rest, 0);
+        phase.run(phase.body, first, end, worker);
+        taken += end - first;
+        first = __atomic_load_n(c.next + from, __ATOMIC_RELAXED);
+      }
+    }
+    if (taken) __atomic_fetch_add(&c.done, taken, __ATOMIC_ACQ_REL);
+  }
+
+  // A piece of this worker's own stretch of the first phase from `p` on that reads much; false: nothing was left.
+  bool fetch_ahead(int64_t p, int64_t worker, Ahead* ahead) const {
+    if (ahead->phase < p) *ahead = {p, 0};
+    while (ahead->phase < count_ && !phases_[ahead->phase].fetch) ++ahead->phase;
+    if (ahead->phase == count_) return false;
+    const Phase& phase = phases_[ahead->phase];
+    const int64_t own = counters_[ahead->phase].own;
+    const bool more = own > 0 && phase.fetch(phase.fetcher, worker * own, ahead->part);
+    ahead->part += more;
+    return more;
+  }
+
+  const Phase* phases_;
+  int64_t count_, workers_;
+  Counters counters_[kMostPhases];
+};
+
+// Calls the phases' bodies on as many threads as have work; `workers`: on at most so many.
+inline void run_phases(const Parallel& parallel, std::initializer_list<Phase> phases, int64_t workers = kMostWorkers) {
+  int64_t most_units = 1;
+  for (const Phase& each : phases) most_units = most(most_units, each.units);
+  workers = least(workers, count_workers(most_units));
+  Region region(phases.begin(), static_cast<int64_t>(phases.size()), workers);
+  parallel(workers, [&](int64_t worker) { region.work(worker); });
+}
+
+}  // namespace moedge
