@@ -34,7 +34,7 @@ def make_settings(ort: Any, bundle: Bundle, options: SessionOptions) -> tuple[An
     if weights.name != WEIGHTS:
         raise EngineError(
             f"{bundle.file(WEIGHTS)} is a link to {weights}, which onnxruntime does not follow: link to a file that is "
-            f"called {WEIGHTS}, make it a hard link, or copy the file"
+            f"called {WEIGHTS}, or copy the file"
         )
     folder = str(weights.parent)
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
