@@ -98,11 +98,11 @@ void run_router(const Router& r, void* scratch, const Parallel& parallel) {
   const int64_t each = 2 * r.gate.experts + r.gate.groups, experts = r.gate.experts;
   float* scores = blocks.take<float>(norm.tokens * each);
   const float* x = input_of(norm);
-  if (norm.weight || norm.residual)
-    for_rows(norm.tokens, norm.width, parallel, [&](int64_t first, int64_t end) { run_norm(norm, first, end - first); });
+  const auto normalize = [&](int64_t first, int64_t end, int64_t) { run_norm(norm, first, end - first); };
   // A unit is some experts by some tokens, so that one token's and many tokens' work can be shared out alike.
   const int64_t some = 64, rows = norm.tokens <= some ? 8 : least(experts, 64), columns = divide_up(experts, rows);
-  for_stretches(divide_up(norm.tokens, some) * columns, parallel, [&](int64_t unit, int64_t last) {
+  const int64_t units = divide_up(norm.tokens, some) * columns;
+  const auto multiply = [&](int64_t unit, int64_t last, int64_t) {
     for (; unit < last; ++unit) {
       const int64_t first = unit % columns * rows, token = unit / columns * some;
       const int64_t height = least(rows, experts - first), count = least(some, norm.tokens - token);
@@ -112,12 +112,22 @@ void run_router(const Router& r, void* scratch, const Parallel& parallel) {
       for (int64_t i = 0; r.bias && i < count; ++i)
         for (int64_t e = 0; e < height; ++e) out[i * experts + e] += r.bias[first + e];
     }
-  });
-  for_rows(norm.tokens, 32 * experts, parallel, [&](int64_t first, int64_t end) {
+  };
+  const auto fetch_matrix = [&](int64_t unit, int64_t part) {
+    const int64_t row = unit % columns * rows, at = part * kFetched, bytes = static_cast<int64_t>(sizeof(float)) * norm.width;
+    if (part >= kMostFetched || at >= (experts - row) * bytes) return false;
+    fetch(reinterpret_cast<const char*>(r.matrix) + row * bytes + at, kFetched);
+    return true;
+  };
+  const auto choose = [&](int64_t first, int64_t end, int64_t) {
     for (int64_t token = first; token < end; ++token)
       choose_experts(r.gate, r.logits + token * experts, scores + token * each, r.experts + token * r.gate.top_k,
                      r.weights + token * r.gate.top_k);
-  });
+  };
+  run_phases(parallel,
+             {phase(norm.weight || norm.residual ? norm.tokens : 0, normalize), phase(units, multiply, fetch_matrix),
+              phase(norm.tokens, choose)},
+             workers_for(units, norm.tokens * most(norm.width, 32 * experts)));
 }
 
 }  // namespace moedge

@@ -111,33 +111,44 @@ void run_mixture(const Mixture& m, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};
   Scratch s = take_scratch(m, &blocks);
   order_choices(m, &s.choices);
-  quantize_rows(*m.kernels, m.x, m.tokens, m.gate_up.bits, s.x, parallel);
-
-  const int64_t tile = m.kernels->tile;
+  const int64_t tile = m.kernels->tile, count = s.choices.count, inner_numbers = m.tokens * m.choices * m.inner;
   const int64_t up_rows = unit_rows(*m.kernels, m.gate_up), up_blocks = divide_up(2 * m.inner, up_rows);
-  for_stretches(s.choices.count * up_blocks, parallel, [&](int64_t unit, int64_t last) {
+  const int64_t up_units = count * up_blocks, down_units = divide_up(m.hidden, tile);
+  const auto fetch_up = [&](int64_t unit, int64_t part) {
+    return fetch_rows(m.gate_up.at(s.choices.active[unit / up_blocks]), unit % up_blocks * up_rows, part);
+  };
+  const auto multiply_up = [&](int64_t unit, int64_t last, int64_t) {
     while (unit < last) {  // what the stretch has of one expert
       const int64_t of = unit / up_blocks * up_blocks, next = least(last, of + up_blocks);
       const int32_t expert = s.choices.active[unit / up_blocks];
       const int64_t end = least(2 * m.inner, (next - of) * up_rows), step = s.choices.alone(expert) ? kMaxAlone : tile;
+      if (next < last) fetch_up(next, 0);
       for (int64_t row = (unit - of) * up_rows; row < end; row += step)
         compute_inner(m, s, expert, row, least(step, end - row));
       unit = next;
     }
-  });
-  quantize_rows(*m.kernels, s.h, m.tokens * m.choices, m.down.bits, s.inner, parallel);
-
+  };
+  const auto fetch_down = [&](int64_t unit, int64_t part) {  // of one expert after the other
+    return fetch_rows(m.down.at(s.choices.active[part % count]), unit * tile, part / count);
+  };
   // A stretch has some rows of y alone to itself, and adds its experts in ascending order whatever else is computed.
-  for_stretches(divide_up(m.hidden, tile), parallel, [&](int64_t unit, int64_t last) {
+  const auto multiply_down = [&](int64_t unit, int64_t last, int64_t) {
     const int64_t first = unit * tile, end = least(m.hidden, last * tile);
     for (int64_t token = 0; token < m.tokens; ++token)
       memset(m.y + token * m.hidden + first, 0, static_cast<size_t>(end - first) * sizeof(float));
-    for (int64_t i = 0; i < s.choices.count; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       const int32_t expert = s.choices.active[i];
       const int64_t step = s.choices.alone(expert) ? kMaxAlone : tile;
+      if (i + 1 < count) fetch_down(unit, i + 1);
       for (int64_t row = first; row < end; row += step) add_outputs(m, s, expert, row, least(step, end - row));
     }
-  });
+  };
+  const Quantizing outer{*m.kernels, m.x, m.tokens * m.hidden, m.gate_up.bits, s.x};
+  const Quantizing inner{*m.kernels, s.h, inner_numbers, m.down.bits, s.inner};
+  run_phases(parallel,
+             {phase(outer.units(), outer), phase(up_units, multiply_up, fetch_up), phase(inner.units(), inner),
+              phase(down_units, multiply_down, fetch_down)},
+             workers_for(most(up_units, down_units), most(outer.numbers, inner_numbers)));
 }
 
 size_t linear_scratch(const Linear& linear) {
@@ -168,11 +179,14 @@ void multiply_rows(const Kernels& kernels, const Matrix& matrix, const Activatio
 void run_linear(const Linear& l, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};
   const Activations x = blocks.take_activations(l.tokens, l.matrix);
-  quantize_rows(*l.kernels, l.x, l.tokens, l.matrix.bits, x, parallel);
-  const int64_t rows = l.matrix.rows, some = unit_rows(*l.kernels, l.matrix);
-  for_stretches(divide_up(rows, some), parallel, [&](int64_t unit, int64_t last) {
+  const Quantizing quantizing{*l.kernels, l.x, l.tokens * l.matrix.width, l.matrix.bits, x};
+  const int64_t rows = l.matrix.rows, some = unit_rows(*l.kernels, l.matrix), units = divide_up(rows, some);
+  const auto multiply = [&](int64_t unit, int64_t last, int64_t) {
     multiply_rows(*l.kernels, l.matrix, x, l.tokens, unit * some, least(rows, last * some), l.bias, l.y);
-  });
+  };
+  const auto fetch = [&](int64_t unit, int64_t part) { return fetch_rows(l.matrix, unit * some, part); };
+  run_phases(parallel, {phase(quantizing.units(), quantizing), phase(units, multiply, fetch)},
+             workers_for(units, quantizing.numbers));
 }
 
 }  // namespace moedge

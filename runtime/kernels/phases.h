@@ -75,7 +75,7 @@ class Region {
     Ahead ahead{0, 0};
     for (int64_t p = 0; p < count_; ++p) {
       const int64_t units = phases_[p].units;
-      for (int i = 0; units == 1 && i < 2; ++i) fetch_ahead(p + 1, worker, &ahead);  // one works and none has time
+      for (int i = 0; units <= workers_ && i < 2; ++i) fetch_ahead(p + 1, worker, &ahead);  // while this is done
       take(p, worker);
       if (p + 1 == count_) return;
       for (int64_t spins = 1; __atomic_load_n(&counters_[p].done, __ATOMIC_ACQUIRE) < units; ++spins) {

@@ -37,23 +37,6 @@ struct Blocks {
   }
 };
 
-// body(first, end) over `units` units, in stretches: long ones first, because every new place in memory is read slowly
-// at its beginning, and single units last, so that all threads end together.
-template <typename Body>
-void for_stretches(int64_t units, const Parallel& parallel, const Body& body) {
-  const int64_t workers = count_workers(units);
-  int64_t next = 0;
-  parallel(workers, [&](int64_t) {
-    int64_t first = __atomic_load_n(&next, __ATOMIC_RELAXED);
-    while (first < units) {
-      const int64_t end = first + most(1, (units - first) / (2 * workers));
-      if (!__atomic_compare_exchange_n(&next, &first, end, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
-      body(first, end);
-      first = __atomic_load_n(&next, __ATOMIC_RELAXED);
-    }
-  });
-}
-
 // body(first, end) over `rows` rows of `width` numbers, a few at a time.
 template <typename Body>
 void for_rows(int64_t rows, int64_t width, const Parallel& parallel, const Body& body) {
@@ -61,11 +44,46 @@ void for_rows(int64_t rows, int64_t width, const Parallel& parallel, const Body&
   parallel(divide_up(rows, some), [&](int64_t unit) { body(unit * some, least(rows, (unit + 1) * some)); });
 }
 
-inline void quantize_rows(const Kernels& kernels, const float* x, int64_t rows, int bits, const Activations& out,
-                          const Parallel& parallel) {
-  for_rows(rows, out.width, parallel, [&](int64_t first, int64_t end) {
-    for (int64_t row = first; row < end; ++row) kernels.quantize(x + row * out.width, bits, row, out);
-  });
+// Numbers in one unit of the steps between products: whole groups.
+constexpr int64_t kPiece = 1024;
+static_assert(kPiece % kMaxGroup == 0, "a piece begins with a group");
+
+// As many threads as `units` of products and so many numbers between them are worth.
+inline int64_t workers_for(int64_t units, int64_t numbers) { return count_workers(most(units, numbers / kAlone)); }
+
+// The phase that quantizes rows of x: its units are pieces, counted through all rows.
+struct Quantizing {
+  const Kernels& kernels;
+  const float* x;
+  int64_t numbers;
+  int bits;
+  Activations out;
+
+  int64_t units() const { return divide_up(numbers, kPiece); }
+  void operator()(int64_t first, int64_t end, int64_t) const {
+    const int64_t group = out.width / out.groups, from = first * kPiece, count = least(numbers, end * kPiece) - from;
+    kernels.quantize(x + from, bits, 0, {out.codes + from, out.scales + from / group, out.sums + from / group, count,
+                                         count / group});
+  }
+};
+
+// What is fetched at once of a place that is read next, and how often in a row.
+constexpr int64_t kFetched = kAhead / 2, kMostFetched = 32;
+
+inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+}
+
+// Fetches the `part`th few of a matrix' rows from `first` on; false where there are none or enough was fetched.
+inline bool fetch_rows(const Matrix& matrix, int64_t first, int64_t part) {
+  const int64_t some = divide_up(kFetched, matrix.row_bytes()), row = first + part * some;
+  if (part >= kMostFetched || row >= matrix.rows) return false;
+  const int64_t scale_bytes = matrix.groups() * static_cast<int64_t>(sizeof *matrix.scales);
+  fetch(matrix.codes + row * matrix.row_bytes(), some * matrix.row_bytes());
+  fetch(matrix.scales + row * matrix.groups(), most(some, kMaxTile) * scale_bytes);  // which are read by tiles
+  if (matrix.zero_points)
+    fetch(matrix.zero_points + row * matrix.zero_row_bytes(), most(some, kMaxTile) * matrix.zero_row_bytes());
+  return true;
 }
 
 // y [tokens, rows] of rows `first` to `end` of a matrix by all activations.

@@ -22,16 +22,26 @@ float sum_of_squares(const float* x, int64_t width) {
   return sums[0];
 }
 
-// The norm's rows, each quantized while it is in the cache.
-void normalize_and_quantize(const Kernels& kernels, const Norm& norm, int bits, const Activations& out,
-                            const Parallel& parallel) {
-  for_rows(norm.tokens, norm.width, parallel, [&](int64_t first, int64_t end) {
+// The phase that makes the activations of products: the norm's rows, each quantized while it is in the cache, or where
+// there is no norm pieces of x.
+struct Entering {
+  const Kernels& kernels;
+  const Norm& norm;
+  Quantizing quantizing;
+
+  Entering(const Kernels& own, const Norm& given, int bits, const Activations& out)
+      : kernels(own), norm(given), quantizing{own, input_of(given), given.tokens * given.width, bits, out} {}
+
+  bool by_rows() const { return norm.weight || norm.residual; }
+  int64_t units() const { return by_rows() ? norm.tokens : quantizing.units(); }
+  void operator()(int64_t first, int64_t end, int64_t worker) const {
+    if (!by_rows()) return quantizing(first, end, worker);
     for (int64_t row = first; row < end; ++row) {
       run_norm(norm, row, 1);
-      kernels.quantize(input_of(norm) + row * norm.width, bits, row, out);
+      kernels.quantize(quantizing.x + row * norm.width, quantizing.bits, row, quantizing.out);
     }
-  });
-}
+  }
+};
 
 struct MlpScratch {
   Norm norm;
@@ -51,18 +61,14 @@ MlpScratch take_scratch(const Mlp& mlp, Blocks* blocks) {
   return s;
 }
 
-// silu(gate) * up of one token, whose gates lie before its ups.
-void activate(const Kernels& kernels, const float* both, int64_t inner, float* h) {
-  constexpr int64_t some = 256;
-  float pairs[2 * some];
-  for (int64_t from = 0; from < inner; from += some) {
-    const int64_t count = least(some, inner - from);
-    for (int64_t i = 0; i < count; ++i) {
-      pairs[2 * i] = both[from + i];
-      pairs[2 * i + 1] = both[inner + from + i];
-    }
-    kernels.swiglu(pairs, count, 1.0f, INFINITY, 0.0f, h + from);
+// silu(gate) * up of one token: `count` of its gates and of its ups.
+void activate(const Kernels& kernels, const float* gates, const float* ups, int64_t count, float* h) {
+  float pairs[2 * kPiece];
+  for (int64_t i = 0; i < count; ++i) {
+    pairs[2 * i] = gates[i];
+    pairs[2 * i + 1] = ups[i];
   }
+  kernels.swiglu(pairs, count, 1.0f, INFINITY, 0.0f, h);
 }
 
 }  // namespace
@@ -98,13 +104,13 @@ void run_projections(const Projections& p, void* scratch, const Parallel& parall
   Norm norm = p.norm;
   take_norm(&norm, &blocks);
   const Activations x = blocks.take_activations(norm.tokens, p.matrices[0]);
-  normalize_and_quantize(*p.kernels, norm, p.matrices[0].bits, x, parallel);
+  const Entering entering(*p.kernels, norm, p.matrices[0].bits, x);
   int64_t some[kMaxMatrices], units[kMaxMatrices], total = 0;
   for (int64_t i = 0; i < p.count; ++i) {
     some[i] = unit_rows(*p.kernels, p.matrices[i]);
     total += units[i] = divide_up(p.matrices[i].rows, some[i]);
   }
-  for_stretches(total, parallel, [&](int64_t unit, int64_t last) {
+  const auto multiply = [&](int64_t unit, int64_t last, int64_t) {
     for (int64_t i = 0; unit < last; ++i) {  // what the stretch has of each matrix
       const int64_t next = least(last, units[i]);
       if (unit < next)
@@ -113,7 +119,14 @@ void run_projections(const Projections& p, void* scratch, const Parallel& parall
       unit = most(0, unit - units[i]);
       last -= units[i];
     }
-  });
+  };
+  const auto fetch = [&](int64_t unit, int64_t part) {
+    int64_t i = 0;
+    for (; unit >= units[i]; ++i) unit -= units[i];
+    return fetch_rows(p.matrices[i], unit * some[i], part);
+  };
+  run_phases(parallel, {phase(entering.units(), entering), phase(total, multiply, fetch)},
+             workers_for(total, entering.quantizing.numbers));
 }
 
 size_t mlp_scratch(const Mlp& mlp) {
@@ -126,21 +139,33 @@ void run_mlp(const Mlp& m, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};
   const MlpScratch s = take_scratch(m, &blocks);
   const int64_t tokens = m.norm.tokens, inner = m.down.width;
-  normalize_and_quantize(*m.kernels, s.norm, m.gate_up.bits, s.x, parallel);
-  const auto multiply = [&](const Matrix& matrix, const Activations& x, float* y) {
-    const int64_t some = unit_rows(*m.kernels, matrix);
-    for_stretches(divide_up(matrix.rows, some), parallel, [&](int64_t unit, int64_t last) {
-      multiply_rows(*m.kernels, matrix, x, tokens, unit * some, least(matrix.rows, last * some), nullptr, y);
-    });
+  const Entering entering(*m.kernels, s.norm, m.gate_up.bits, s.x);
+  const int64_t up_rows = unit_rows(*m.kernels, m.gate_up), up_units = divide_up(m.gate_up.rows, up_rows);
+  const int64_t down_rows = unit_rows(*m.kernels, m.down), down_units = divide_up(m.down.rows, down_rows);
+  const auto multiply_up = [&](int64_t unit, int64_t last, int64_t) {
+    multiply_rows(*m.kernels, m.gate_up, s.x, tokens, unit * up_rows, least(m.gate_up.rows, last * up_rows), nullptr, s.both);
   };
-  multiply(m.gate_up, s.x, s.both);
-  for_rows(tokens, inner, parallel, [&](int64_t first, int64_t end) {
-    for (int64_t row = first; row < end; ++row) {
-      activate(*m.kernels, s.both + row * 2 * inner, inner, s.h + row * inner);
-      m.kernels->quantize(s.h + row * inner, m.down.bits, row, s.inner);
+  const auto fetch_up = [&](int64_t unit, int64_t part) { return fetch_rows(m.gate_up, unit * up_rows, part); };
+  const int64_t pieces = divide_up(inner, kPiece);  // of a token
+  const auto activate_some = [&](int64_t unit, int64_t last, int64_t) {
+    for (; unit < last; ++unit) {
+      const int64_t token = unit / pieces, from = unit % pieces * kPiece, count = least(kPiece, inner - from);
+      const float* gates = s.both + token * 2 * inner + from;
+      float* h = s.h + token * inner + from;
+      activate(*m.kernels, gates, gates + inner, count, h);
+      const int64_t at = (token * inner + from) / m.down.group;
+      m.kernels->quantize(h, m.down.bits, 0, {s.inner.codes + token * inner + from, s.inner.scales + at,
+                                              s.inner.sums + at, count, count / m.down.group});
     }
-  });
-  multiply(m.down, s.inner, m.y);
+  };
+  const auto multiply_down = [&](int64_t unit, int64_t last, int64_t) {
+    multiply_rows(*m.kernels, m.down, s.inner, tokens, unit * down_rows, least(m.down.rows, last * down_rows), nullptr, m.y);
+  };
+  const auto fetch_down = [&](int64_t unit, int64_t part) { return fetch_rows(m.down, unit * down_rows, part); };
+  run_phases(parallel,
+             {phase(entering.units(), entering), phase(up_units, multiply_up, fetch_up),
+              phase(tokens * pieces, activate_some), phase(down_units, multiply_down, fetch_down)},
+             workers_for(most(up_units, down_units), tokens * most(m.norm.width, inner)));
 }
 
 }  // namespace moedge
