@@ -118,7 +118,7 @@ uint64_t steps_digest(const Kernels* kernels, int64_t tokens, int64_t hidden, in
   const Projections projections{kernels, norm, 2, {first, second, {}}, {nullptr, weight, nullptr}, {y, z, nullptr}};
   with_scratch(projections_scratch(projections), [&](void* held) { run_projections(projections, held, parallel); });
   uint64_t found = digest(digest(14695981039346656037u, y, tokens * 2 * inner), z, tokens * hidden);
-  const Mlp mlp{kernels, norm, first, down, z};
+  const Mlp mlp{kernels, norm, first, down, z, full ? x : nullptr, full ? weight : nullptr};
   with_scratch(mlp_scratch(mlp), [&](void* held) { run_mlp(mlp, held, parallel); });
   found = digest(found, z, tokens * hidden);
   norm.y = normed;

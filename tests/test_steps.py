@@ -30,13 +30,22 @@ GATES = [
 
 
 def step_model(
-    op: str, constants: dict[str, Array | None], outputs: dict[str, int], *, residual: bool = True, **attributes: Any
+    op: str,
+    constants: dict[str, Array | None],
+    outputs: dict[str, int],
+    *,
+    residual: bool = True,
+    addend: bool = False,
+    **attributes: Any,
 ) -> bytes:
-    """A graph of one node: inputs x and residual, then `constants` (None: left out); an output named "" is left out."""
+    """A graph of one node: inputs x and residual, then `constants` (None: left out); an output named "" is left out.
+
+    addend: among the constants "addend" stands for a further input of the graph.
+    """
     names = ["x", "residual" if residual else ""]
-    names += [name if held is not None else "" for name, held in constants.items()]
+    names += [name if held is not None or (addend and name == "addend") else "" for name, held in constants.items()]
     node = helper.make_node(op, names, list(outputs), domain=kernels.DOMAIN, epsilon=EPSILON, **attributes)
-    inputs = [helper.make_tensor_value_info(name, FLOAT, None) for name in names[:2] if name]
+    inputs = [helper.make_tensor_value_info(name, FLOAT, None) for name in [*names[:2], "addend" * addend] if name]
     given = [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items() if name]
     held = [numpy_helper.from_array(np.ascontiguousarray(v), name) for name, v in constants.items() if v is not None]
     graph = helper.make_graph([node], "one", inputs, given, held)
@@ -128,8 +137,21 @@ def test_the_mlp_equals_the_reference_on_every_path(
     feed = {"x": generator.standard_normal((70, hidden), np.float32)}
     model = step_model("Mlp", constants, {"y": FLOAT}, residual=False, bits=bits)
     (y,) = run_everywhere(model, forms, feed, monkeypatch)
-    gate, up = np.split(multiply(normalize(feed["x"], weight), gate_up, 0).astype(np.float64), 2, axis=1)
+    x = normalize(feed["x"], weight)
+    gate, up = np.split(multiply(x, gate_up, 0).astype(np.float64), 2, axis=1)
     assert_near(y, multiply((gate / (1 + np.exp(-gate)) * up).astype(np.float32), down, 0))
+    # A shared expert's: what is added has the bits of a node behind; its own gate is near numpy's.
+    feed["addend"] = generator.standard_normal((70, hidden), np.float32)
+    share = generator.standard_normal((1, hidden), np.float32) if bits == 4 else None
+    model = step_model(
+        "Mlp", constants | {"addend": None, "share": share}, {"y": FLOAT}, residual=False, addend=True, bits=bits
+    )
+    (summed,) = run_everywhere(model, forms, feed, monkeypatch)
+    if share is None:
+        np.testing.assert_array_equal(summed, y + feed["addend"])
+    else:
+        weighed = y / (1 + np.exp(-x.astype(np.float64) @ share[0])[:, None])
+        np.testing.assert_allclose(summed, weighed + feed["addend"], rtol=0, atol=1e-6 * np.abs(weighed).max())
 
 
 def router_model(gate: str, experts: int, width: int, attributes: dict[str, int], factor: float, **given: Any) -> bytes:
@@ -216,6 +238,8 @@ def test_routers_equal_the_reference_on_every_path(
         ("Projections", {"m0.bias": np.zeros(5, np.float32)}),
         ("Mlp", {"up": np.zeros((6, 16), np.uint8)}),
         ("Mlp", {"down.scales": np.zeros((32, 3), np.float32)}),
+        ("Mlp", {"addend": np.zeros((2, 31), np.float32)}),
+        ("Mlp", {"share": np.zeros((2, 32), np.float32)}),
         ("Router", {"matrix": np.zeros((8, 31), np.float32)}),
         ("Router", {"correction": np.zeros(7, np.float32)}),
         ("Router", {"matrix": np.zeros((3, 32), np.float32)}),
@@ -230,6 +254,7 @@ def test_inputs_that_do_not_fit_are_refused(op: str, change: dict[str, Array], l
     elif op == "Mlp":
         constants |= operands(make_stack(generator, (1, 64, 32), 16, 4), "up", bias=False)
         constants |= operands(make_stack(generator, (1, 32, 32), 16, 4), "down", bias=False)
+        constants |= {"addend": None, "share": None}
     else:
         constants |= {"matrix": np.zeros((8, 32), np.float32), "bias": None, "correction": None}
         attributes = {"sigmoid": 0, "top_k": 4, "n_group": 1, "topk_group": 1, "norm_topk_prob": 1}

@@ -1,8 +1,9 @@
 """Fewer nodes for onnxruntime's CPU where our own ops run: what stands between the products goes into them.
 
 A node costs a few microseconds whatever it computes, and a layer has thirty. After the lowering, linears of one input
-become one `Projections`, a dense MLP one `Mlp`; both, and `Router`, which holds a layer's router and its gate, take the
-norm of their input and the residual sum before it along (runtime/kernels/step_ops.cpp).
+become one `Projections`, a dense MLP one `Mlp`, which adds a shared expert to the others; both, and `Router`, which holds
+a layer's router and its gate, take the norm of their input and the residual sum before it along
+(runtime/kernels/step_ops.cpp).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ._canonical import Rewriter, attributes_of, find_calls, linear_matrix
 
 _MOST_MATRICES = 3  # of `Projections`
 _SUM, _NORM = {"Projections": 1, "Mlp": 1, "Router": 3}, 4  # where an op gives the residual sum, and `Router` the norm
+_MLP_INPUTS = 9  # of `Mlp`, without what is added to it
 _SIGMOID = {"SoftmaxTopKGate": 0, "SigmoidTopKGate": 1}
 
 
@@ -55,6 +57,8 @@ def fuse_steps(rewriter: Rewriter) -> None:
         for alike in _sort_alike(linears):
             for start in range(0, len(alike), _MOST_MATRICES):
                 _fuse_linears(rewriter, alike[start : start + _MOST_MATRICES])
+    for node in _own(graph, "Mlp"):
+        _take_shared(rewriter, node)
     for kind in ("Router", "Projections", "Mlp"):
         for node in _own(graph, kind):
             _take_norm(rewriter, node)
@@ -77,6 +81,42 @@ def _fuse_mlp(rewriter: Rewriter, call: ir.Node) -> None:
     inputs = [first.inputs[0], None, None, *matrices]
     y = rewriter.op("Mlp", inputs, domain=DOMAIN, bits=_bits(first))
     _replace(rewriter, [first, call, second], second.outputs, [y])
+
+
+def _take_shared(rewriter: Rewriter, node: ir.Node) -> None:
+    """The gate of a shared expert, and the sum with the experts, go into its `Mlp`."""
+    gone, y, share = [node], node.outputs[0], None
+    product = _only_reader(y)
+    if product is not None and product.op_type == "Mul" and not product.domain:
+        gate = _find_share(_other_input(product, y), node.inputs[0])
+        if gate is None:
+            return
+        gone, share, y = [*gone, product, *gate], gate[0].inputs[1], product.outputs[0]
+    add = _only_reader(y)
+    if add is None or add.op_type != "Add" or add.domain:
+        return
+    experts = _other_input(add, y)
+    source = experts.producer() if experts is not None else None
+    if source is None or (source.domain, source.op_type) != (DOMAIN, "Experts"):
+        return
+    inputs = [*_fill(node.inputs, _MLP_INPUTS), experts, share]
+    new = rewriter.op("Mlp", inputs, domain=DOMAIN, **attributes_of(node))
+    _replace(rewriter, [*gone, add], add.outputs, [new])
+
+
+def _find_share(value: ir.Value | None, x: ir.Value | None) -> list[ir.Node] | None:
+    """`Gemm` of x with a row [1, H] and its `Sigmoid`, whose output is `value`; None where it is something else."""
+    sigmoid = value.producer() if value is not None else None
+    if sigmoid is None or sigmoid.op_type != "Sigmoid" or _only_reader(sigmoid.outputs[0]) is None:
+        return None
+    product = sigmoid.inputs[0].producer() if sigmoid.inputs[0] is not None else None
+    if product is None or product.op_type != "Gemm" or _only_reader(product.outputs[0]) is None:
+        return None
+    return [product, sigmoid] if product.inputs[0] is x else None
+
+
+def _other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
 
 
 def _sort_alike(linears: Sequence[ir.Node]) -> list[list[ir.Node]]:
@@ -168,9 +208,7 @@ def _adds_constant(add: ir.Node) -> bool:
     return any(value is None or value.const_value is not None for value in add.inputs)
 
 
-def _replace(
-    rewriter: Rewriter, gone: list[ir.Node], old: Sequence[ir.Value], new: Sequence[ir.Value]
-) -> None:
+def _replace(rewriter: Rewriter, gone: list[ir.Node], old: Sequence[ir.Value], new: Sequence[ir.Value]) -> None:
     """Put the nodes made since the last replacement in the place of several, in which `old` become `new`."""
     graph, order = rewriter.model.graph, list(rewriter.model.graph)
     first = min(gone, key=order.index)

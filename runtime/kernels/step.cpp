@@ -46,18 +46,20 @@ struct Entering {
 struct MlpScratch {
   Norm norm;
   Activations x;
-  float* both;  // [tokens, 2 I]
-  float* h;     // [tokens, I]
+  float* both;    // [tokens, 2 I]
+  float* h;       // [tokens, I]
   Activations inner;
+  float* shares;  // [tokens]
 };
 
 MlpScratch take_scratch(const Mlp& mlp, Blocks* blocks) {
-  MlpScratch s{mlp.norm, {}, nullptr, nullptr, {}};
+  MlpScratch s{mlp.norm, {}, nullptr, nullptr, {}, nullptr};
   take_norm(&s.norm, blocks);
   s.x = blocks->take_activations(mlp.norm.tokens, mlp.gate_up);
   s.both = blocks->take<float>(mlp.norm.tokens * mlp.gate_up.rows);
   s.h = blocks->take<float>(mlp.norm.tokens * mlp.down.width);
   s.inner = blocks->take_activations(mlp.norm.tokens, mlp.down);
+  s.shares = blocks->take<float>(mlp.norm.tokens);
   return s;
 }
 
@@ -69,6 +71,16 @@ void activate(const Kernels& kernels, const float* gates, const float* ups, int6
     pairs[2 * i + 1] = ups[i];
   }
   kernels.swiglu(pairs, count, 1.0f, INFINITY, 0.0f, h);
+}
+
+// What is done to rows `first` to `end` of the products, each step rounded as the nodes would that stand for it.
+void weigh_and_add(const Mlp& m, const float* shares, int64_t first, int64_t end) {
+  for (int64_t token = 0; token < m.norm.tokens; ++token) {
+    float* y = m.y + token * m.down.rows;
+    const float* addend = m.addend + token * m.down.rows;
+    for (int64_t row = first; m.share && row < end; ++row) y[row] *= shares[token];
+    for (int64_t row = first; m.addend && row < end; ++row) y[row] += addend[row];
+  }
 }
 
 }  // namespace
@@ -150,6 +162,11 @@ void run_mlp(const Mlp& m, void* scratch, const Parallel& parallel) {
   const auto activate_some = [&](int64_t unit, int64_t last, int64_t) {
     for (; unit < last; ++unit) {
       const int64_t token = unit / pieces, from = unit % pieces * kPiece, count = least(kPiece, inner - from);
+      if (m.share && from == 0) {
+        float logit = 0.0f;
+        m.kernels->multiply_floats(m.share, 1, m.norm.width, input_of(s.norm) + token * m.norm.width, 1, &logit, 1);
+        s.shares[token] = static_cast<float>(1.0 / (1.0 + exp(-static_cast<double>(logit))));
+      }
       const float* gates = s.both + token * 2 * inner + from;
       float* h = s.h + token * inner + from;
       activate(*m.kernels, gates, gates + inner, count, h);
@@ -159,7 +176,9 @@ void run_mlp(const Mlp& m, void* scratch, const Parallel& parallel) {
     }
   };
   const auto multiply_down = [&](int64_t unit, int64_t last, int64_t) {
-    multiply_rows(*m.kernels, m.down, s.inner, tokens, unit * down_rows, least(m.down.rows, last * down_rows), nullptr, m.y);
+    const int64_t first = unit * down_rows, end = least(m.down.rows, last * down_rows);
+    multiply_rows(*m.kernels, m.down, s.inner, tokens, first, end, nullptr, m.y);
+    weigh_and_add(m, s.shares, first, end);
   };
   const auto fetch_down = [&](int64_t unit, int64_t part) { return fetch_rows(m.down, unit * down_rows, part); };
   run_phases(parallel,

@@ -46,12 +46,15 @@ struct Projections {
 size_t projections_scratch(const Projections& projections);
 void run_projections(const Projections& projections, void* scratch, const Parallel& parallel);
 
-// down * (silu(gate) * up): gate_up [2 I, H], the rows of gate first.
+// addend + sigmoid(share * x) * down * (silu(gate) * up): gate_up [2 I, H], the rows of gate first. x is normed; the
+// sigmoid in double precision. Null addend or share: without it.
 struct Mlp {
   const Kernels* kernels;
   Norm norm;
   Matrix gate_up, down;
-  float* y;  // [tokens, H]
+  float* y;              // [tokens, H]
+  const float* addend;   // [tokens, H]
+  const float* share;    // [H]
 };
 
 size_t mlp_scratch(const Mlp& mlp);

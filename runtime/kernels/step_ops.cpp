@@ -5,7 +5,9 @@
 //              optional: zero points, bias [N]; attributes bits, epsilon
 //              -> y float [T, N] of the first, optional: x + residual [T, H], y of the second and the third
 // Mlp          x, residual, norm, gate_up uint8 [2 I, H bits / 8] (gate's rows first), its scales, zero points, down
-//              uint8 [H, I bits / 8], its scales, zero points; attributes bits, epsilon
+//              uint8 [H, I bits / 8], its scales, zero points, optional: what is added to y float [T, H], a row
+//              float [1, H] whose product with the normed x makes, by a sigmoid, what y is multiplied with before;
+//              attributes bits, epsilon
 //              -> y float [T, H], optional: x + residual
 // Router       x, residual, norm, matrix float [E, H], optional: bias of the logits [E], bias of the choice [E];
 //              attributes sigmoid, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor, epsilon
@@ -119,8 +121,12 @@ struct MlpOp : QuantizedStep {
     Mlp m{};
     m.kernels = kernels;
     const bool fits = read_norm(in, &m.norm) && read_matrix(in + 3, m.norm.width, bits, &m.gate_up) &&
-                      m.gate_up.rows % 2 == 0 && read_matrix(in + 6, m.gate_up.rows / 2, bits, &m.down);
+                      m.gate_up.rows % 2 == 0 && read_matrix(in + 6, m.gate_up.rows / 2, bits, &m.down) &&
+                      (!in[9].data || in[9].is(m.norm.tokens, m.down.rows)) &&
+                      (!in[10].data || in[10].is(1, m.norm.width));
     if (!fits) return invalid("moedge.cpu.Mlp: the inputs' shapes do not fit each other");
+    m.addend = in[9].as<float>();
+    m.share = in[10].as<float>();
     if (OrtStatus* status = make_output(context, 0, m.norm.tokens, m.down.rows, &m.y)) return status;
     if (OrtStatus* status = make_output(context, 1, m.norm.tokens, m.norm.width, &m.norm.sum)) return status;
     if (m.norm.tokens == 0) return nullptr;
@@ -206,7 +212,7 @@ constexpr StepOp make_step_op(const char* name, const int* types, size_t inputs,
 
 constexpr int kProjectionsTypes[] = {kFloat, kFloat, kFloat, kUint8, kFloat, kUint8, kFloat, kUint8,
                                      kFloat, kUint8, kFloat, kUint8, kFloat, kUint8, kFloat};
-constexpr int kMlpTypes[] = {kFloat, kFloat, kFloat, kUint8, kFloat, kUint8, kUint8, kFloat, kUint8};
+constexpr int kMlpTypes[] = {kFloat, kFloat, kFloat, kUint8, kFloat, kUint8, kUint8, kFloat, kUint8, kFloat, kFloat};
 constexpr int kRouterTypes[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
 constexpr int kFloats[] = {kFloat, kFloat, kFloat, kFloat};
 constexpr int kRoutes[] = {kFloat, kInt64, kFloat, kFloat, kFloat};
@@ -216,7 +222,7 @@ constexpr int kRoutes[] = {kFloat, kInt64, kFloat, kFloat, kFloat};
 const OrtCustomOp* step_op(size_t place) {
   static constexpr StepOp projections =
       make_step_op<ProjectionsOp>("Projections", kProjectionsTypes, 15, 5, kFloats, 4, 1);
-  static constexpr StepOp mlp = make_step_op<MlpOp>("Mlp", kMlpTypes, 9, 5, kFloats, 2, 1);
+  static constexpr StepOp mlp = make_step_op<MlpOp>("Mlp", kMlpTypes, 11, 5, kFloats, 2, 1);
   static constexpr StepOp router = make_step_op<RouterOp>("Router", kRouterTypes, 6, 4, kRoutes, 5, 3);
   const OrtCustomOp* ops[] = {&projections, &mlp, &router};
   return place < sizeof ops / sizeof *ops ? ops[place] : nullptr;
