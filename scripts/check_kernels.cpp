@@ -33,8 +33,14 @@ float* floats(int64_t count, float size) {
   return values;
 }
 
-Matrix matrices(int64_t count, int64_t rows, int64_t width, int64_t group, int bits, bool zeros) {
-  Matrix made{nullptr, nullptr, nullptr, rows, width, group, bits};
+uint16_t* halves(int64_t count) {  // of both signs, subnormal ones among them
+  uint16_t* values = take<uint16_t>(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<uint16_t>(next() % 0x2600 | (next() % 2 << 15));
+  return values;
+}
+
+Matrix matrices(int64_t count, int64_t rows, int64_t width, int64_t group, int bits, bool zeros, bool half = false) {
+  Matrix made{nullptr, nullptr, nullptr, rows, width, group, bits, half};
   const int64_t bytes = count * rows * made.row_bytes(), packed = count * rows * made.zero_row_bytes();
   uint8_t* codes = take<uint8_t>(bytes);
   for (int64_t i = 0; i < bytes; ++i) codes[i] = static_cast<uint8_t>(next());
@@ -42,14 +48,18 @@ Matrix matrices(int64_t count, int64_t rows, int64_t width, int64_t group, int b
   for (int64_t i = 0; points && i < packed; ++i) points[i] = static_cast<uint8_t>(next());
   made.codes = codes;
   made.zero_points = points;
-  made.scales = floats(count * rows * made.groups(), bits == 4 ? 0.02f : 0.001f);
+  const int64_t scales = count * rows * made.groups();
+  if (half)
+    made.scales = halves(scales);
+  else
+    made.scales = floats(scales, bits == 4 ? 0.02f : 0.001f);
   return made;
 }
 
 void release(const Matrix& matrix) {
   free(const_cast<uint8_t*>(matrix.codes));
   free(const_cast<uint8_t*>(matrix.zero_points));
-  free(const_cast<float*>(matrix.scales));
+  free(const_cast<void*>(matrix.scales));
 }
 
 uint64_t digest(uint64_t held, const float* values, int64_t count) {  // FNV-1a
@@ -68,8 +78,8 @@ uint64_t run_one(const Kernels* kernels, int64_t tokens, int64_t hidden, int64_t
   float *up_bias = floats(experts * 2 * inner, 1.0f), *down_bias = floats(experts * hidden, 1.0f);
   int64_t* chosen = take<int64_t>(tokens * choices);
   for (int64_t i = 0; i < tokens * choices; ++i) chosen[i] = next() % experts;
-  const Matrix up = matrices(experts, 2 * inner, hidden, group, bits, full);
-  const Matrix down = matrices(experts, hidden, inner, group, bits, full);
+  const Matrix up = matrices(experts, 2 * inner, hidden, group, bits, full, bits < 8);
+  const Matrix down = matrices(experts, hidden, inner, group, bits, full, bits < 8 && tokens % 2);
   float* y = take<float>(tokens * hidden);
   const Parallel parallel{serially, nullptr};
   const Mixture mixture{kernels, tokens, choices, experts, hidden, inner, x, chosen, weights, up, down,
@@ -102,7 +112,7 @@ uint64_t steps_digest(const Kernels* kernels, int64_t tokens, int64_t hidden, in
   float *x = floats(tokens * hidden, 2.0f), *residual = floats(tokens * hidden, 1.0f), *weight = floats(hidden, 1.0f);
   float *matrix = floats(experts * hidden, 0.1f), *bias = floats(experts, 0.1f);
   const Matrix first = matrices(1, 2 * inner, hidden, group, bits, full);
-  const Matrix second = matrices(1, hidden, hidden, group, bits, full), down = matrices(1, hidden, inner, group, bits, full);
+  const Matrix second = matrices(1, hidden, hidden, group, bits, full, true), down = matrices(1, hidden, inner, group, bits, full);
   float *sum = take<float>(tokens * hidden), *normed = take<float>(tokens * hidden);
   float *y = take<float>(tokens * 2 * inner), *z = take<float>(tokens * hidden), *logits = take<float>(tokens * experts);
   int64_t* routes = take<int64_t>(tokens * chosen);
@@ -236,7 +246,7 @@ uint64_t run_grouped_one(const Kernels* kernels, Element element, int64_t width,
 HeadMatrices of_codes(const Matrix& made, int64_t rows) {
   int shift = 0;
   while (int64_t{1} << shift < made.group) ++shift;
-  return {nullptr, {made.codes, made.scales, made.zero_points, rows, made.width, shift}, rows, made.width};
+  return {nullptr, {made.codes, static_cast<const float*>(made.scales), made.zero_points, rows, made.width, shift}, rows, made.width};
 }
 
 // `group`: of the codes of k_up and v_up, with zero points in k_up's; 0: floats.

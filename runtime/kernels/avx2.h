@@ -19,6 +19,9 @@ struct Vectors256 {
   static Float floats(float value) { return _mm256_set1_ps(value); }
   static Int load_ints(const int32_t* from) { return _mm256_load_si256(reinterpret_cast<const Int*>(from)); }
   static Float load_some(const float* from) { return _mm256_loadu_ps(from); }
+  static Float load_halves(const uint8_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
   static Float load_floats(const float* from) { return _mm256_load_ps(from); }
   static void store_floats(float* to, Float value) { _mm256_store_ps(to, value); }
   static Int load_codes(const uint8_t* from) { return _mm256_load_si256(reinterpret_cast<const Int*>(from)); }

@@ -6,6 +6,7 @@
 //          middle            what is subtracted from 8-bit codes before they are multiplied (0 or 128)
 //          Int, Float        vectors of int32 and float
 //          load_transposed   a square of lanes x lanes 4-byte words, transposed
+//          load_halves       as many fp16 values as float, exactly
 //          sums              of `lanes` vectors: lane i is the sum of vector i's lanes
 //          dot<bits>         acc + the products of each lane's four codes with its four activations
 //          dot_word<bits>    the same where all lanes have one word of activations
@@ -98,19 +99,34 @@ void load_zeros(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t
   }
 }
 
+// `count` fp16 scales of `lanes` rows as float, which `sources` then points to: they are in `out` until they are turned.
+template <class S>
+void widen_scales(const uint8_t** sources, int64_t count, bool whole, float* out) {
+  for (int64_t r = 0; r < S::lanes; ++r, out += S::lanes) {
+    uint16_t copy[S::lanes] = {};
+    if (!whole) memcpy(copy, sources[r], static_cast<size_t>(2 * count));
+    S::store_floats(out, S::load_halves(whole ? sources[r] : reinterpret_cast<const uint8_t*>(copy)));
+    sources[r] = reinterpret_cast<const uint8_t*>(out);
+  }
+}
+
 // Groups `from` to `from + count` of `lanes` rows, count <= lanes.
 template <class S>
 void load_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count, Groups<S>* groups) {
   constexpr int64_t lanes = S::lanes;
   const uint8_t* sources[lanes];
   for (int64_t r = 0; r < lanes; ++r) {  // and what is next
-    sources[r] = reinterpret_cast<const uint8_t*>(matrix.scales + rows[r] * matrix.groups() + from);
-    __builtin_prefetch(sources[r] + 4 * lanes * matrix.groups());
+    sources[r] = matrix.scale(rows[r], from);
+    __builtin_prefetch(sources[r] + lanes * matrix.groups() * matrix.scale_bytes());
     if (matrix.zero_points) __builtin_prefetch(matrix.zero_points + (rows[r] + 2 * lanes) * matrix.zero_row_bytes());
   }
   typename S::Int turned[lanes];
   // Behind a row's end lies the next one's beginning; behind the last row's might be the file's.
-  const bool whole = rows[lanes - 1] * matrix.groups() + from + lanes <= matrix.rows * matrix.groups();
+  bool whole = rows[lanes - 1] * matrix.groups() + from + lanes <= matrix.rows * matrix.groups();
+  if (matrix.half) {
+    widen_scales<S>(sources, count, whole, groups->scales);
+    whole = true;
+  }
   load_turned<S>(sources, 0, 4 * count, whole, turned);
   for (int64_t b = 0; b < lanes; ++b) S::store_floats(groups->scales + b * lanes, S::as_floats(turned[b]));
   if (matrix.zero_points) load_zeros<S>(matrix, rows, from, count, groups->zeros);

@@ -32,7 +32,7 @@ FLAGS = (
 # left out. A processor that has none of them runs onnxruntime's own ops.
 X86 = {
     "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512vnni -mprefer-vector-width=512",
-    "avxvnni": "-mavx2 -mfma -mavxvnni",
+    "avxvnni": "-mavx2 -mfma -mf16c -mavxvnni",
     "avx2": "-mavx2 -mfma -mf16c",
 }
 ARM = {"neon": "-march=armv8.2-a+dotprod"}

@@ -19,6 +19,9 @@ struct Avx512 {
   static Float floats(float value) { return _mm512_set1_ps(value); }
   static Int load_ints(const int32_t* from) { return _mm512_load_si512(from); }
   static Float load_some(const float* from) { return _mm512_loadu_ps(from); }
+  static Float load_halves(const uint8_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
   static Float load_floats(const float* from) { return _mm512_load_ps(from); }
   static void store_floats(float* to, Float value) { _mm512_store_ps(to, value); }
   static Int load_codes(const uint8_t* from) { return _mm512_load_si512(from); }

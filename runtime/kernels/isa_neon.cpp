@@ -18,6 +18,9 @@ struct Neon {
   static Float floats(float value) { return vdupq_n_f32(value); }
   static Int load_ints(const int32_t* from) { return vld1q_s32(from); }
   static Float load_some(const float* from) { return vld1q_f32(from); }
+  static Float load_halves(const uint8_t* from) {
+    return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from)));
+  }
   static Float load_floats(const float* from) { return vld1q_f32(from); }
   static void store_floats(float* to, Float value) { vst1q_f32(to, value); }
   static Int load_codes(const uint8_t* from) { return vreinterpretq_s32_u8(vld1q_u8(from)); }

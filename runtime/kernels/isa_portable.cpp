@@ -32,6 +32,15 @@ struct Portable {
   }
   static Int load_ints(const int32_t* from) { return load<Int>(from); }
   static Float load_some(const float* from) { return load<Float>(from); }
+  static Float load_halves(const uint8_t* from) {
+    uint16_t halves[4];
+    memcpy(halves, from, sizeof halves);
+    return each<Float>([&](int i) {  // as the bits of a float 2^112 times too small, which multiplies exactly
+      const int32_t bits = halves[i] & 0x7fff, sign = halves[i] >> 15 ? INT32_MIN : 0;
+      const float value = float_of(bits << 13) * 0x1p112f;
+      return float_of(bits_of(value) | sign | (bits >= 0x7c00 ? 0xff << 23 : 0));
+    });
+  }
   static Float load_floats(const float* from) { return load<Float>(from); }
   static Int load_codes(const uint8_t* from) { return load<Int>(from); }
   static Int load_bytes(const void* from) { return load<Int>(from); }

@@ -28,14 +28,19 @@ constexpr int64_t kSixBitBlock = 64;  // codes that are packed together
 // or 8.
 struct Matrix {
   const uint8_t* codes;
-  const float* scales;         // [rows, groups]
+  const void* scales;          // [rows, groups] float, or fp16 where `half`
   const uint8_t* zero_points;  // [rows, groups] packed like the codes, each row from a whole byte; null: the middle
   int64_t rows, width, group;
   int bits;
+  bool half = false;
 
   int64_t groups() const { return width / group; }
   int64_t row_bytes() const { return width * bits / 8; }
   int64_t zero_row_bytes() const { return (groups() * bits + 7) / 8; }
+  int64_t scale_bytes() const { return half ? 2 : 4; }
+  const uint8_t* scale(int64_t row, int64_t group) const {
+    return static_cast<const uint8_t*>(scales) + (row * groups() + group) * scale_bytes();
+  }
   // Codes of 6 bits come in whole blocks and lie around the middle.
   bool is_packed_well() const {
     return bits != 6 || (width % kSixBitBlock == 0 && width <= kMostWidth && !zero_points);
@@ -43,7 +48,7 @@ struct Matrix {
   Matrix at(int64_t index) const {  // of a stack of matrices
     Matrix one = *this;
     one.codes += index * rows * row_bytes();
-    one.scales += index * rows * groups();
+    one.scales = scale(index * rows, 0);
     if (zero_points) one.zero_points += index * rows * zero_row_bytes();
     return one;
   }

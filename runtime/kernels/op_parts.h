@@ -23,6 +23,7 @@ struct Tensor {
   bool is(int64_t a, int64_t b, int64_t c) const {
     return rank == 3 && shape[0] == a && shape[1] == b && shape[2] == c;
   }
+  bool holds_scales() const { return kind == kFloat || kind == kHalf; }
   template <typename T>
   const T* as() const {
     return static_cast<const T*>(data);

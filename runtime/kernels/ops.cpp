@@ -1,9 +1,9 @@
 // The custom ops of the domain `moedge.cpu`, as onnxruntime registers and calls them.
 //
 // Experts  x float [T, H], experts int64 [T, k], weights float [T, k], gate_up uint8 [E, 2 I, H bits / 8], its scales
-//          float [E, 2 I, groups], down uint8 [E, H, I bits / 8], its scales; optional: gate_up's and down's zero
-//          points (uint8), gate_up's and down's biases (float); attributes bits, alpha, limit, offset -> y float [T, H]
-// Linear   x float [..., K], codes uint8 [N, K bits / 8], scales float [N, groups]; optional: zero points, bias
+//          float or fp16 [E, 2 I, groups], down uint8 [E, H, I bits / 8], its scales; optional: gate_up's and
+//          down's zero points (uint8), gate_up's and down's biases (float); attributes bits, alpha, limit, offset -> y float [T, H]
+// Linear   x float [..., K], codes uint8 [N, K bits / 8], scales float or fp16 [N, groups]; optional: zero points, bias
 //          [N]; attribute bits -> y float [..., N]
 
 #include <math.h>
@@ -57,13 +57,13 @@ OrtStatus* ExpertsOp::run(OrtKernelContext* context) const {
     return invalid("moedge.cpu.Experts: an input has another number of axes than it should");
   const int64_t tokens = x.shape[0], hidden = x.shape[1], choices = chosen.shape[1];
   const int64_t experts = up.shape[0], inner = up.shape[1] / 2;
-  const Matrix gate_up{up.as<uint8_t>(), in[4].as<float>(), in[7].as<uint8_t>(), 2 * inner,
-                       hidden, in[4].shape[2] > 0 ? hidden / in[4].shape[2] : 0, bits};
-  const Matrix out{down.as<uint8_t>(), in[6].as<float>(), in[8].as<uint8_t>(), hidden,
-                   inner, in[6].shape[2] > 0 ? inner / in[6].shape[2] : 0, bits};
+  const Matrix gate_up{up.as<uint8_t>(), in[4].data, in[7].as<uint8_t>(), 2 * inner,
+                       hidden, in[4].shape[2] > 0 ? hidden / in[4].shape[2] : 0, bits, in[4].kind == kHalf};
+  const Matrix out{down.as<uint8_t>(), in[6].data, in[8].as<uint8_t>(), hidden,
+                   inner, in[6].shape[2] > 0 ? inner / in[6].shape[2] : 0, bits, in[6].kind == kHalf};
   if (!good_group(hidden, in[4].shape[2]) || !good_group(inner, in[6].shape[2]))
     return invalid("moedge.cpu.Experts: a scale must stand for 16, 32, 64, 128, 256 or 512 codes");
-  const bool fits = gate_up.is_packed_well() && out.is_packed_well() && chosen.shape[0] == tokens &&
+  const bool fits = in[4].holds_scales() && in[6].holds_scales() && gate_up.is_packed_well() && out.is_packed_well() && chosen.shape[0] == tokens &&
                     weights.is(tokens, choices) && up.shape[1] == 2 * inner &&
                     up.is(experts, 2 * inner, gate_up.row_bytes()) && in[4].is(experts, 2 * inner, gate_up.groups()) &&
                     down.is(experts, hidden, out.row_bytes()) && in[6].is(experts, hidden, out.groups()) &&
@@ -105,9 +105,9 @@ OrtStatus* LinearOp::run(OrtKernelContext* context) const {
   const int64_t width = x.shape[x.rank - 1], rows = codes.shape[0];
   if (!good_group(width, scales.shape[1]))
     return invalid("moedge.cpu.Linear: a scale must stand for 16, 32, 64, 128, 256 or 512 codes");
-  const Matrix matrix{codes.as<uint8_t>(), scales.as<float>(), in[3].as<uint8_t>(), rows, width,
-                      width / scales.shape[1], bits};
-  const bool fits = matrix.is_packed_well() && codes.is(rows, matrix.row_bytes()) && scales.is(rows, matrix.groups()) &&
+  const Matrix matrix{codes.as<uint8_t>(), scales.data, in[3].as<uint8_t>(), rows, width,
+                      width / scales.shape[1], bits, scales.kind == kHalf};
+  const bool fits = scales.holds_scales() && matrix.is_packed_well() && codes.is(rows, matrix.row_bytes()) && scales.is(rows, matrix.groups()) &&
                     (!in[3].data || in[3].is(rows, matrix.zero_row_bytes())) &&
                     (!in[4].data || (in[4].rank == 1 && in[4].shape[0] == rows));
   if (!fits) return invalid("moedge.cpu.Linear: the inputs' shapes do not fit each other");
@@ -125,8 +125,9 @@ OrtStatus* LinearOp::run(OrtKernelContext* context) const {
   });
 }
 
-constexpr int kExpertsTypes[] = {kFloat, kInt64, kFloat, kUint8, kFloat, kUint8, kFloat, kUint8, kUint8, kFloat, kFloat};
-constexpr int kLinearTypes[] = {kFloat, kUint8, kFloat, kUint8, kFloat};
+constexpr int kExpertsTypes[] = {kFloat, kInt64,   kFloat, kUint8, kAnyType, kUint8,
+                                 kAnyType, kUint8, kUint8, kFloat, kFloat};
+constexpr int kLinearTypes[] = {kFloat, kUint8, kAnyType, kUint8, kFloat};
 
 }  // namespace
 

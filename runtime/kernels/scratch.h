@@ -78,9 +78,9 @@ inline void fetch(const void* from, int64_t bytes) {
 inline bool fetch_rows(const Matrix& matrix, int64_t first, int64_t part) {
   const int64_t some = divide_up(kFetched, matrix.row_bytes()), row = first + part * some;
   if (part >= kMostFetched || row >= matrix.rows) return false;
-  const int64_t scale_bytes = matrix.groups() * static_cast<int64_t>(sizeof *matrix.scales);
+  const int64_t scale_bytes = matrix.groups() * matrix.scale_bytes();
   fetch(matrix.codes + row * matrix.row_bytes(), some * matrix.row_bytes());
-  fetch(matrix.scales + row * matrix.groups(), most(some, kMaxTile) * scale_bytes);  // which are read by tiles
+  fetch(matrix.scale(row, 0), most(some, kMaxTile) * scale_bytes);  // which are read by tiles
   if (matrix.zero_points)
     fetch(matrix.zero_points + row * matrix.zero_row_bytes(), most(some, kMaxTile) * matrix.zero_row_bytes());
   return true;

@@ -1,8 +1,8 @@
 // The custom ops that take several nodes' place. All begin with the residual sum and the norm of their input, where
 // these are given: x float [T, H], residual float [T, H], norm weight float [H], the last two optional.
 //
-// Projections  x, residual, norm, then one to three times: codes uint8 [N, H bits / 8], scales float [N, groups],
-//              optional: zero points, bias [N]; attributes bits, epsilon
+// Projections  x, residual, norm, then one to three times: codes uint8 [N, H bits / 8], scales float or fp16 [N,
+//              groups], optional: zero points, bias [N]; attributes bits, epsilon
 //              -> y float [T, N] of the first, optional: x + residual [T, H], y of the second and the third
 // Mlp          x, residual, norm, gate_up uint8 [2 I, H bits / 8] (gate's rows first), its scales, zero points, down
 //              uint8 [H, I bits / 8], its scales, zero points, optional: what is added to y float [T, H], a row
@@ -32,9 +32,9 @@ bool is_row(const Tensor& tensor, int64_t width) { return tensor.rank == 1 && te
 // A matrix of codes, scales and optional zero points in a row; false where they do not fit a width.
 bool read_matrix(const Tensor* in, int64_t width, int bits, Matrix* out) {
   if (!in[0].data || !in[1].data || in[0].rank != 2 || in[1].rank != 2 || !good_group(width, in[1].shape[1])) return false;
-  *out = {in[0].as<uint8_t>(), in[1].as<float>(),          in[2].as<uint8_t>(), in[0].shape[0], width,
-          width / in[1].shape[1], bits};
-  return out->is_packed_well() && in[0].is(out->rows, out->row_bytes()) && in[1].is(out->rows, out->groups()) &&
+  *out = {in[0].as<uint8_t>(),    in[1].data, in[2].as<uint8_t>(),   in[0].shape[0], width,
+          width / in[1].shape[1], bits,       in[1].kind == kHalf};
+  return in[1].holds_scales() && out->is_packed_well() && in[0].is(out->rows, out->row_bytes()) && in[1].is(out->rows, out->groups()) &&
          (!in[2].data || in[2].is(out->rows, out->zero_row_bytes()));
 }
 
@@ -210,9 +210,10 @@ constexpr StepOp make_step_op(const char* name, const int* types, size_t inputs,
   return op;
 }
 
-constexpr int kProjectionsTypes[] = {kFloat, kFloat, kFloat, kUint8, kFloat, kUint8, kFloat, kUint8,
-                                     kFloat, kUint8, kFloat, kUint8, kFloat, kUint8, kFloat};
-constexpr int kMlpTypes[] = {kFloat, kFloat, kFloat, kUint8, kFloat, kUint8, kUint8, kFloat, kUint8, kFloat, kFloat};
+constexpr int kProjectionsTypes[] = {kFloat,   kFloat, kFloat, kUint8, kAnyType, kUint8, kFloat, kUint8,
+                                     kAnyType, kUint8, kFloat, kUint8, kAnyType, kUint8, kFloat};
+constexpr int kMlpTypes[] = {kFloat, kFloat,   kFloat, kUint8, kAnyType, kUint8,
+                             kUint8, kAnyType, kUint8, kFloat, kFloat};
 constexpr int kRouterTypes[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
 constexpr int kFloats[] = {kFloat, kFloat, kFloat, kFloat};
 constexpr int kRoutes[] = {kFloat, kInt64, kFloat, kFloat, kFloat};
