@@ -299,7 +299,10 @@ class _GraphBuilder:
         if stored.data.dtype == "uint6":
             data = self.call("SixBitCodes", [data])
         if stored.scales is not None and stored.zero_points is not None:
-            inputs = [data, self.external(stored.scales), self.external(stored.zero_points)]
+            scales = self.external(stored.scales)
+            if stored.scales.dtype == "float16":  # whose products onnx would round to float16
+                scales = self.op("Cast", [scales], to=int(ir.DataType.FLOAT))
+            inputs = [data, scales, self.external(stored.zero_points)]
             axis = len(stored.data.shape) - 1
             return self.op("DequantizeLinear", inputs, axis=axis, block_size=stored.group_size)
         if stored.data.dtype == "float16":

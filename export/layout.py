@@ -4,10 +4,14 @@ Every tensor is stored once, 64-byte aligned. int4 is unsigned, two to a byte, l
 input dimension, so that one offset serves `DequantizeLinear`, `MatMulNBits` and `QMoE`. int6, which ONNX does not
 know, is bytes that `moedge.SixBitCodes` takes (`quantization.pack_int6`); its zero points are those of the 8-bit codes
 that it gives.
+
+Scales of codes below 8 bits are float16, unless a matrix has one that float16 does not hold: then they are float32
+behind everything else (`widen_scales`), which is known only when they are made.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -88,6 +92,14 @@ class Layout:
     def __contains__(self, name: str) -> bool:
         return name in self.stored
 
+    def widen_scales(self, name: str) -> Layout:
+        """The same with one tensor's scales in float32, at the end of the file."""
+        stored, allocator = self.stored[name], _Allocator(self.nbytes)
+        assert stored.scales is not None
+        scales = allocator.take(stored.scales.name, "float32", stored.scales.shape)
+        changed = {name: dataclasses.replace(stored, scales=scales)}
+        return Layout(self.stored | changed, self.constants, allocator.end)
+
     def sizes_by_role(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
         for stored in self.stored.values():
@@ -138,7 +150,7 @@ def _place(weight: Weight, choice: Choice, allocator: _Allocator, constants: dic
     if not choice.group_size:
         return Stored(weight, data, order=order)
     shape = (*weight.shape[:-1], weight.shape[-1] // choice.group_size)
-    scales = allocator.take(f"{weight.name}.scales", "float32", shape)
+    scales = allocator.take(f"{weight.name}.scales", "float32" if choice.dtype == "uint8" else "float16", shape)
     name = f"{weight.name}.zero_points"
     if choice.zero_points:
         zero = allocator.take(name, choice.dtype, shape)
@@ -209,8 +221,8 @@ def _keep(weight: Weight, integers: set[Integers]) -> Choice:
 
 
 class _Allocator:
-    def __init__(self) -> None:
-        self.end = 0
+    def __init__(self, end: int = 0) -> None:
+        self.end = end
 
     def take(self, name: str, dtype: Dtype, shape: tuple[int, ...]) -> Slot:
         slot = Slot(name, dtype, shape, self.end)

@@ -192,7 +192,7 @@ def _scales_of(reader: WeightsReader, stored: Stored, start: int, stop: int) -> 
     if stored.scales is None:
         return None
     groups = stored.scales.shape[-1]
-    return reader.read_flat(stored.scales, start * groups, stop * groups).reshape(-1, groups)
+    return reader.read_codes(stored.scales, start * groups, stop * groups).reshape(-1, groups)
 
 
 def _read_theirs(

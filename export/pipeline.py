@@ -119,12 +119,15 @@ def export_checkpoint(
     memory = plan_memory(plan, find_needs(config, layout, model, target) if verify else None, max_memory, extra)
     with staged_directory(target, force=force, replaces=MANIFEST) as staged:
         digests: dict[Key, Digest] | None = {} if verify else None
-        errors = write_weights(checkpoint, layout, staged / WEIGHTS, quantizer, progress, memory.chunk, digests)
+        path, planned = staged / WEIGHTS, layout
+        layout, errors = write_weights(checkpoint, layout, path, quantizer, progress, memory.chunk, digests)
+        if layout is not planned:
+            model = build_canonical_graph(config, layout, target)
         save_graph(model, staged / MODEL)
         check_graph(staged / MODEL)
         if verify:
             rounding = getattr(quantizer, "MAX_ROUNDING", MAX_ROUNDING)
-            check_parity(checkpoint, config, layout, model, staged / WEIGHTS, memory, progress, rounding, digests)
+            check_parity(checkpoint, config, layout, model, path, memory, progress, rounding, digests)
         _copy_files(checkpoint.path, staged)
         said = quantizer.notes() if isinstance(quantizer, Calibrated) else []
         manifest = _describe(checkpoint, config, layout, errors, [*notes, *describe_sources(plan, errors), *said])
@@ -253,14 +256,22 @@ def _describe(
 
 
 def describe_classes(layout: Layout, errors: dict[str, ClassError]) -> dict[str, Any]:
-    """How the tensors of each role are stored: the quantized form that most values have, the others under `also`."""
+    """How the tensors of each role are stored: the quantized form that most values have, the others under `also`.
+
+    `float16_scales`: bytes of the scales in that type, which not every kernel reads.
+    """
     forms: dict[str, dict[tuple[bool, str, int, bool], int]] = {}
     for stored in layout.stored.values():
         own = stored.quantized and not stored.shared_zero_points
         form = stored.quantized, stored.data.dtype, stored.group_size, own
         held = forms.setdefault(stored.weight.role, {})
         held[form] = held.get(form, 0) + math.prod(stored.data.shape)
-    return {role: _describe_class(held, errors.get(role)) for role, held in forms.items()}
+    classes = {role: _describe_class(held, errors.get(role)) for role, held in forms.items()}
+    for stored in layout.stored.values():
+        if stored.scales is not None and stored.scales.dtype == "float16":
+            entry = classes[stored.weight.role]
+            entry["float16_scales"] = entry.get("float16_scales", 0) + stored.scales.nbytes
+    return classes
 
 
 def _describe_class(held: dict[tuple[bool, str, int, bool], int], error: ClassError | None) -> dict[str, Any]:

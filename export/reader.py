@@ -66,7 +66,7 @@ class WeightsReader:
         if stored.scales is None or stored.zero_points is None:
             return values
         groups = stored.scales.shape[-1]
-        scales = self.read_flat(stored.scales, start * groups, stop * groups).reshape(-1, groups, 1)
+        scales = self.read_codes(stored.scales, start * groups, stop * groups).reshape(-1, groups, 1)
         zero_points = self.read_codes(stored.zero_points, start * groups, stop * groups).reshape(-1, groups, 1)
         grouped = values.reshape(stop - start, groups, stored.group_size)
         grouped -= zero_points

@@ -399,7 +399,10 @@ class _Writer:
         if stored.data.dtype == "uint6":
             data = self._once(f"{stored.weight.name}.codes", "SixBitCodes", [data], domain=DOMAIN)
         if stored.scales is not None and stored.zero_points is not None:
-            inputs = [data, self._external(stored.scales), self._external(stored.zero_points)]
+            scales = self._external(stored.scales)
+            if stored.scales.dtype == "float16":
+                scales = self._once(f"{scales.name}.float", "Cast", [scales], to=int(ir.DataType.FLOAT))
+            inputs = [data, scales, self._external(stored.zero_points)]
             axis = len(stored.data.shape) - 1
             return self._once(name, "DequantizeLinear", inputs, axis=axis, block_size=stored.group_size)
         if stored.data.dtype == "float16":

@@ -119,12 +119,12 @@ def export_torch_model(
         own = quantizer.ZERO_POINTS if zero_points is None else zero_points
         layout = plan_layout(graph.plan, weights, group_size, zero_points=own, head=head)
         check_room(target, layout.nbytes)
-        canonical = graph.build(layout, target)
         with staged_directory(target, force=force, replaces=MANIFEST) as staged:
             digests: dict[Key, Digest] | None = {} if verify else None
-            errors = write_weights(
+            layout, errors = write_weights(
                 graph.source, layout, staged / WEIGHTS, quantizer, progress, CHUNK_BYTES, digests
             )
+            canonical = graph.build(layout, target)
             save_graph(canonical, staged / MODEL)
             if verify:
                 check_torch_parity(model, graph, layout, canonical, staged, positions, digests, progress)

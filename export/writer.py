@@ -16,7 +16,7 @@ from .checkpoint import Array, Checkpoint
 from .digests import Digest, Key
 from .layout import Layout, Slot, Stored
 from .memory import rows_at_once
-from .quantization import Algorithm, Calibrated, Quantized, pack_int4, pack_int6
+from .quantization import Algorithm, Calibrated, Quantized, fit_float16, pack_int4, pack_int6
 from .weights import list_rows, read_rows, read_unit
 
 CHUNK_BYTES = 512 << 10  # float32 bytes that are converted at once: what stays in the processor's cache
@@ -56,8 +56,10 @@ def write_weights(
     progress: Progress | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     digests: dict[Key, Digest] | None = None,
-) -> dict[str, ClassError]:
-    """Write every tensor of `layout` to `path`; returns the quantization error by role.
+) -> tuple[Layout, dict[str, ClassError]]:
+    """Write every tensor of `layout` to `path`; returns where they lie, and the quantization error by role.
+
+    The layout is another one only where float16 does not hold some matrix's scales.
 
     `chunk_bytes`: float32 bytes that are converted at once. `digests`: filled with what was quantized, for the check.
 
@@ -68,20 +70,21 @@ def write_weights(
     errors: dict[str, ClassError] = {}
     total = sum(math.prod(stored.data.shape) for stored in layout.stored.values())
     done = 0
-    with path.open("wb") as stream:
+    with path.open("w+b") as stream:
+        file = _File(stream, layout)
         stream.truncate(layout.nbytes)
         for slot, value in layout.constants:
             _write_at(stream, slot.offset, np.full(slot.nbytes, value, np.uint8))
-        for stored in layout.stored.values():
+        for name, stored in layout.stored.items():
             if stored.order is not None and stored.weight.order is not None:
                 _write_at(stream, stored.order.offset, stored.weight.order)
             for part in read_parts(checkpoint, stored, chunk_bytes):
                 error = errors.setdefault(stored.weight.role, ClassError())
-                _write_part(stream, stored, part, algorithm, error, digests)
+                _write_part(file, file.layout[name], part, algorithm, error, digests)
                 done += part.values.size
                 if progress is not None:
                     progress("writing weights", done, total)
-    return errors
+    return file.layout, errors
 
 
 def read_parts(checkpoint: Checkpoint, stored: Stored, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Part]:
@@ -120,8 +123,33 @@ def _read_part(
     return values, tuple(kept)
 
 
+class _File:
+    """weights.bin while it is written, and where its tensors lie."""
+
+    def __init__(self, stream: BinaryIO, layout: Layout) -> None:
+        self.stream, self.layout = stream, layout
+
+    def make_room(self, stored: Stored, start: int, scales: Array) -> Stored:
+        """The tensor with room for the scales of rows `start` on: where float16 does not hold them, those of all rows
+        move to float32, what is written of them included."""
+        narrow = stored.scales
+        assert narrow is not None
+        if narrow.dtype == "float32" or fit_float16(scales):
+            return stored
+        self.layout = self.layout.widen_scales(stored.weight.name)
+        stored = self.layout[stored.weight.name]
+        assert stored.scales is not None
+        self.stream.truncate(self.layout.nbytes)
+        count, step = start * narrow.shape[-1], CHUNK_BYTES // 4
+        for first in range(0, count, step):
+            self.stream.seek(narrow.offset + 2 * first)
+            held = np.frombuffer(self.stream.read(2 * min(step, count - first)), np.float16)
+            _write_at(self.stream, stored.scales.offset + 4 * first, held.astype(np.float32))
+        return stored
+
+
 def _write_part(
-    stream: BinaryIO,
+    file: _File,
     stored: Stored,
     part: Part,
     algorithm: Algorithm,
@@ -138,7 +166,7 @@ def _write_part(
                     f"tensor {stored.weight.name!r} holds values beyond float16's 65504; export with --weights fp32"
                 )
         width = stored.weight.shape[-1]
-        _write_at(stream, stored.data.offset + part.start * width * values.itemsize, values)
+        _write_at(file.stream, stored.data.offset + part.start * width * values.itemsize, values)
         return
     quantized = _quantize(stored, part, algorithm)
     difference = quantized.dequantize()
@@ -147,7 +175,8 @@ def _write_part(
     difference -= part.values
     error.noise += float(np.square(difference, out=difference).sum(dtype=np.float64))
     error.signal += float(np.square(part.values).sum(dtype=np.float64))
-    _write_quantized(stream, stored, part.start, quantized)
+    stored = file.make_room(stored, part.start, quantized.scales)
+    _write_quantized(file.stream, stored, part.start, quantized)
 
 
 def _note_digests(digests: dict[Key, Digest], stored: Stored, part: Part, values: Array) -> None:
@@ -189,7 +218,8 @@ def _write_quantized(stream: BinaryIO, stored: Stored, start: int, quantized: Qu
     assert stored.scales is not None and stored.zero_points is not None
     width, groups = stored.weight.shape[-1], stored.scales.shape[-1]
     _write_codes(stream, stored.data, start * width, quantized.codes)
-    _write_at(stream, stored.scales.offset + start * groups * 4, quantized.scales)
+    scales = quantized.scales.astype(stored.scales.dtype, copy=False)
+    _write_at(stream, stored.scales.offset + start * groups * scales.itemsize, scales)
     if not stored.shared_zero_points:
         assert quantized.zero_points is not None
         _write_codes(stream, stored.zero_points, start * groups, quantized.zero_points)

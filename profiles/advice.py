@@ -13,18 +13,19 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..export.options import usual_head
-from .shape import ModelShape, reads_six_bits
+from .shape import ModelShape, reads_six_bits, widens_scales
 
-# Bits of one weight with its group's fp32 scale and its zero point, by dtype; `group` is the group size.
+# Bits of one weight with its group's scale, fp32 or below 8 bits fp16, and its zero point, by dtype; `group` is the
+# group size.
 _BITS: dict[str, Callable[[int], float]] = {
     "float32": lambda group: 32.0,
     "float16": lambda group: 16.0,
     "bfloat16": lambda group: 16.0,
     "uint8": lambda group: 8.0 + 40.0 / group,
     "int8": lambda group: 8.0 + 32.0 / group,
-    "uint6": lambda group: 6.0 + 32.0 / group,
-    "uint4": lambda group: 4.0 + 36.0 / group,
-    "int4": lambda group: 4.0 + 32.0 / group,
+    "uint6": lambda group: 6.0 + 16.0 / group,
+    "uint4": lambda group: 4.0 + 20.0 / group,
+    "int4": lambda group: 4.0 + 16.0 / group,
 }
 # By what stands behind `--weights`: the dtype of most tensors.
 _INT4_HEAD = "int4 --head int4"
@@ -144,19 +145,25 @@ def narrower_weight_bytes(manifest: Mapping[str, Any], option: str, target: str 
     the classes' bits alone.
     """
     manifest, usual = _as_read(manifest, target), _usual_head(manifest, target)
-    exact = _laid_out_bytes(manifest, option, usual)
+    exact = _laid_out_bytes(manifest, option, usual, wide_scales=target is not None and widens_scales(target))
     return round(sum(_narrower_sizes(manifest, option, f"u{usual}"))) if exact is None else exact
 
 
 def _as_read(manifest: Mapping[str, Any], target: str | None) -> Mapping[str, Any]:
-    """The manifest with the head as a target's engine has it."""
+    """The manifest with head and scales as a target's engine has them."""
     shape = ModelShape.from_manifest(manifest)
     there = shape if target is None else shape.on(target)
     if there is shape:
         return manifest
     quantization = manifest["quantization"]
     classes = quantization["classes"]
-    classes = {**classes, "head": {**classes["head"], "dtype": "uint8"}}
+    if widens_scales(str(target)):
+        classes = {
+            name: {key: value for key, value in entry.items() if key != "float16_scales"}
+            for name, entry in classes.items()
+        }
+    if there.head_bits != shape.head_bits:
+        classes = {**classes, "head": {**classes["head"], "dtype": "uint8"}}
     return {**manifest, "sizes": dict(there.sizes), "quantization": {**quantization, "classes": classes}}
 
 
@@ -169,7 +176,7 @@ def _usual_head(manifest: Mapping[str, Any], target: str | None) -> str:
     return usual_head(manifest["config"]["hidden_size"], tied=tied)
 
 
-def _laid_out_bytes(manifest: Mapping[str, Any], option: str, usual: str) -> int | None:
+def _laid_out_bytes(manifest: Mapping[str, Any], option: str, usual: str, *, wide_scales: bool) -> int | None:
     try:
         from ..export.checkpoint import Checkpoint
         from ..export.config import moe_config_from_json
@@ -185,6 +192,9 @@ def _laid_out_bytes(manifest: Mapping[str, Any], option: str, usual: str) -> int
     weights, _, head = option.partition(" --head ")
     own = head or (usual if weights == "int4" else None)
     layout = plan_layout(plan, weights, max(GROUP_SIZES), zero_points=False, head=choose_head(weights, own))
+    if wide_scales:
+        for name in [name for name, stored in layout.stored.items() if stored.scales is not None]:
+            layout = layout.widen_scales(name)
     return sum(layout.sizes_by_role().values())
 
 

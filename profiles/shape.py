@@ -22,8 +22,9 @@ READ_IN_FULL_OF_TORCH = ("linear", "other")
 ELEMENT_BYTES = {"onnxruntime": 4, "onnxruntime_cuda": 2, "tensorrt_rtx": 2, "tensorrt": 2}
 # What a target with a choice can keep its KV cache in; `default_kv_cache` says which it takes by itself.
 KV_CACHES = {"onnxruntime": ("fp32", "fp16", "int8")}
-# Whose kernels read codes of 6 bits; elsewhere they become 8-bit ones, at build or when the graph is loaded.
-_READS_SIX_BITS = ("onnxruntime",)
+# Whose kernels, where they are compiled, read codes of 6 bits and scales of either type. Elsewhere codes become 8-bit
+# ones, at build or when the graph is loaded, and scales what the target computes in.
+_OWN_KERNELS = ("onnxruntime",)
 _MOST = 1 << 50  # bytes, parameters, tokens: more than any model's
 _MOST_BLOCK = 64  # channels of an int8 latent that share a scale
 
@@ -51,6 +52,7 @@ class ModelShape:
     attention_flops_per_row: int
     latent_attention: bool
     head_bits: int = 0  # of the head's integers, 0 where they are none
+    half_scales: Mapping[str, int] = dataclasses.field(default_factory=dict)  # bytes of `sizes` that are fp16 scales
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> ModelShape:
@@ -70,8 +72,10 @@ class ModelShape:
     def check(self) -> None:
         """Raises BundleError where a size is none: a damaged manifest's, not an exporter's."""
         sizes = {f"sizes.{name}": count for name, count in self.sizes.items()}
+        sizes |= {f"float16_scales of {name}": count for name, count in self.half_scales.items()}
         fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        counts = {name: value for name, value in fields.items() if name not in ("name", "sizes", "latent_attention")}
+        others = ("name", "sizes", "half_scales", "latent_attention")
+        counts = {name: value for name, value in fields.items() if name not in others}
         for name, value in (counts | sizes).items():
             least = 1 if name in ("vocab_size", "hidden_size", "layers", "max_positions") else 0
             if type(value) is not int or not least <= value <= _MOST:
@@ -87,10 +91,13 @@ class ModelShape:
 
     def on(self, target: str) -> ModelShape:
         """The shape as a target's engine has it."""
-        if self.head_bits != 6 or reads_six_bits(target):
-            return self
-        head = self.sizes.get("head", 0) + self.vocab_size * self.hidden_size * (8 - 6) // 8
-        return dataclasses.replace(self, sizes={**self.sizes, "head": head}, head_bits=8)
+        sizes, bits = dict(self.sizes), self.head_bits
+        if bits == 6 and not reads_six_bits(target):
+            sizes["head"] = sizes.get("head", 0) + self.vocab_size * self.hidden_size * (8 - 6) // 8
+            bits = 8
+        for name, count in self.half_scales.items() if widens_scales(target) else ():
+            sizes[name] = sizes.get(name, 0) + count
+        return self if sizes == self.sizes else dataclasses.replace(self, sizes=sizes, head_bits=bits, half_scales={})
 
     @property
     def weight_bytes(self) -> int:
@@ -123,7 +130,12 @@ class ModelShape:
 
 
 def reads_six_bits(target: str) -> bool:
-    return target in _READS_SIX_BITS and kernels.library() is not None
+    return target in _OWN_KERNELS and kernels.library() is not None
+
+
+def widens_scales(target: str) -> bool:
+    """Whether scales in fp16 become fp32: onnxruntime's own kernels take the type of the activations."""
+    return target in _OWN_KERNELS and kernels.library() is None
 
 
 def latent_block(rank: int, rope: int) -> int:
@@ -219,7 +231,14 @@ def _shape(manifest: Mapping[str, Any]) -> ModelShape:
         attention_flops_per_row=per_row,
         latent_attention=config["attention"]["kind"] != "gqa",
         head_bits=_head_bits(manifest),
+        half_scales=_half_scales(manifest),
     )
+
+
+def _half_scales(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of scales in fp16 by class; none in bundles that were made before there were any."""
+    classes = (manifest.get("quantization") or {}).get("classes") or {}
+    return {name: entry["float16_scales"] for name, entry in classes.items() if entry.get("float16_scales")}
 
 
 def _head_bits(manifest: Mapping[str, Any]) -> int:

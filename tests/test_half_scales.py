@@ -7,10 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
+from checkpoints import make_model as make_tiny
 from kernel_cases import Stack, experts_model, linear_model, make_model, make_stack, open_model
 from onnx import TensorProto
+from packed_checkpoints import convert_checkpoint, ct_settings, make_codes, pack_quantized, unpack
+from safetensors.torch import load_file, save_file
 
+import moedge
+from moedge.bundle import MODEL, Bundle
+from moedge.export import writer
+from moedge.export.quantization import find_algorithm
+from moedge.profiles.device import load_profile
+from moedge.profiles.fit import check_fit
+from moedge.profiles.shape import bytes_per_token
 from moedge.runtime import kernels
 
 Array = np.ndarray[Any, Any]
@@ -52,9 +64,8 @@ def test_scales_in_half_precision_give_the_bits_of_the_same_in_float(
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
 def test_experts_take_either_kind_of_scales_for_either_matrix(which: tuple[bool, bool], library: Path) -> None:
     generator = np.random.default_rng(3)
-    both = [
-        halved(generator, make_stack(generator, shape, 32, 4, zero_points=True)) for shape in ((5, 128, 96), (5, 96, 64))
-    ]
+    shapes = (5, 128, 96), (5, 96, 64)
+    both = [halved(generator, make_stack(generator, shape, 32, 4, zero_points=True)) for shape in shapes]
     given = {
         "x": generator.standard_normal((9, 96), np.float32),
         "experts": generator.integers(0, 5, (9, 1)),
@@ -71,3 +82,128 @@ def test_scales_of_another_type_are_refused(library: Path) -> None:
     session = open_model(make_model("Linear", {"x": TensorProto.FLOAT}, constants, bits=4), library)
     with pytest.raises(Exception, match="shapes do not fit each other"):
         session.run(None, {"x": np.ones((1, 64), np.float32)})
+
+
+# Bundles
+
+
+def stored_scales(bundle: Path) -> dict[str, int]:
+    """The type of each tensor of scales in the canonical graph."""
+    graph = onnx.load(bundle / MODEL, load_external_data=False).graph
+    return {each.name: each.data_type for each in graph.initializer if each.name.endswith(".scales")}
+
+
+@pytest.fixture(scope="module")
+def both(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One export with scales in fp16, and the same with those values in fp32, as if fp16 could not hold them."""
+    half, wide = (tmp_path_factory.mktemp("scales") / name for name in ("half", "wide"))
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in (half, wide):
+            moedge.export(tiny_checkpoint, folder, group_size=32)
+            moedge.build(folder, "cpu")
+            patch.setattr(writer, "fit_float16", lambda scales: False)
+    return half, wide
+
+
+def test_which_scales_are_halves(both: tuple[Path, Path]) -> None:
+    """Those of matrices of 4 and 6 bits; what is in 8 bits keeps fp32."""
+    half, wide = (stored_scales(folder) for folder in both)
+    eight = {name for name in half if name.startswith("embed.") or "_up.weight" in name and ".attn." in name}
+    assert len(eight) > 2 and {name for name, kind in half.items() if kind == TensorProto.FLOAT} == eight
+    assert set(half) == set(wide) and set(wide.values()) == {TensorProto.FLOAT}
+    bundles = [Bundle.open(folder) for folder in both]
+    classes = [bundle.manifest["quantization"]["classes"] for bundle in bundles]
+    for name, count in bundles[0].sizes.items():
+        assert bundles[1].sizes[name] - count == classes[0].get(name, {}).get("float16_scales", 0)
+    assert not any("float16_scales" in entry for entry in classes[1].values())
+    assert classes[0]["experts"]["relative_error"] == classes[1]["experts"]["relative_error"]
+
+
+@pytest.mark.parametrize("which", ["own", "stock", "canonical"])
+@pytest.mark.usefixtures("compiled")
+def test_engines_give_the_same_bits_over_either(
+    which: str, both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.random.default_rng(5).integers(0, 320, 33)
+    found = []
+    for folder in both:
+        if which == "canonical":
+            session = ort.InferenceSession(folder / MODEL, providers=["CPUExecutionProvider"])
+            found.append(session.run(["logits"], {"input_ids": ids[None]})[0])
+            continue
+        if which == "stock":
+            monkeypatch.setenv(kernels.VARIABLE, kernels.STOCK)
+        with moedge.load(folder, "cpu", threads=1) as engine:
+            found.append(engine.logits(ids.tolist()))
+    assert np.abs(found[0]).max() > 0
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_kernels_that_take_no_halves_count_whole_scales(
+    both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, wide = (Bundle.open(folder).manifest for folder in both)
+    device = load_profile("x86-laptop")
+    saved = bytes_per_token(wide, 64) - bytes_per_token(half, 64)
+    assert 0.02 < saved / bytes_per_token(wide, 64) < 0.2  # groups of 32
+    assert check_fit(half, device).weight_bytes == sum(half["sizes"].values())
+    assert bytes_per_token(half, 64, target="tensorrt") == bytes_per_token(wide, 64, target="tensorrt") - saved
+    monkeypatch.setenv(kernels.VARIABLE, kernels.STOCK)
+    assert bytes_per_token(half, 64) == bytes_per_token(wide, 64)
+    assert check_fit(half, device).weight_bytes == check_fit(wide, device).weight_bytes
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "hqq"])
+@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_codes_are_those_of_the_rounded_scale(algorithm: str, bits: int, zero_points: bool) -> None:
+    values = np.random.default_rng(bits).standard_normal((40, 256)).astype(np.float32)
+    values[3, :64] *= 1e-6  # whose scale is no normal number there
+    made = find_algorithm(algorithm).quantize(values, bits, 64, zero_points=zero_points)
+    exact = made.scales == made.scales.astype(np.float16)
+    assert not exact[3, 0] and exact.sum() == exact.size - 1
+    zeros = np.float32(1 << (bits - 1)) if made.zero_points is None else made.zero_points[..., None].astype(np.float32)
+    grouped = values.reshape(40, -1, 64) / made.scales[..., None]
+    nearest = np.clip(np.rint(grouped) + zeros, 0, (1 << bits) - 1)
+    off = np.abs(made.codes.reshape(nearest.shape) - nearest)
+    assert off.max() <= 1 and (off > 0).mean() < 1e-3  # halves between two codes, where hqq divides in two steps
+
+
+def test_a_scale_that_is_too_small_keeps_its_stack_in_float32(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Also what was written of the stack before it; the parity check sees every one of them."""
+    model = tiny_checkpoint / "model.safetensors"
+    tensors = load_file(model)
+    name = "model.layers.2.mlp.experts.5.down_proj.weight"
+    tensors[name][2] *= 1e-5
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for path in tiny_checkpoint.iterdir():
+        if path != model:
+            (folder / path.name).write_bytes(path.read_bytes())
+    save_file(tensors, folder / "model.safetensors")
+    bundle = moedge.export(folder, tmp_path / "bundle", group_size=32)
+    kinds = stored_scales(bundle.path)
+    wide = [name for name, kind in kinds.items() if kind == TensorProto.FLOAT and ".experts." in name]
+    assert wide == ["layers.2.experts.down.weight.scales"]
+    moedge.build(bundle.path, "cpu")
+    ids = list(range(5, 45))
+    session = ort.InferenceSession(bundle.file(MODEL), providers=["CPUExecutionProvider"])
+    (expected,) = session.run(["logits"], {"input_ids": np.array([ids])})
+    with moedge.load(bundle.path, "cpu") as engine:
+        # The median: where a rounding flips an expert, a random model goes its own way.
+        assert np.median(np.abs(engine.logits(ids) - expected[0])) < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", TensorProto.FLOAT), ("float16", TensorProto.FLOAT16)])
+def test_scales_that_came_are_never_rounded(dtype: str, kind: int, tmp_path: Path) -> None:
+    def convert(stem: str, values: Array) -> Any:
+        codes, scales, zeros = make_codes(values, 4, 16, True)
+        scales = scales.astype(dtype) * np.array(1 + 2**-12, dtype)  # 1 in half precision
+        packed = pack_quantized(stem, codes, scales, None, 4) | {f"{stem}.weight_scale": scales}
+        return packed, unpack(codes, scales, zeros)
+
+    convert_checkpoint(make_tiny(seed=7), tmp_path / "c", convert, ct_settings("pack-quantized"))
+    bundle = moedge.export(tmp_path / "c", tmp_path / "b", group_size=32)  # its parity check is to the bit
+    kinds = stored_scales(bundle.path)
+    assert {kinds[name] for name in kinds if ".experts." in name} == {kind}

@@ -139,9 +139,9 @@ def test_a_tied_head_becomes_a_copy_that_counts_once(kind: str, bits: int, tmp_p
     assert told in copied.manifest["provenance"]["notes"]
     assert (tied.sizes["embedding"], copied.sizes["embedding"]) == (0, tied.sizes["head"])
     vocab, hidden = tied.config["vocab_size"], tied.config["hidden_size"]
-    assert copied.sizes["head"] == vocab * hidden * bits // 8 + 4 * vocab * hidden // 32
+    assert copied.sizes["head"] == vocab * hidden * bits // 8 + 2 * vocab * hidden // 32
     saved = bytes_per_token(tied.manifest, 64) - bytes_per_token(copied.manifest, 64)
-    assert saved == vocab * hidden * (8 - bits) // 8
+    assert saved == vocab * hidden * (8 - bits) // 8 + 2 * vocab * hidden // 32  # and half of each scale
     assert [ModelShape.from_manifest(bundle.manifest).head_bits for bundle in (tied, copied)] == [8, bits]
     assert tied.manifest["quantization"]["head"] == "int8"
 
@@ -195,7 +195,7 @@ def test_targets_without_such_kernels_count_eight_bits(monkeypatch: pytest.Monke
     """In what a step reads and in what must fit; an int8 head's figures are the same."""
     six, eight = deepseek_v2_lite(head="int6"), deepseek_v2_lite(head="int8")
     codes = 102400 * 2048
-    assert bytes_per_token(six, 64) == bytes_per_token(eight, 64) - round(codes * (2 + 8 / 128) / 8)
+    assert bytes_per_token(six, 64) == bytes_per_token(eight, 64) - round(codes * (2 + 24 / 128) / 8)
     assert bytes_per_token(six, 64, target="tensorrt_rtx") == bytes_per_token(six, 64) + codes // 4
     fits = [check_fit(six, load_profile(name)).weight_bytes for name in ("cpu", "rtx4090")]
     assert fits[1] - fits[0] == codes // 4

@@ -331,7 +331,7 @@ def test_one_scale_a_channel_is_repeated_for_each_group(tiny_checkpoint: Path, t
     plan = family.plan_weights(family.read_config(checkpoint))
     for zero_points in (False, True):
         layout = plan_layout(plan, "int4", BY_CHANNEL, zero_points=zero_points)
-        errors = write_weights(checkpoint, layout, tmp_path / "weights.bin", find_algorithm("hqq"))
+        layout, errors = write_weights(checkpoint, layout, tmp_path / "weights.bin", find_algorithm("hqq"))
         reader = WeightsReader(tmp_path / "weights.bin", layout)
         stored = layout["layers.1.experts.down.weight"]
         assert stored.scales is not None and stored.group_size == (16 if zero_points else 32)

@@ -133,6 +133,26 @@ def find_algorithm(name: str) -> Algorithm:
     return algorithm
 
 
+def round_scales(scales: Array, bits: int) -> Array:
+    """float32 scales as stored beside codes of `bits`: below 8 rounded to float16, where they are normal numbers there.
+
+    Codes are made for the rounded scales, so that the rounding costs next to nothing.
+    """
+    if bits >= 8:
+        return scales
+    with np.errstate(over="ignore", under="ignore"):
+        halves = scales.astype(np.float16).astype(np.float32)
+    least, most = np.finfo(np.float16).tiny, np.finfo(np.float16).max
+    rounded: Array = np.where((scales >= least) & (scales <= most), halves, scales)
+    return rounded
+
+
+def fit_float16(scales: Array) -> bool:
+    """Whether float16 holds every one of these float32 scales exactly."""
+    with np.errstate(over="ignore", under="ignore"):
+        return bool((scales.astype(np.float16) == scales).all())
+
+
 def pick_group_size(wanted: int, *widths: int, even: bool = False) -> int | None:
     """The largest group size up to `wanted` that divides every width, `even`: into an even number of groups; None when
     none does. onnxruntime's kernels pack int4 zero points row by row, ONNX packs the whole tensor: the two are the

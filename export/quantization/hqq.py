@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..options import GROUP_SIZES
-from . import Array, Quantized
+from . import Array, Quantized, round_scales
 from .rtn import find_magnitude, find_range
 
 ZERO_POINTS = False  # on the sample model they gain nothing at group 128, and TensorRT takes none
@@ -44,7 +44,10 @@ def quantize(values: Array, bits: int, group_size: int, *, zero_points: bool = F
 
 
 def fit_grid(grouped: Array, bits: int, *, zero_points: bool) -> tuple[Array, Array]:
-    """(scales, zero points), float32 [n] each, of the least squared error found for groups [n, size]."""
+    """(scales, zero points), float32 [n] each, of the least squared error found for groups [n, size].
+
+    The scales are rounded as they are stored.
+    """
     middle = np.float32(1 << (bits - 1))
     if zero_points:
         first_scale, first_zero = find_range(grouped, bits)
@@ -71,7 +74,7 @@ def fit_grid(grouped: Array, bits: int, *, zero_points: bool) -> tuple[Array, Ar
             best_scale, best_zero = np.where(better, scale, best_scale), np.where(better, zero, best_zero)
             if turn < turns:
                 scale, zero = _refit(grouped, residual, steps, scale, zero, bits if zero_points else 0)
-    return best_scale * first_scale, best_zero
+    return round_scales(best_scale * first_scale, bits), best_zero
 
 
 def _round(grouped: Array, scale: Array, zero: Array, bits: int) -> Array:

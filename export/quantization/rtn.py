@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import Array, Quantized
+from . import Array, Quantized, round_scales
 
 ZERO_POINTS = False
 # Below this a group counts as zeros: its scale would be subnormal.
@@ -15,6 +15,7 @@ def quantize(values: Array, bits: int, group_size: int, *, zero_points: bool = F
     rows, columns = values.shape
     grouped = values.reshape(rows, columns // group_size, group_size)
     scales, zeros = find_range(grouped, bits) if zero_points else (find_magnitude(grouped, bits), None)
+    scales = round_scales(scales, bits)
     offset = np.float32(1 << (bits - 1)) if zeros is None else zeros[..., None]
     codes = np.rint(grouped / scales[..., None]) + offset
     np.clip(codes, 0, (1 << bits) - 1, out=codes)

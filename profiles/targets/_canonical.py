@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 class Matrix:
     """How a weight [..., out, in] reaches the node that multiplies by it: codes with scales, or floating point.
 
-    `six_bits`: `data` is the bytes that `moedge.SixBitCodes` takes.
+    `six_bits`: `data` is the bytes that `moedge.SixBitCodes` takes. `scales`: float32 or float16, as they are stored.
     """
 
     data: ir.Value
@@ -158,7 +158,11 @@ def find_matrix(value: ir.Value | None) -> Matrix:
     if node.op_type == "Cast":
         return Matrix(source)
     assert node.op_type == "DequantizeLinear", f"{value} comes from {node.op_type}"
-    return Matrix(source, node.inputs[1], node.inputs[2], node.attributes["block_size"].as_int(), six_bits)
+    scales = node.inputs[1]
+    cast = None if scales is None else scales.producer()
+    if cast is not None:
+        scales = cast.inputs[0]
+    return Matrix(source, scales, node.inputs[2], node.attributes["block_size"].as_int(), six_bits)
 
 
 def find_calls(model: ir.Model, kind: str) -> list[ir.Node]:
@@ -299,6 +303,13 @@ class Rewriter:
         return nodes
 
 
+def as_float(rewriter: Rewriter, stored: ir.Value | None) -> ir.Value | None:
+    """A stored tensor as float32, for kernels that take no other; onnxruntime casts it when it loads the graph."""
+    if stored is None or stored.dtype == ir.DataType.FLOAT:
+        return stored
+    return rewriter.op("Cast", [stored], to=int(ir.DataType.FLOAT))
+
+
 def values_of(rewriter: Rewriter, value: ir.Value | None) -> ir.Value:
     """A stored matrix as float32, dequantized by nodes that onnxruntime runs once, when it loads the graph.
 
@@ -317,7 +328,8 @@ def values_of(rewriter: Rewriter, value: ir.Value | None) -> ir.Value:
     points = rewriter.constant(f"float.{middle}", np.array(middle, np.float32))
     if not matrix.symmetric:
         points = op("Unsqueeze", [op("Cast", [matrix.zero_points], to=real), ints(-1)])
-    values = op("Mul", [op("Sub", [codes, points]), op("Unsqueeze", [matrix.scales, ints(-1)])])
+    scales = op("Unsqueeze", [as_float(rewriter, matrix.scales), ints(-1)])
+    values = op("Mul", [op("Sub", [codes, points]), scales])
     whole = op("Reshape", [values, ints(*lead, width)])
     whole.dtype, whole.shape = ir.DataType.FLOAT, ir.Shape([*lead, width])
     return whole

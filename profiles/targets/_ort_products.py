@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ...runtime.kernels import DOMAIN
-from ._canonical import Rewriter, attributes_of, linear_matrix
+from ._canonical import Rewriter, as_float, attributes_of, linear_matrix
 from ._ort_codes import bytes_of, find_experts, mix_experts, multiply_codes, zero_points_of
 
 
@@ -34,19 +35,17 @@ class StockProducts:
         nowhere = op("ConstantOfShape", [shape], value=ir.tensor(np.zeros(1, np.float32)))
         routing = op("ScatterElements", [nowhere, experts, weights], axis=1)
         own: dict[str, Any] = {"normalize_routing_weights": 0, "accuracy_level": self.accuracy_level}
-        return [mix_experts(self.rewriter, call, x, routing, lambda value: value, routing, **own)]
+        return [mix_experts(self.rewriter, call, x, routing, partial(as_float, self.rewriter), routing, **own)]
 
     def lower_linear(self, node: ir.Node) -> list[ir.Value]:
         """`MatMulNBits` for codes, `Gemm` on the transposed matrix otherwise."""
         x, matrix = node.inputs[0], linear_matrix(node)
         op = self.rewriter.op
         if not matrix.bits:
-            data = matrix.data
-            if data.dtype == ir.DataType.FLOAT16:
-                data = op("Cast", [data], to=int(ir.DataType.FLOAT))
-            return [op("Gemm", [x, data], transB=1)]
+            return [op("Gemm", [x, as_float(self.rewriter, matrix.data)], transB=1)]
         assert x is not None
-        return [multiply_codes(self.rewriter, x, matrix, matrix.scales, accuracy_level=self.accuracy_level)]
+        scales = as_float(self.rewriter, matrix.scales)
+        return [multiply_codes(self.rewriter, x, matrix, scales, accuracy_level=self.accuracy_level)]
 
 
 class OwnProducts(StockProducts):

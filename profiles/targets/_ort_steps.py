@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ...runtime.kernels import DOMAIN
-from ._canonical import Rewriter, attributes_of, find_calls, linear_matrix
+from ._canonical import Rewriter, as_float, attributes_of, find_calls, linear_matrix
 
 _MOST_MATRICES = 3  # of `Projections`
 _SUM, _NORM = {"Projections": 1, "Mlp": 1, "Router": 3}, 4  # where an op gives the residual sum, and `Router` the norm
@@ -34,9 +34,7 @@ def lower_router(rewriter: Rewriter, call: ir.Node) -> list[ir.Value] | None:
         node = inner.producer() if inner is not None else None
     if node is None or node.op_type != "MatMul" or linear_matrix(node).bits:
         return None
-    matrix = linear_matrix(node).data
-    if matrix.dtype == ir.DataType.FLOAT16:
-        matrix = rewriter.op("Cast", [matrix], to=int(ir.DataType.FLOAT))
+    matrix = as_float(rewriter, linear_matrix(node).data)
     inputs = [node.inputs[0], None, None, matrix, bias, *call.inputs[1:]]
     attributes = {"sigmoid": _SIGMOID[call.op_type], **attributes_of(call)}
     attributes["routed_scaling_factor"] = float(attributes["routed_scaling_factor"])
