@@ -129,6 +129,7 @@ def test_the_targets_of_gpus_read_it(family: str, name: str, kind: str, zero_poi
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("kind", "bits"), [("int4", 4), ("int6", 6)])
 def test_a_tied_head_becomes_a_copy_that_counts_once(kind: str, bits: int, tmp_path: Path) -> None:
     """What a token reads falls, what lies on the disk grows; the parameters are the checkpoint's."""
@@ -191,6 +192,7 @@ def test_what_a_head_is_where_nobody_asks(tmp_path: Path) -> None:
     assert str(raised.value) == told and not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("compiled")
 def test_targets_without_such_kernels_count_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """In what a step reads and in what must fit; an int8 head's figures are the same."""
     six, eight = deepseek_v2_lite(head="int6"), deepseek_v2_lite(head="int8")

@@ -79,7 +79,10 @@ def canonical_in_fp8(bundle: Bundle, ids: Array) -> Array:
 def dequantized(node: ir.Node | None, source: ir.Value) -> Array:
     if node is None or node.op_type == "Cast":
         return source.const_value.numpy().astype(np.float32)
-    codes, scales = source.const_value.numpy().astype(np.float32), node.inputs[1].const_value.numpy()
+    held = node.inputs[1]
+    if held.producer() is not None:  # scales in fp16
+        held = held.producer().inputs[0]
+    codes, scales = (value.const_value.numpy().astype(np.float32) for value in (source, held))
     points = node.inputs[2].const_value.numpy().astype(np.float32).reshape(scales.shape)
     block = node.attributes["block_size"].as_int()
     return (codes - np.repeat(points, block, axis=-1)) * np.repeat(scales, block, axis=-1)
