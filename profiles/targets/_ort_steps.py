@@ -1,8 +1,8 @@
 """Fewer nodes for onnxruntime's CPU where our own ops run: what stands between the products goes into them.
 
 A node costs a few microseconds whatever it computes, and a layer has thirty. After the lowering, linears of one input
-become one `Projections`, a dense MLP one `Mlp`, which adds a shared expert to the others; both, and `Router`, which holds
-a layer's router and its gate, take the norm of their input and the residual sum before it along
+become one `Projections`, a dense MLP one `Mlp`, which adds a shared expert to the others; both, and `Router`, which
+holds a layer's router and its gate, take the norm of their input and the residual sum before it along
 (runtime/kernels/step_ops.cpp).
 """
 

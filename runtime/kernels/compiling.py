@@ -22,6 +22,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 INSTALL = "install from a clone, which compiles them: pip install --force-reinstall --no-deps CLONE"
 COMMON = ("mixture", "step", "gate", "ops", "step_ops", "attention", "attention_rows", "attention_ops")
+CALLS = ("ops", "step_ops", "attention_ops")  # of COMMON, those without a loop over numbers
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno "
     "-fno-asynchronous-unwind-tables "
@@ -116,14 +117,15 @@ def compile_library(folder: Path, extra: tuple[str, ...] = (), sets: dict[str, s
                 name: [pool.submit(compile_one, file, flags.split()) for file in files_of(name)]
                 for name, flags in processor.items()
             }
-            common = [pool.submit(compile_one, name, []) for name in COMMON]
+            common = [pool.submit(compile_one, name, ["-Os"] if name in CALLS else []) for name in COMMON]
         known = [name for name, each in work.items() if not any(one.exception() for one in each)]
         known = known or list(work)  # whose error is then raised
         made = [one.result() for each in [*(work[name] for name in known), common] for one in each]
         made.append(compile_one("dispatch", [f"-DMOEDGE_HAS_{name.upper()}" for name in known]))
         library = objects / library_name()
         # The code uses nothing of the C++ library, which need not be where the engine runs.
-        link = [] if sys.platform == "darwin" else ["-static-libgcc", "-Wl,--as-needed", *([] if extra else ["-s"])]
+        link = [] if extra or sys.platform == "darwin" else ["-s", "-Wl,-z,noseparate-code"]  # no pages of padding
+        link += [] if sys.platform == "darwin" else ["-static-libgcc", "-Wl,--as-needed"]
         _run([*compiler, "-shared", *extra, *map(str, made), *link, "-lm", "-o", str(library)])
         if not extra:
             _check_loads(library)
