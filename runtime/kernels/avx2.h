@@ -29,6 +29,7 @@ struct Vectors256 {
   static Int load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const Int*>(from)); }
   static void store_ints(int32_t* to, Int value) { _mm256_storeu_si256(reinterpret_cast<Int*>(to), value); }
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static Int subtract(Int a, Int b) { return _mm256_sub_epi32(a, b); }
   static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
   static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
@@ -38,12 +39,6 @@ struct Vectors256 {
   static Int low_nibbles(Int a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
   static Int high_nibbles(Int a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
 
-  static Int either(Int a, Int b) { return _mm256_or_si256(a, b); }
-  template <int place>
-  static Int upper(Int a) {
-    const Int moved = place < 2 ? _mm256_slli_epi16(a, 4 - 2 * place) : _mm256_srli_epi16(a, 2 * place - 4);
-    return _mm256_and_si256(moved, _mm256_set1_epi8(48));
-  }
   static void unpack(const uint8_t* block, Int* out) {
     const Int lower = load_bytes(block);
     const Int upper = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 32)));
@@ -60,9 +55,8 @@ struct Vectors256 {
     return add(_mm256_permute2x128_si256(of[0], of[1], 0x20), _mm256_permute2x128_si256(of[0], of[1], 0x31));
   }
 
-  static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {
-    Int a[8], b[8];
-    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_si256(reinterpret_cast<const Int*>(rows[i] + at));
+  static void transpose(Int* a, Int* out) {
+    Int b[8];
     for (int i = 0; i < 8; i += 2) {
       b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
       b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);

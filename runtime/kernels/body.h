@@ -1,15 +1,16 @@
 // The kernels, written once over an instruction set S. Each isa_*.cpp includes this with its own compiler flags.
 //
-// S gives  lanes             rows that one vector holds
-//          tokens            rows of activations that share one pass over the unpacked weights
-//          few               rows of activations whose products are made from the weights in registers
-//          middle            what is subtracted from 8-bit codes before they are multiplied (0 or 128)
-//          Int, Float        vectors of int32 and float
-//          load_transposed   a square of lanes x lanes 4-byte words, transposed
-//          load_halves       as many fp16 values as float, exactly
-//          sums              of `lanes` vectors: lane i is the sum of vector i's lanes
-//          dot<bits>         acc + the products of each lane's four codes with its four activations
-//          dot_word<bits>    the same where all lanes have one word of activations
+// S gives  lanes           rows that one vector holds
+//          tokens          rows of activations that share one pass over the unpacked weights, 4 or 8
+//          few             rows of activations that are multiplied by the weights in registers: 0 or a power of two
+//          middle          what is subtracted from 8-bit codes before they are multiplied (0 or 128)
+//          Int, Float      vectors of int32 and float
+//          transpose       a square of lanes x lanes 4-byte words
+//          load_halves     as many fp16 values as float, exactly
+//          sums            of `lanes` vectors: lane i is the sum of vector i's lanes
+//          dot<bits>       acc + the products of each lane's four codes with its four activations
+//          dot_word<bits>  the same where all lanes have one word of activations; only where `few` is not 0
+//          unpack          a block of 6-bit codes (six_bits.h), 0 to 63, as 64 / (4 * lanes) vectors
 // Everything is in an anonymous namespace: two files must never share a function that was compiled for one of them.
 
 #pragma once
@@ -23,20 +24,23 @@ using moedge::kAhead;
 using moedge::kMaxTile;
 using moedge::kMaxTokens;
 using moedge::kMostWidth;
+using moedge::kSixBitBlock;
 using moedge::Matrix;
+
+constexpr int64_t kPackedBlock = kSixBitBlock * 6 / 8;
 
 // --- weights -----------------------------------------------------------------------------------------------------
 
-// Columns of a tile's rows turned so that a row has a lane: [word][row], four bytes each, as packed as they lie. It
-// holds whole groups, and whole vectors of each row.
+// Columns of a tile's rows, unpacked and turned so that a row has a lane: [word][row], four codes each, in the order of
+// the activations' codes. It holds whole groups, and whole vectors of each row as they lie.
 template <class S>
 struct Strip {
   static constexpr int64_t tile = 2 * S::lanes;
   alignas(64) uint8_t words[kMaxGroup * tile];
 
-  static int64_t row_bytes(const Matrix& matrix) {
-    const int64_t group_bytes = matrix.group * matrix.bits / 8, chunk = 4 * S::lanes;
-    return group_bytes > chunk ? group_bytes : chunk;
+  static int64_t width(const Matrix& matrix) {
+    const int64_t held = matrix.bits == 6 ? kSixBitBlock : 4 * S::lanes * 8 / matrix.bits;
+    return matrix.group > held ? matrix.group : held;
   }
 };
 
@@ -48,6 +52,13 @@ struct Groups {
   alignas(64) int32_t zeros[S::lanes * S::lanes];
 };
 
+template <class S>
+inline void load_transposed(const uint8_t* const* rows, int64_t at, typename S::Int* out) {
+  typename S::Int read[S::lanes];
+  for (int64_t r = 0; r < S::lanes; ++r) read[r] = S::load_bytes(rows[r] + at);
+  S::transpose(read, out);
+}
+
 inline int32_t zero_point(const Matrix& matrix, int64_t row, int64_t group) {
   if (!matrix.zero_points) return 1 << (matrix.bits - 1);
   const uint8_t* packed = matrix.zero_points + row * matrix.zero_row_bytes();
@@ -58,7 +69,7 @@ inline int32_t zero_point(const Matrix& matrix, int64_t row, int64_t group) {
 template <class S>
 void load_turned(const uint8_t* const* rows, int64_t at, int64_t count, bool whole, typename S::Int* out) {
   constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
-  if (count == chunk || whole) return S::load_transposed(rows, at, out);
+  if (count == chunk || whole) return load_transposed<S>(rows, at, out);
   alignas(64) uint8_t copies[lanes * chunk];
   const uint8_t* starts[lanes];
   memset(copies, 0, sizeof copies);
@@ -66,7 +77,7 @@ void load_turned(const uint8_t* const* rows, int64_t at, int64_t count, bool who
     memcpy(copies + r * chunk, rows[r] + at, static_cast<size_t>(count));
     starts[r] = copies + r * chunk;
   }
-  S::load_transposed(starts, 0, out);
+  load_transposed<S>(starts, 0, out);
 }
 
 // Zero points of groups `from` to `from + count` of `lanes` rows -> [group][row]: words of each row side by side, of which
@@ -132,130 +143,149 @@ void load_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_
   if (matrix.zero_points) load_zeros<S>(matrix, rows, from, count, groups->zeros);
 }
 
-// Bytes `from` to `from + count` of each of the tile's rows.
-template <class S>
-void load_strip(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count, Strip<S>* strip) {
-  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes, tile = Strip<S>::tile;
-  const int64_t whole = matrix.row_bytes(), wide = Strip<S>::row_bytes(matrix);
-  // What is needed soon, while this is turned: the rows' next columns, or behind their end the next tile's first.
-  const int64_t steps = divide_up(kAhead, wide * tile) * wide;
-  const int64_t ahead = from + steps < whole ? steps : tile * whole + least(from + steps - whole, whole - wide) - from;
+// Bytes of a row that are turned at once, and the words that they come to.
+template <class S, int bits>
+struct Piece {
+  static constexpr int64_t bytes = bits == 6 ? kPackedBlock : 4 * S::lanes;
+  static constexpr int64_t words = bits == 6 ? kSixBitBlock / 4 : S::lanes;
+};
+
+// A piece of `lanes` rows: words of four codes, of 4 bits two such words in one. `count`: the bytes that there are.
+template <class S, int bits>
+inline void load_piece(const uint8_t* const* rows, int64_t at, int64_t count, typename S::Int* words) {
+  constexpr int64_t lanes = S::lanes, vectors = Piece<S, bits>::words / lanes;
+  if constexpr (bits == 6) {
+    typename S::Int codes[vectors][lanes];
+    for (int64_t r = 0; r < lanes; ++r) {
+      typename S::Int block[vectors];
+      S::unpack(rows[r] + at, block);
+      for (int64_t v = 0; v < vectors; ++v) codes[v][r] = block[v];
+    }
+    for (int64_t v = 0; v < vectors; ++v) S::transpose(codes[v], words + v * lanes);
+  } else {
+    load_turned<S>(rows, at, count, false, words);
+  }
+}
+
+// Columns `from` to `from + count` of each of the tile's rows.
+template <class S, int bits>
+void load_strip(const Matrix& matrix, const uint8_t* const* rows, int64_t from, int64_t count, Strip<S>* strip) {
+  using P = Piece<S, bits>;
+  constexpr int64_t lanes = S::lanes, tile = Strip<S>::tile;
+  const int64_t first = from * bits / 8, bytes = count * bits / 8;
+  // The next tile while this is turned, in the order that it lies in.
+  const uint8_t* ahead = rows[0] + tile * (matrix.row_bytes() + first);
+  const int64_t half = bits == 4 ? half_block<S>(matrix.group) / 4 : 0;
   for (int64_t side = 0; side < tile; side += lanes) {
-    const uint8_t* sources[lanes];
-    for (int64_t r = 0; r < lanes; ++r) sources[r] = matrix.codes + rows[side + r] * whole + from;
-    for (int64_t at = 0; at < count; at += chunk) {
-      typename S::Int words[lanes];
-      load_turned<S>(sources, at, least(chunk, count - at), false, words);
-      for (int64_t r = 0; r < lanes; ++r) __builtin_prefetch(sources[r] + at + ahead, 0, 2);
-      for (int64_t w = 0; w < lanes; ++w) S::store_codes(strip->words + (at + 4 * w) * tile + 4 * side, words[w]);
+    uint8_t* into = strip->words + 4 * side;
+    for (int64_t at = 0; at < bytes; at += P::bytes) {
+      for (int64_t line = 0; line < lanes * P::bytes; line += 64, ahead += 64) __builtin_prefetch(ahead);
+      typename S::Int words[P::words];
+      load_piece<S, bits>(rows + side, first + at, least(P::bytes, bytes - at), words);
+      for (int64_t w = 0; w < P::words; ++w) {
+        if (bits == 4) {  // the low nibbles of a block's words, then their high ones
+          uint8_t* low = into + (w + (w & -half)) * 4 * tile;
+          S::store_codes(low, S::low_nibbles(words[w]));
+          S::store_codes(low + half * 4 * tile, S::high_nibbles(words[w]));
+        } else {
+          S::store_codes(into + w * 4 * tile, bits == 8 ? S::prepare(words[w]) : words[w]);
+        }
+      }
+      into += P::words * (bits == 4 ? 8 : 4) * tile;
     }
   }
 }
 
 // --- products ----------------------------------------------------------------------------------------------------
 
-// Adds the products of four columns of a tile, unpacked, with M rows of activations from column `at` on.
-template <class S, int bits, int M>
-inline __attribute__((always_inline)) void add_products(typename S::Int left, typename S::Int right,
-                                                        const int8_t* const* x, int64_t at,
-                                                        typename S::Int (&sums)[M][2]) {
-  for (int m = 0; m < M; ++m) {
-    const typename S::Int own = S::ints(word_at(x[m] + at));  // read once for both
-    sums[m][0] = S::template dot<bits>(sums[m][0], left, own);
-    sums[m][1] = S::template dot<bits>(sums[m][1], right, own);
-  }
-}
-
 // A group's integers, what is subtracted from its codes put right, times its scales: added to `total`.
 template <class S>
-inline typename S::Float add_group(typename S::Int sum, const float* scales, const int32_t* zeros, int32_t zero,
-                                   int32_t own_sum, float own_scale, typename S::Float total) {
-  const typename S::Int less = zeros ? S::multiply(S::load_ints(zeros), S::ints(-own_sum)) : S::ints(-zero * own_sum);
-  const typename S::Float scale = S::multiply(S::load_floats(scales), S::floats(own_scale));
-  return S::fused(S::to_floats(S::add(sum, less)), scale, total);
+inline typename S::Float add_group(typename S::Int sum, typename S::Float scale, typename S::Int zero,
+                                   const int32_t& own_sum, const float& own_scale, typename S::Float total) {
+  return S::fused(S::to_floats(S::subtract(sum, S::multiply(zero, S::ints(own_sum)))),
+                  S::multiply(scale, S::floats(own_scale)), total);
 }
 
 // One group of a tile by M rows of activations: adds to acc [M][tile]. `groups` are the tile's two halves', at `among`;
-// null zeros: `zero` everywhere. Not inlined, so that the compiler has registers for nothing but this.
+// without zeros it is `zero` everywhere. Not inlined, so that the compiler has registers for nothing but this.
 template <class S, int bits, int M>
 __attribute__((noinline)) void multiply_group(const uint8_t* words, int64_t group, const Groups<S>* groups,
                                               int64_t among, bool zeros, int32_t zero, const Activations& x,
                                               const int64_t* ids, int64_t place, float* acc) {
   constexpr int64_t lanes = S::lanes, tile = Strip<S>::tile;
-  typename S::Int sums[M][2];
+  constexpr int chains = M > 2 ? 1 : 2;  // so that no dot product need wait for the last
+  typename S::Int sums[M][2][chains];
   const int8_t* codes[M];
   for (int m = 0; m < M; ++m) {
     codes[m] = x.codes + ids[m] * x.width + place * group;
-    for (int n = 0; n < 2; ++n) sums[m][n] = S::ints(0);
+    for (int n = 0; n < 2; ++n)
+      for (int c = 0; c < chains; ++c) sums[m][n][c] = S::ints(0);
   }
-  if (bits == 4) {
-    const int64_t half = half_block<S>(group);
-    for (int64_t block = 0; block < group; block += 2 * half) {
-      for (int64_t at = block; at < block + half; at += 4, words += 4 * tile) {
-        const typename S::Int left = S::load_codes(words), right = S::load_codes(words + 4 * lanes);
-        add_products<S, bits, M>(S::low_nibbles(left), S::low_nibbles(right), codes, at, sums);
-        add_products<S, bits, M>(S::high_nibbles(left), S::high_nibbles(right), codes, at + half, sums);
+  int64_t at = 0;
+  do {
+    for (int c = 0; c < chains; ++c, at += 4, words += 4 * tile) {
+      const typename S::Int left = S::load_codes(words), right = S::load_codes(words + 4 * lanes);
+      for (int m = 0; m < M; ++m) {
+        const typename S::Int own = S::ints(word_at(codes[m] + at));  // read once for both
+        sums[m][0][c] = S::template dot<bits>(sums[m][0][c], left, own);
+        sums[m][1][c] = S::template dot<bits>(sums[m][1][c], right, own);
       }
     }
-  } else {
-    for (int64_t at = 0; at < group; at += 4, words += 4 * tile)
-      add_products<S, bits, M>(S::prepare(S::load_codes(words)), S::prepare(S::load_codes(words + 4 * lanes)), codes,
-                               at, sums);
-  }
-  for (int m = 0; m < M; ++m) {
-    const int64_t at = ids[m] * x.groups + place;
-    for (int n = 0; n < 2; ++n) {
+  } while (at < group);
+  for (int n = 0; n < 2; ++n) {
+    const typename S::Float scale = S::load_floats(groups[n].scales + among * lanes);
+    const typename S::Int less = zeros ? S::load_ints(groups[n].zeros + among * lanes) : S::ints(zero);
+    for (int m = 0; m < M; ++m) {
+      const int64_t own = ids[m] * x.groups + place;
       float* into = acc + m * tile + n * lanes;
-      const float* scales = groups[n].scales + among * lanes;
-      S::store_floats(into, add_group<S>(sums[m][n], scales, zeros ? groups[n].zeros + among * lanes : nullptr, zero,
-                                         x.sums[at], x.scales[at], S::load_floats(into)));
+      const typename S::Int sum = chains == 2 ? S::add(sums[m][n][0], sums[m][n][chains - 1]) : sums[m][n][0];
+      S::store_floats(into, add_group<S>(sum, scale, less, x.sums[own], x.scales[own], S::load_floats(into)));
     }
   }
 }
 
-// `count` rows of activations, 1 to M. An odd count takes the next row too, as those after it do for few: each form is
-// kilobytes of code.
-template <class S, int bits, int M>
-void multiply_some(int64_t count, const uint8_t* words, int64_t group, const Groups<S>* groups, int64_t among,
-                   bool zeros, int32_t zero, const Activations& x, const int64_t* ids, int64_t place, float* acc) {
-  constexpr int fewer = M > 2 ? M - 2 : 1;
-  if constexpr (M > 1)
-    if (count <= fewer)
-      return multiply_some<S, bits, fewer>(count, words, group, groups, among, zeros, zero, x, ids, place, acc);
-  multiply_group<S, bits, M>(words, group, groups, among, zeros, zero, x, ids, place, acc);
-}
-
-// A tile by any number of rows of activations: each strip is turned once for all of them.
+// A tile by any number of rows of activations: each strip is turned once for all of them. Adds to acc [count][tile] and
+// to what is behind it.
 template <class S, int bits>
-void multiply_many(const Matrix& matrix, const int64_t* rows, const Activations& x, const int64_t* ids, int64_t count,
+void multiply_tile(const Matrix& matrix, const int64_t* rows, const Activations& x, const int64_t* ids, int64_t count,
                    int32_t zero, float* acc) {
   constexpr int64_t lanes = S::lanes, tile = Strip<S>::tile;
-  memset(acc, 0, static_cast<size_t>((count + 1) * tile) * sizeof(float));
+  const int64_t group = matrix.group, wide = Strip<S>::width(matrix);
+  const uint8_t* sources[tile];
+  for (int64_t r = 0; r < tile; ++r) sources[r] = matrix.codes + rows[r] * matrix.row_bytes();
   Strip<S> strip;
   Groups<S> groups[2];
-  const int64_t group_bytes = matrix.group * bits / 8, wide = Strip<S>::row_bytes(matrix);
+  constexpr int kind = bits == 8 && S::middle ? 8 : 6;  // what is unpacked differs in its range at most
   int64_t place = 0;
-  for (int64_t from = 0; from < matrix.row_bytes(); from += wide) {
-    const int64_t held = least(wide, matrix.row_bytes() - from);
-    load_strip<S>(matrix, rows, from, held, &strip);
-    for (int64_t at = 0; at < held; at += group_bytes, ++place) {
+  for (int64_t from = 0; from < matrix.width; from += wide) {
+    const int64_t held = least(wide, matrix.width - from);
+    load_strip<S, bits>(matrix, sources, from, held, &strip);
+    for (int64_t at = 0; at < held; at += group, ++place) {
       if (place % lanes == 0)
         for (int64_t n = 0; n < 2; ++n)
           load_groups<S>(matrix, rows + n * lanes, place, least(lanes, matrix.groups() - place), groups + n);
-      for (int64_t i = 0; i < count; i += S::tokens)
-        multiply_some<S, bits, S::tokens>(least(S::tokens, count - i), strip.words + at * tile, matrix.group, groups,
-                                          place % lanes, matrix.zero_points != nullptr, zero, x, ids + i, place,
-                                          acc + i * tile);
+      // What is left over takes the next rows too, as its form is: each is a kilobyte of code.
+      for (int64_t i = 0, some = 0; i < count; i += some) {
+        const auto run = [&](auto multiply) {
+          multiply(strip.words + at * tile, group, groups, place % lanes, matrix.zero_points != nullptr, zero, x,
+                   ids + i, place, acc + i * tile);
+        };
+        some = S::tokens > 4 && count - i > 6 ? S::tokens : count - i > 2 ? 4 : 2;
+        const auto most = some == 4 ? multiply_group<S, kind, 4> : multiply_group<S, kind, S::tokens>;
+        run(some == 2 ? multiply_group<S, kind, 2> : most);
+      }
     }
   }
 }
 
 // A tile by few rows of activations: the weights stay in registers from their load to their products. Groups of whole
-// chunks.
+// pieces.
 template <class S, int bits, int M>
 void multiply_few(const Matrix& matrix, const int64_t* rows, const Activations& x, const int64_t* ids, int32_t zero,
                   float* acc) {
-  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes, tile = Strip<S>::tile;
+  using P = Piece<S, bits>;
+  constexpr int64_t lanes = S::lanes, tile = Strip<S>::tile;
+  constexpr int chains = M > 4 ? 1 : 2;  // so that no dot product need wait for the last
   const int64_t bytes = matrix.row_bytes(), group_bytes = matrix.group * bits / 8;
   Groups<S> groups;
   for (int64_t side = 0; side < tile; side += lanes) {
@@ -266,68 +296,71 @@ void multiply_few(const Matrix& matrix, const int64_t* rows, const Activations& 
     for (int64_t b = 0; b < matrix.groups(); ++b) {
       const int64_t among = b % lanes * lanes;
       if (among == 0) load_groups<S>(matrix, rows + side, b, least(lanes, matrix.groups() - b), &groups);
-      // Where there are few, two sums for each, so that one dot product need not wait for the last.
-      constexpr int chains = M > 4 ? 1 : 2;
       typename S::Int sums[M][chains];
       for (int m = 0; m < M; ++m)
         for (int c = 0; c < chains; ++c) sums[m][c] = S::ints(0);
-      for (int64_t at = b * group_bytes; at < (b + 1) * group_bytes; at += chunk) {
-        typename S::Int words[lanes];
-        S::load_transposed(sources, at, words);
+      for (int64_t at = b * group_bytes; at < (b + 1) * group_bytes; at += P::bytes) {
+        typename S::Int words[P::words];
+        load_piece<S, bits>(sources, at, P::bytes, words);
         const int8_t* parts[M];
         for (int m = 0; m < M; ++m) parts[m] = x.codes + ids[m] * x.width + at * 8 / bits;
 #pragma GCC unroll 16
-        for (int64_t w = 0; w < lanes; ++w) {
+        for (int64_t w = 0; w < P::words; ++w) {
           // The next rows while these are multiplied, in the order that they lie in, and not at once: they would wait.
-          __builtin_prefetch(sources[0] + lanes * (bytes + at) + w * chunk);
-          const typename S::Int low = bits == 4 ? S::low_nibbles(words[w]) : S::prepare(words[w]);
-          const int own = bits == 4 ? 0 : w % chains;
-          for (int m = 0; m < M; ++m) sums[m][own] = S::template dot_word<bits>(sums[m][own], low, parts[m] + 4 * w);
+          if (w * 64 < lanes * P::bytes) __builtin_prefetch(sources[0] + lanes * (bytes + at) + w * 64);
+          const typename S::Int whole = bits == 8 ? S::prepare(words[w]) : words[w];
+          const typename S::Int low = bits == 4 ? S::low_nibbles(words[w]) : whole;
+          const int c = bits == 4 ? 0 : w % chains;
+          for (int m = 0; m < M; ++m) sums[m][c] = S::template dot_word<bits>(sums[m][c], low, parts[m] + 4 * w);
           if (bits == 4) {
             const typename S::Int high = S::high_nibbles(words[w]);
             for (int m = 0; m < M; ++m)
-              sums[m][chains - 1] = S::template dot_word<bits>(sums[m][chains - 1], high, parts[m] + 4 * w + chunk);
+              sums[m][chains - 1] = S::template dot_word<bits>(sums[m][chains - 1], high, parts[m] + 4 * (lanes + w));
           }
         }
       }
+      const typename S::Float scale = S::load_floats(groups.scales + among);
+      const typename S::Int less = matrix.zero_points ? S::load_ints(groups.zeros + among) : S::ints(zero);
       for (int m = 0; m < M; ++m) {
-        const int64_t at = ids[m] * x.groups + b;
-        const typename S::Int sum = chains == 2 ? S::add(sums[m][0], sums[m][chains - 1]) : sums[m][0];
-        total[m] = add_group<S>(sum, groups.scales + among, matrix.zero_points ? groups.zeros + among : nullptr, zero,
-                                x.sums[at], x.scales[at], total[m]);
+        const int64_t place = ids[m] * x.groups + b;
+        typename S::Int sum = sums[m][0];
+        for (int c = 1; c < chains; ++c) sum = S::add(sum, sums[m][c]);
+        total[m] = add_group<S>(sum, scale, less, x.sums[place], x.scales[place], total[m]);
       }
     }
     for (int m = 0; m < M; ++m) S::store_floats(acc + m * tile + side, total[m]);
   }
 }
 
-// `count` rows of activations, 1 to M; as `multiply_some`, and a single row has a form where `multiply_one` has none.
+// `count` rows of activations, 1 to M, by the form for as many or for the next power of two.
 template <class S, int bits, int M>
 void multiply_few(int64_t count, const Matrix& matrix, const int64_t* rows, const Activations& x, const int64_t* ids,
                   int32_t zero, float* acc) {
-  constexpr int fewer = M > 2 ? M - 2 : 1;
-  if constexpr (M > 2 || (M == 2 && S::lanes <= 4))
-    if (count <= fewer) return multiply_few<S, bits, fewer>(count, matrix, rows, x, ids, zero, acc);
-  multiply_few<S, bits, M>(matrix, rows, x, ids, zero, acc);
+  if constexpr (M > 2)
+    if (count <= M / 2) return multiply_few<S, bits, M / 2>(count, matrix, rows, x, ids, zero, acc);
+  if constexpr (M > 0) multiply_few<S, bits, M>(matrix, rows, x, ids, zero, acc);
 }
 
 template <class S, int bits>
-void multiply_tile(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
+void multiply_many(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
                    int64_t count, float* out, int64_t stride) {
-  constexpr int64_t tile = Strip<S>::tile;
+  constexpr int64_t tile = Strip<S>::tile, more = 3;
   static_assert(tile <= kMaxTile, "callers give room for kMaxTile");
-  static_assert(S::tokens % 2 == 0 && (S::few == 1 || S::few % 2 == 0), "an odd count is made even");
-  int64_t own[tile], ids[kMaxTokens + 1];  // beyond the last row: that row again, whose results nobody takes
-  for (int64_t r = 0; r < tile; ++r) own[r] = least(first + r, matrix.rows - 1);
-  for (int64_t i = 0; i <= count; ++i) ids[i] = index ? index[least(i, count - 1)] : least(i, count - 1);
-  alignas(64) float acc[(kMaxTokens + 1) * tile];
+  int64_t own[tile], ids[kMaxTokens + more];  // beyond the last row: that row again, whose results nobody takes
+  for (int64_t i = 0; i < count + more; ++i) ids[i] = index ? index[least(i, count - 1)] : least(i, count - 1);
+  alignas(64) float acc[(kMaxTokens + more) * tile];
   const int32_t zero = zero_point(matrix, 0, 0) - (bits == 8 ? S::middle : 0);
-  if (count <= S::few && matrix.group * bits % (32 * S::lanes) == 0)
-    multiply_few<S, bits, S::few>(count, matrix, own, x, ids, zero, acc);
-  else
-    multiply_many<S, bits>(matrix, own, x, ids, count, zero, acc);
-  for (int64_t i = 0; i < count; ++i)
-    memcpy(out + i * stride, acc + i * tile, static_cast<size_t>(rows) * sizeof(float));
+  for (int64_t at = 0; at < rows; at += tile) {
+    for (int64_t r = 0; r < tile; ++r) own[r] = least(first + at + r, matrix.rows - 1);
+    if (count <= S::few && matrix.group * bits / 8 % Piece<S, bits>::bytes == 0) {
+      multiply_few<S, bits, S::few>(count, matrix, own, x, ids, zero, acc);
+    } else {
+      memset(acc, 0, static_cast<size_t>((count + more) * tile) * sizeof(float));
+      multiply_tile<S, bits>(matrix, own, x, ids, count, zero, acc);
+    }
+    for (int64_t i = 0; i < count; ++i)
+      memcpy(out + i * stride + at, acc + i * tile, static_cast<size_t>(least(tile, rows - at)) * sizeof(float));
+  }
 }
 
 // --- one token ---------------------------------------------------------------------------------------------------
@@ -371,10 +404,11 @@ void add_groups(const Matrix& matrix, int64_t first, const int32_t* integers, co
     load_groups<S>(matrix, rows, from, count, &some);
     for (int64_t r = 0; r < lanes; ++r) sources[r] = reinterpret_cast<const uint8_t*>(integers + r * groups + from);
     typename S::Int sums[lanes];
-    S::load_transposed(sources, 0, sums);
+    load_transposed<S>(sources, 0, sums);
     for (int64_t b = 0; b < count; ++b)
-      total = add_group<S>(sums[b], some.scales + b * lanes, matrix.zero_points ? some.zeros + b * lanes : nullptr,
-                           zero, own_sums[from + b], own_scales[from + b], total);
+      total = add_group<S>(sums[b], S::load_floats(some.scales + b * lanes),
+                           matrix.zero_points ? S::load_ints(some.zeros + b * lanes) : S::ints(zero),
+                           own_sums[from + b], own_scales[from + b], total);
   }
   S::store_floats(out, total);
 }
@@ -411,31 +445,36 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
   }
 }
 
-template <class S, int bits>
-void multiply_bits(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
-                   int64_t count, float* out, int64_t stride) {
-  constexpr int64_t tile = Strip<S>::tile, chunk = 4 * S::lanes;
-  const int64_t group_bytes = matrix.group * bits / 8;
-  const bool whole = group_bytes % chunk == 0;
-  if (S::lanes > 4 && count == 1 && whole && matrix.rows >= S::lanes && matrix.width <= kMostWidth) {
-    constexpr int usual = 128 * bits / 8 / chunk;  // of groups as they are exported
-    const auto run = group_bytes == usual * chunk ? multiply_one<S, bits, usual> : multiply_one<S, bits, 0>;
-    return run(matrix, first, rows, x, index ? index[0] : 0, out);
-  }
-  for (int64_t at = 0; at < rows; at += tile)
-    multiply_tile<S, bits>(matrix, first + at, least(tile, rows - at), x, index, count, out + at, stride);
-}
-
 }  // namespace
 
 #include "six_bits.h"
 
 namespace {
 
+template <class S, int bits>
+void multiply_bits(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
+                   int64_t count, float* out, int64_t stride) {
+  if (count == 1 && matrix.rows >= S::lanes && matrix.width <= kMostWidth) {
+    constexpr int64_t chunk = 4 * S::lanes;
+    const int64_t group_bytes = matrix.group * bits / 8;
+    if constexpr (bits == 6) {
+      if (matrix.group % kSixBitBlock == 0 && matrix.width <= kMostWidth / 4) {
+        const auto run = matrix.group == 2 * kSixBitBlock ? multiply_six_one<S, 2> : multiply_six_one<S, 0>;
+        return run(matrix, first, rows, x, index ? index[0] : 0, out);
+      }
+    } else if (group_bytes % chunk == 0) {
+      constexpr int usual = 128 * bits / 8 / chunk;  // of groups as they are exported
+      const auto run = group_bytes == usual * chunk ? multiply_one<S, bits, usual> : multiply_one<S, bits, 0>;
+      return run(matrix, first, rows, x, index ? index[0] : 0, out);
+    }
+  }
+  multiply_many<S, bits>(matrix, first, rows, x, index, count, out, stride);
+}
+
 template <class S>
 void multiply(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
               int64_t count, float* out, int64_t stride) {
-  const auto wide = matrix.bits == 6 ? multiply_six_bits<S> : multiply_bits<S, 8>;
+  const auto wide = matrix.bits == 6 ? multiply_bits<S, 6> : multiply_bits<S, 8>;
   const auto run = matrix.bits == 4 ? multiply_bits<S, 4> : wide;
   run(matrix, first, rows, x, index, count, out, stride);
 }

@@ -27,12 +27,13 @@ struct Avx512 {
   static Int load_codes(const uint8_t* from) { return _mm512_load_si512(from); }
   static Int load_bytes(const void* from) {
     Int value = _mm512_loadu_si512(from);
-    asm("" : "+v"(value));  // or gcc loads it again for each use, and loads are what there are most of
+    asm("" : "+v"(value));  // or gcc loads it again for each use, or stores what it loaded
     return value;
   }
   static void store_ints(int32_t* to, Int value) { _mm512_storeu_si512(to, value); }
   static void store_codes(uint8_t* to, Int value) { _mm512_store_si512(to, value); }
   static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Int subtract(Int a, Int b) { return _mm512_sub_epi32(a, b); }
   static Int multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
   static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
@@ -52,13 +53,6 @@ struct Avx512 {
   static Int dot_word(Int acc, Int codes, const int8_t* x) {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*reinterpret_cast<const Word*>(x)));
     return acc;
-  }
-
-  static Int either(Int a, Int b) { return _mm512_or_si512(a, b); }
-  template <int place>
-  static Int upper(Int a) {
-    const Int moved = place < 2 ? _mm512_slli_epi16(a, 4 - 2 * place) : _mm512_srli_epi16(a, 2 * place - 4);
-    return _mm512_and_si512(moved, _mm512_set1_epi8(48));
   }
   static void unpack(const uint8_t* block, Int* out) {
     const Int pairs = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block)));
@@ -80,11 +74,9 @@ struct Avx512 {
     return of[0];
   }
 
-  static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {
-    Int a[16], b[16];
-    for (int i = 0; i < 16; i += 2) {  // pairs of words; by `load_bytes`, or gcc stores and loads each row once more
-      a[i] = load_bytes(rows[i] + at);
-      a[i + 1] = load_bytes(rows[i + 1] + at);
+  static void transpose(Int* a, Int* out) {
+    Int b[16];
+    for (int i = 0; i < 16; i += 2) {  // pairs of words
       b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
       b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }

@@ -9,7 +9,7 @@ namespace {
 struct Neon {
   static constexpr int64_t lanes = 4;
   static constexpr int tokens = 8;
-  static constexpr int few = 4;
+  static constexpr int few = 0;
   static constexpr int32_t middle = 128;
   using Int = int32x4_t;
   using Float = float32x4_t;
@@ -28,6 +28,7 @@ struct Neon {
   static void store_ints(int32_t* to, Int value) { vst1q_s32(to, value); }
   static void store_codes(uint8_t* to, Int value) { vst1q_u8(to, vreinterpretq_u8_s32(value)); }
   static Int add(Int a, Int b) { return vaddq_s32(a, b); }
+  static Int subtract(Int a, Int b) { return vsubq_s32(a, b); }
   static Int multiply(Int a, Int b) { return vmulq_s32(a, b); }
   static Float multiply(Float a, Float b) { return vmulq_f32(a, b); }
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
@@ -46,6 +47,13 @@ struct Neon {
     const uint8x16_t moved = place < 2 ? low : place == 2 ? bytes : vshrq_n_u8(bytes, 2);
     return vreinterpretq_s32_u8(vandq_u8(moved, vdupq_n_u8(48)));
   }
+  static void unpack(const uint8_t* block, Int* out) {
+    const Int first = load_bytes(block), second = load_bytes(block + 16), uppers = load_bytes(block + 32);
+    out[0] = either(low_nibbles(first), upper<0>(uppers));
+    out[1] = either(low_nibbles(second), upper<1>(uppers));
+    out[2] = either(high_nibbles(first), upper<2>(uppers));
+    out[3] = either(high_nibbles(second), upper<3>(uppers));
+  }
   // The instruction multiplies signed bytes: 8-bit codes less 128.
   static Int prepare(Int a) {
     return vreinterpretq_s32_u8(veorq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(128)));
@@ -54,15 +62,9 @@ struct Neon {
   static Int dot(Int acc, Int codes, Int x) {
     return vdotq_s32(acc, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x));
   }
-  template <int bits>
-  static Int dot_word(Int acc, Int codes, const int8_t* x) {
-    return dot<bits>(acc, codes, ints(word_at(x)));
-  }
   static Int sums(Int* of) { return vpaddq_s32(vpaddq_s32(of[0], of[1]), vpaddq_s32(of[2], of[3])); }
 
-  static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {
-    Int a[4];
-    for (int i = 0; i < 4; ++i) a[i] = load_codes(rows[i] + at);
+  static void transpose(Int* a, Int* out) {
     const Int low = vtrn1q_s32(a[0], a[1]), low_odd = vtrn2q_s32(a[0], a[1]);
     const Int high = vtrn1q_s32(a[2], a[3]), high_odd = vtrn2q_s32(a[2], a[3]);
     const auto pairs = [](Int v) { return vreinterpretq_s64_s32(v); };

@@ -7,7 +7,7 @@ namespace {
 struct Portable {
   static constexpr int64_t lanes = 4;
   static constexpr int tokens = 4;
-  static constexpr int few = 1;
+  static constexpr int few = 0;
   static constexpr int32_t middle = 0;
   struct Int {
     int32_t lane[4];
@@ -50,6 +50,9 @@ struct Portable {
   static Int add(Int a, Int b) {
     return each<Int>([&](int i) { return a.lane[i] + b.lane[i]; });
   }
+  static Int subtract(Int a, Int b) {
+    return each<Int>([&](int i) { return a.lane[i] - b.lane[i]; });
+  }
   static Int multiply(Int a, Int b) {
     return each<Int>([&](int i) { return a.lane[i] * b.lane[i]; });
   }
@@ -82,6 +85,13 @@ struct Portable {
       return static_cast<int32_t>((place < 2 ? bits << (4 - 2 * place) : bits >> (2 * place - 4)) & 0x30303030u);
     });
   }
+  static void unpack(const uint8_t* block, Int* out) {
+    const Int first = load_bytes(block), second = load_bytes(block + 16), uppers = load_bytes(block + 32);
+    out[0] = either(low_nibbles(first), upper<0>(uppers));
+    out[1] = either(low_nibbles(second), upper<1>(uppers));
+    out[2] = either(high_nibbles(first), upper<2>(uppers));
+    out[3] = either(high_nibbles(second), upper<3>(uppers));
+  }
   static Int prepare(Int a) { return a; }
   template <int bits>
   static Int dot(Int acc, Int codes, Int x) {
@@ -95,16 +105,12 @@ struct Portable {
       return acc.lane[i] + w[0] * v[0] + w[1] * v[1] + w[2] * v[2] + w[3] * v[3];
     });
   }
-  template <int bits>
-  static Int dot_word(Int acc, Int codes, const int8_t* x) {
-    return dot<bits>(acc, codes, ints(word_at(x)));
-  }
   static Int sums(Int* of) {
     return each<Int>([&](int i) { return of[i].lane[0] + of[i].lane[1] + of[i].lane[2] + of[i].lane[3]; });
   }
-  static void load_transposed(const uint8_t* const* rows, int64_t at, Int* out) {
+  static void transpose(const Int* a, Int* out) {
     for (int r = 0; r < 4; ++r)
-      for (int w = 0; w < 4; ++w) memcpy(&out[w].lane[r], rows[r] + at + 4 * w, 4);
+      for (int w = 0; w < 4; ++w) out[w].lane[r] = a[r].lane[w];
   }
 };
 
