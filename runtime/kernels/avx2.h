@@ -19,6 +19,10 @@ struct Vectors256 {
   static Float floats(float value) { return _mm256_set1_ps(value); }
   static Int load_ints(const int32_t* from) { return _mm256_load_si256(reinterpret_cast<const Int*>(from)); }
   static Float load_some(const float* from) { return _mm256_loadu_ps(from); }
+  static Float load_some(const uint16_t* from) {
+    const Int words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return as_floats(_mm256_slli_epi32(words, 16));
+  }
   static Float load_halves(const uint8_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }

@@ -7,6 +7,7 @@
 //          Int, Float      vectors of int32 and float
 //          transpose       a square of lanes x lanes 4-byte words
 //          load_halves     as many fp16 values as float, exactly
+//          load_some       floats, or bf16 values as floats, from anywhere
 //          sums            of `lanes` vectors: lane i is the sum of vector i's lanes
 //          dot<bits>       acc + the products of each lane's four codes with its four activations
 //          dot_word<bits>  the same where all lanes have one word of activations; only where `few` is not 0
@@ -489,38 +490,58 @@ inline float add_halves(float* sums) {
   return sums[0];
 }
 
-// A row of the matrix by M rows of x.
-template <class S, int M>
-void dot_floats(const float* row, int64_t width, const float* x, float* out, int64_t stride) {
+inline float as_float(uint16_t bf16) { return float_of(static_cast<int32_t>(static_cast<uint32_t>(bf16) << 16)); }
+
+// A row of the matrix, of float or bf16, by M rows of x.
+template <class S, int M, typename Element>
+void dot_floats(const Element* row, int64_t width, const float* x, float* out, int64_t stride) {
   constexpr int64_t lanes = S::lanes, vectors = kSums / lanes;
   typename S::Float sums[M][vectors];
   for (int m = 0; m < M; ++m)
     for (int64_t v = 0; v < vectors; ++v) sums[m][v] = S::floats(0.0f);
-  int64_t at = 0;
-  for (; at + kSums <= width; at += kSums)
-    for (int64_t v = 0; v < vectors; ++v) {
-      const typename S::Float own = S::load_some(row + at + v * lanes);
-      __builtin_prefetch(row + at + v * lanes + kAhead / 4);
-      for (int m = 0; m < M; ++m)
-        sums[m][v] = S::add(sums[m][v], S::multiply(own, S::load_some(x + m * width + at + v * lanes)));
+  Element own_end[kSums];
+  float ends[M * kSums];
+  int64_t step = width;
+  for (int64_t at = 0; at < width; at += kSums, row += kSums, x += kSums) {
+    if (at + kSums > width) {  // the last columns, and zeros, which leave a sum as it is
+      memset(own_end, 0, sizeof own_end);
+      memset(ends, 0, sizeof ends);
+      memcpy(own_end, row, static_cast<size_t>(width - at) * sizeof *row);
+      for (int m = 0; m < M; ++m) memcpy(ends + m * kSums, x + m * width, static_cast<size_t>(width - at) * sizeof *x);
+      row = own_end;
+      x = ends;
+      step = kSums;
     }
+    for (int64_t v = 0; v < vectors; ++v) {
+      const typename S::Float own = S::load_some(row + v * lanes);
+      __builtin_prefetch(row + v * lanes + kAhead / sizeof *row);
+      for (int m = 0; m < M; ++m)
+        sums[m][v] = S::add(sums[m][v], S::multiply(own, S::load_some(x + m * step + v * lanes)));
+    }
+  }
   for (int m = 0; m < M; ++m) {
     alignas(64) float all[kSums];
     for (int64_t v = 0; v < vectors; ++v) S::store_floats(all + v * lanes, sums[m][v]);
-    for (int64_t i = at; i < width; ++i) all[i - at] += row[i] * x[m * width + i];
     out[m * stride] = add_halves(all);
   }
 }
 
-template <class S>
-void multiply_floats(const float* matrix, int64_t rows, int64_t width, const float* x, int64_t count, float* out,
-                     int64_t stride) {
+template <class S, typename Element>
+void multiply_elements(const Element* matrix, int64_t rows, int64_t width, const float* x, int64_t count, float* out,
+                       int64_t stride) {
   constexpr int M = S::lanes == 16 ? 4 : 1;  // as many as registers hold the sums of
   int64_t i = 0;
   for (; i + M <= count; i += M)
     for (int64_t r = 0; r < rows; ++r) dot_floats<S, M>(matrix + r * width, width, x + i * width, out + i * stride + r, stride);
   for (; i < count; ++i)
     for (int64_t r = 0; r < rows; ++r) dot_floats<S, 1>(matrix + r * width, width, x + i * width, out + i * stride + r, stride);
+}
+
+template <class S>
+void multiply_floats(const void* matrix, bool half, int64_t rows, int64_t width, const float* x, int64_t count,
+                     float* out, int64_t stride) {
+  if (half) return multiply_elements<S>(static_cast<const uint16_t*>(matrix), rows, width, x, count, out, stride);
+  multiply_elements<S>(static_cast<const float*>(matrix), rows, width, x, count, out, stride);
 }
 
 template <class S>

@@ -101,22 +101,23 @@ void run_router(const Router& r, void* scratch, const Parallel& parallel) {
   const auto normalize = [&](int64_t first, int64_t end, int64_t) { run_norm(norm, first, end - first); };
   // A unit is some experts by some tokens, so that one token's and many tokens' work can be shared out alike.
   const int64_t some = 64, rows = norm.tokens <= some ? 8 : least(experts, 64), columns = divide_up(experts, rows);
-  const int64_t units = divide_up(norm.tokens, some) * columns;
+  const int64_t units = divide_up(norm.tokens, some) * columns, row_bytes = norm.width * (r.half ? 2 : 4);
+  const char* matrix = static_cast<const char*>(r.matrix);
   const auto multiply = [&](int64_t unit, int64_t last, int64_t) {
     for (; unit < last; ++unit) {
       const int64_t first = unit % columns * rows, token = unit / columns * some;
       const int64_t height = least(rows, experts - first), count = least(some, norm.tokens - token);
       float* out = r.logits + token * experts + first;
-      r.kernels->multiply_floats(r.matrix + first * norm.width, height, norm.width, x + token * norm.width, count, out,
-                                 experts);
+      r.kernels->multiply_floats(matrix + first * row_bytes, r.half, height, norm.width, x + token * norm.width, count,
+                                 out, experts);
       for (int64_t i = 0; r.bias && i < count; ++i)
         for (int64_t e = 0; e < height; ++e) out[i * experts + e] += r.bias[first + e];
     }
   };
   const auto fetch_matrix = [&](int64_t unit, int64_t part) {
-    const int64_t row = unit % columns * rows, at = part * kFetched, bytes = static_cast<int64_t>(sizeof(float)) * norm.width;
-    if (part >= kMostFetched || at >= (experts - row) * bytes) return false;
-    fetch(reinterpret_cast<const char*>(r.matrix) + row * bytes + at, kFetched);
+    const int64_t row = unit % columns * rows, at = part * kFetched;
+    if (part >= kMostFetched || at >= (experts - row) * row_bytes) return false;
+    fetch(matrix + row * row_bytes + at, kFetched);
     return true;
   };
   const auto choose = [&](int64_t first, int64_t end, int64_t) {

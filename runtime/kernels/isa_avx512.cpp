@@ -19,6 +19,10 @@ struct Avx512 {
   static Float floats(float value) { return _mm512_set1_ps(value); }
   static Int load_ints(const int32_t* from) { return _mm512_load_si512(from); }
   static Float load_some(const float* from) { return _mm512_loadu_ps(from); }
+  static Float load_some(const uint16_t* from) {
+    const Int words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return as_floats(_mm512_slli_epi32(words, 16));
+  }
   static Float load_halves(const uint8_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }

@@ -18,6 +18,7 @@ struct Neon {
   static Float floats(float value) { return vdupq_n_f32(value); }
   static Int load_ints(const int32_t* from) { return vld1q_s32(from); }
   static Float load_some(const float* from) { return vld1q_f32(from); }
+  static Float load_some(const uint16_t* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from), 16)); }
   static Float load_halves(const uint8_t* from) {
     return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from)));
   }

@@ -32,6 +32,9 @@ struct Portable {
   }
   static Int load_ints(const int32_t* from) { return load<Int>(from); }
   static Float load_some(const float* from) { return load<Float>(from); }
+  static Float load_some(const uint16_t* from) {
+    return each<Float>([&](int i) { return as_float(from[i]); });
+  }
   static Float load_halves(const uint8_t* from) {
     uint16_t halves[4];
     memcpy(halves, from, sizeof halves);

@@ -76,9 +76,9 @@ struct Kernels {
                    int64_t count, float* out, int64_t stride);
 
   // out[i * stride + r] = row r of `matrix` [rows, width] by row i of x [count, width], in float: 64 sums, each of every
-  // 64th column in order, then added up by halves. Products and sums are rounded apart.
-  void (*multiply_floats)(const float* matrix, int64_t rows, int64_t width, const float* x, int64_t count, float* out,
-                          int64_t stride);
+  // 64th column in order, then added up by halves. Products and sums are rounded apart. `half`: the matrix is bf16.
+  void (*multiply_floats)(const void* matrix, bool half, int64_t rows, int64_t width, const float* x, int64_t count,
+                          float* out, int64_t stride);
 
   // pairs [2 * count] (gate, up, gate, up ...) -> h [count]: gate * sigmoid(alpha * gate) * (up + offset), the gate at
   // most `limit`, up between -limit and limit.

@@ -69,6 +69,7 @@ namespace moedge {
 
 constexpr uint32_t kApiVersion = 18;
 constexpr int kAnyType = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7, kHalf = 10;  // ONNXTensorElementDataType
+constexpr int kBfloat16 = 16;
 constexpr int kRequired = 0, kOptional = 1, kVariadic = 2;  // OrtCustomOpInputOutputCharacteristic
 constexpr int kDefaultMemory = 0;                  // OrtMemTypeDefault
 constexpr int kInvalidArgument = 2, kFail = 1;     // OrtErrorCode

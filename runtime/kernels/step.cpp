@@ -164,7 +164,8 @@ void run_mlp(const Mlp& m, void* scratch, const Parallel& parallel) {
       const int64_t token = unit / pieces, from = unit % pieces * kPiece, count = least(kPiece, inner - from);
       if (m.share && from == 0) {
         float logit = 0.0f;
-        m.kernels->multiply_floats(m.share, 1, m.norm.width, input_of(s.norm) + token * m.norm.width, 1, &logit, 1);
+        m.kernels->multiply_floats(m.share, false, 1, m.norm.width, input_of(s.norm) + token * m.norm.width, 1,
+                                   &logit, 1);
         s.shares[token] = static_cast<float>(1.0 / (1.0 + exp(-static_cast<double>(logit))));
       }
       const float* gates = s.both + token * 2 * inner + from;

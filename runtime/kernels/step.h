@@ -76,8 +76,9 @@ struct Router {
   const Kernels* kernels;
   Norm norm;
   Gate gate;
-  const float* matrix;  // [E, H]
+  const void* matrix;   // [E, H] float, or bf16 where `half`
   const float* bias;    // [E] or null
+  bool half;
   float* logits;        // [tokens, E]
   int64_t* experts;     // [tokens, k]
   float* weights;

@@ -9,7 +9,7 @@
 //              float [1, H] whose product with the normed x makes, by a sigmoid, what y is multiplied with before;
 //              attributes bits, epsilon
 //              -> y float [T, H], optional: x + residual
-// Router       x, residual, norm, matrix float [E, H], optional: bias of the logits [E], bias of the choice [E];
+// Router       x, residual, norm, matrix float or bf16 [E, H], optional: bias of the logits [E], bias of the choice [E];
 //              attributes sigmoid, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor, epsilon
 //              -> logits float [T, E], experts int64 [T, k], weights float [T, k], optional: x + residual, the norm [T, H]
 
@@ -164,12 +164,14 @@ struct RouterOp : StepKernel {
     Router r{};
     r.kernels = kernels;
     r.gate = gate;
-    r.matrix = in[3].as<float>();
+    r.matrix = in[3].data;
+    r.half = in[3].kind == kBfloat16;
     r.bias = in[4].as<float>();
     r.gate.bias = in[5].as<float>();
     const int64_t experts = in[3].rank == 2 ? in[3].shape[0] : 0;
     r.gate.experts = experts;
-    const bool fits = read_norm(in, &r.norm) && in[3].is(experts, r.norm.width) && gate.top_k <= experts &&
+    const bool fits = read_norm(in, &r.norm) && in[3].is(experts, r.norm.width) &&
+                      (r.half || in[3].kind == kFloat) && gate.top_k <= experts &&
                       experts % gate.groups == 0 && (!in[4].data || is_row(in[4], experts)) &&
                       (!in[5].data || is_row(in[5], experts));
     if (!fits) return invalid("moedge.cpu.Router: the inputs' shapes do not fit each other");
@@ -214,7 +216,7 @@ constexpr int kProjectionsTypes[] = {kFloat,   kFloat, kFloat, kUint8, kAnyType,
                                      kAnyType, kUint8, kFloat, kUint8, kAnyType, kUint8, kFloat};
 constexpr int kMlpTypes[] = {kFloat, kFloat,   kFloat, kUint8, kAnyType, kUint8,
                              kUint8, kAnyType, kUint8, kFloat, kFloat};
-constexpr int kRouterTypes[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat};
+constexpr int kRouterTypes[] = {kFloat, kFloat, kFloat, kAnyType, kFloat, kFloat};
 constexpr int kFloats[] = {kFloat, kFloat, kFloat, kFloat};
 constexpr int kRoutes[] = {kFloat, kInt64, kFloat, kFloat, kFloat};
 
