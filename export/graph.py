@@ -31,6 +31,7 @@ IR_VERSION = 11
 DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
     "uint8": ir.DataType.UINT8,
     "uint6": ir.DataType.UINT8,  # packed
     "uint4": ir.DataType.UINT4,
@@ -305,7 +306,7 @@ class _GraphBuilder:
             inputs = [data, scales, self.external(stored.zero_points)]
             axis = len(stored.data.shape) - 1
             return self.op("DequantizeLinear", inputs, axis=axis, block_size=stored.group_size)
-        if stored.data.dtype == "float16":
+        if stored.data.dtype in ("float16", "bfloat16"):
             return self.op("Cast", [data], to=int(ir.DataType.FLOAT))
         return data
 

@@ -21,8 +21,8 @@ from .quantization import Integers, pick_group_size
 from .weights import Weight
 
 ALIGNMENT = 64
-Dtype = Literal["float32", "float16", "uint8", "uint6", "uint4", "int64"]
-_BITS = {"float32": 32, "float16": 16, "uint8": 8, "uint6": 6, "uint4": 4, "int64": 64}
+Dtype = Literal["float32", "float16", "bfloat16", "uint8", "uint6", "uint4", "int64"]
+_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "uint8": 8, "uint6": 6, "uint4": 4, "int64": 64}
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _choose(
 ) -> Choice:
     """What was brought, else what was asked for. A matrix that no group size divides stays float32."""
     if weight.precision == "keep":
-        return Choice("float32")
+        return Choice(weight.kept_as)
     if _link(weight) in brought:
         return _keep(weight, brought[_link(weight)])
     if weights in ("fp32", "fp16"):

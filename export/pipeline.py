@@ -38,7 +38,7 @@ from .ordering import order_columns
 from .parity import MAX_ROUNDING, check_parity, find_needs
 from .quantization import Algorithm, Calibrated, find_algorithm
 from .quantization.sources import bind_sources, describe_sources
-from .weights import Weight, check_sources, check_unused
+from .weights import Weight, check_sources, check_unused, keep_routers
 from .writer import ClassError, write_weights
 
 COPIED_FILES = (
@@ -159,7 +159,7 @@ def _make_plan(
     if adapter is not None:
         plan, merged = bind_adapter(checkpoint, plan, adapter)
     check_sources(checkpoint, plan)
-    plan = order_columns(plan)
+    plan = order_columns(keep_routers(checkpoint, plan))
     return plan, merged + check_unused(checkpoint, plan, family.ignored_tensors(config))
 
 
@@ -258,7 +258,8 @@ def _describe(
 def describe_classes(layout: Layout, errors: dict[str, ClassError]) -> dict[str, Any]:
     """How the tensors of each role are stored: the quantized form that most values have, the others under `also`.
 
-    `float16_scales`: bytes of the scales in that type, which not every kernel reads.
+    `float16_scales`, `bfloat16_values`: bytes of scales and of routers' matrices in those types, which not every kernel
+    reads.
     """
     forms: dict[str, dict[tuple[bool, str, int, bool], int]] = {}
     for stored in layout.stored.values():
@@ -268,9 +269,11 @@ def describe_classes(layout: Layout, errors: dict[str, ClassError]) -> dict[str,
         held[form] = held.get(form, 0) + math.prod(stored.data.shape)
     classes = {role: _describe_class(held, errors.get(role)) for role, held in forms.items()}
     for stored in layout.stored.values():
-        if stored.scales is not None and stored.scales.dtype == "float16":
-            entry = classes[stored.weight.role]
-            entry["float16_scales"] = entry.get("float16_scales", 0) + stored.scales.nbytes
+        narrow = {"float16_scales": stored.scales, "bfloat16_values": stored.data}
+        for name, slot in narrow.items():
+            if slot is not None and name.startswith(f"{slot.dtype}_"):
+                entry = classes[stored.weight.role]
+                entry[name] = entry.get(name, 0) + slot.nbytes
     return classes
 
 

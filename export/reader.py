@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from .layout import Layout, Slot, Stored
@@ -89,7 +90,7 @@ class WeightsReader:
         """Elements `start` to `stop` of a slot in its own dtype; int4 as one uint8 each."""
         if slot.dtype == "uint4":
             return self.read_codes(slot, start, stop).astype(np.uint8)
-        dtype = np.dtype(slot.dtype)
+        dtype = np.dtype(ml_dtypes.bfloat16 if slot.dtype == "bfloat16" else slot.dtype)
         return np.fromfile(self.path, dtype, stop - start, offset=slot.offset + start * dtype.itemsize)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ Role = Literal[
     "embedding", "norm", "attention", "dense_mlp", "router", "shared_experts", "experts", "head", "linear", "other"
 ]
 # linear: quantized to the export's precision (the head to its own); table: int8 when that is below (an embedding's rows
-# are looked up, and onnxruntime looks up no nibbles); keep: float32 always.
+# are looked up, and onnxruntime looks up no nibbles); keep: exact always.
 Precision = Literal["linear", "table", "keep"]
 Index = tuple[Any, ...]
 
@@ -98,6 +98,7 @@ class Weight:
     precision: Precision
     units: tuple[tuple[Piece, ...], ...]
     group_with: tuple[int, ...] = field(default=())  # other input sizes that must share this tensor's group size
+    kept_as: Literal["float32", "bfloat16"] = "float32"  # where its precision is `keep`
     order: Array | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -139,6 +140,23 @@ def expert_stack(name: str, sources: list[str], shape: tuple[int, int]) -> Weigh
     """[E, H, I] from each expert's down projection [H, I]."""
     units = tuple((Piece(source, shape),) for source in sources)
     return Weight(name, (len(sources), *shape), "experts", "linear", units, group_with=(shape[0],))
+
+
+def keep_routers(checkpoint: Checkpoint, plan: list[Weight]) -> list[Weight]:
+    """The plan with routers' matrices kept in bfloat16 where the checkpoint has them so: every token reads them."""
+
+    def is_kept(weight: Weight) -> bool:
+        pieces = list(weight.pieces()) if is_router(weight) else []
+        return bool(pieces) and all(
+            piece.packed is None and checkpoint.entries[piece.source].dtype.name == "bfloat16" for piece in pieces
+        )
+
+    return [replace(weight, kept_as="bfloat16") if is_kept(weight) else weight for weight in plan]
+
+
+def is_router(weight: Weight) -> bool:
+    """Whether it is the matrix of one."""
+    return weight.role == "router" and weight.precision == "keep" and len(weight.shape) == 2
 
 
 def check_sources(checkpoint: Checkpoint, plan: list[Weight]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import ml_dtypes
 import numpy as np
 
 from ..bundle import Progress
@@ -165,6 +166,8 @@ def _write_part(
                 raise CheckpointError(
                     f"tensor {stored.weight.name!r} holds values beyond float16's 65504; export with --weights fp32"
                 )
+        if stored.data.dtype == "bfloat16":
+            values = values.astype(ml_dtypes.bfloat16)  # which they were before
         width = stored.weight.shape[-1]
         _write_at(file.stream, stored.data.offset + part.start * width * values.itemsize, values)
         return
@@ -236,4 +239,4 @@ def _write_codes(stream: BinaryIO, slot: Slot, first: int, codes: Array) -> None
 
 def _write_at(stream: BinaryIO, offset: int, values: Array) -> None:
     stream.seek(offset)
-    stream.write(np.ascontiguousarray(values).data)
+    stream.write(np.ascontiguousarray(values).view(np.uint8).data)

@@ -6,6 +6,7 @@ fit check that failed, so that it is what that check then finds.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,18 +151,18 @@ def narrower_weight_bytes(manifest: Mapping[str, Any], option: str, target: str 
 
 
 def _as_read(manifest: Mapping[str, Any], target: str | None) -> Mapping[str, Any]:
-    """The manifest with head and scales as a target's engine has them."""
+    """The manifest with head, scales and routers as a target's engine has them."""
     shape = ModelShape.from_manifest(manifest)
     there = shape if target is None else shape.on(target)
     if there is shape:
         return manifest
     quantization = manifest["quantization"]
     classes = quantization["classes"]
-    if widens_scales(str(target)):
-        classes = {
-            name: {key: value for key, value in entry.items() if key != "float16_scales"}
-            for name, entry in classes.items()
-        }
+    counted = ("float16_scales", "bfloat16_values")
+    classes = {
+        name: {key: value for key, value in entry.items() if key not in counted}  # they are no halves there
+        for name, entry in classes.items()
+    }
     if there.head_bits != shape.head_bits:
         classes = {**classes, "head": {**classes["head"], "dtype": "uint8"}}
     return {**manifest, "sizes": dict(there.sizes), "quantization": {**quantization, "classes": classes}}
@@ -184,11 +185,15 @@ def _laid_out_bytes(manifest: Mapping[str, Any], option: str, usual: str, *, wid
         from ..export.heads import choose_head
         from ..export.layout import plan_layout
         from ..export.options import GROUP_SIZES
+        from ..export.weights import is_router
 
         config = moe_config_from_json(manifest["config"])
         plan = find_family(Checkpoint(Path(), {"model_type": config.family}, {})).plan_weights(config)
     except (ImportError, KeyError, TypeError, CheckpointError):
         return None
+    classes = (manifest.get("quantization") or {}).get("classes") or {}
+    if (classes.get("router") or {}).get("bfloat16_values"):  # as the checkpoint has them
+        plan = [dataclasses.replace(weight, kept_as="bfloat16") if is_router(weight) else weight for weight in plan]
     weights, _, head = option.partition(" --head ")
     own = head or (usual if weights == "int4" else None)
     layout = plan_layout(plan, weights, max(GROUP_SIZES), zero_points=False, head=choose_head(weights, own))

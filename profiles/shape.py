@@ -22,8 +22,8 @@ READ_IN_FULL_OF_TORCH = ("linear", "other")
 ELEMENT_BYTES = {"onnxruntime": 4, "onnxruntime_cuda": 2, "tensorrt_rtx": 2, "tensorrt": 2}
 # What a target with a choice can keep its KV cache in; `default_kv_cache` says which it takes by itself.
 KV_CACHES = {"onnxruntime": ("fp32", "fp16", "int8")}
-# Whose kernels, where they are compiled, read codes of 6 bits and scales of either type. Elsewhere codes become 8-bit
-# ones, at build or when the graph is loaded, and scales what the target computes in.
+# Whose kernels, where they are compiled, read codes of 6 bits, scales of either type and routers in bf16. Elsewhere
+# codes become 8-bit ones, at build or when the graph is loaded, scales what the target computes in, routers float32.
 _OWN_KERNELS = ("onnxruntime",)
 _MOST = 1 << 50  # bytes, parameters, tokens: more than any model's
 _MOST_BLOCK = 64  # channels of an int8 latent that share a scale
@@ -52,7 +52,9 @@ class ModelShape:
     attention_flops_per_row: int
     latent_attention: bool
     head_bits: int = 0  # of the head's integers, 0 where they are none
-    half_scales: Mapping[str, int] = dataclasses.field(default_factory=dict)  # bytes of `sizes` that are fp16 scales
+    # Bytes of `sizes` that are scales in fp16, and routers' matrices in bf16.
+    half_scales: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    half_routers: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> ModelShape:
@@ -73,8 +75,9 @@ class ModelShape:
         """Raises BundleError where a size is none: a damaged manifest's, not an exporter's."""
         sizes = {f"sizes.{name}": count for name, count in self.sizes.items()}
         sizes |= {f"float16_scales of {name}": count for name, count in self.half_scales.items()}
+        sizes |= {f"bfloat16_values of {name}": count for name, count in self.half_routers.items()}
         fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        others = ("name", "sizes", "half_scales", "latent_attention")
+        others = ("name", "sizes", "half_scales", "half_routers", "latent_attention")
         counts = {name: value for name, value in fields.items() if name not in others}
         for name, value in (counts | sizes).items():
             least = 1 if name in ("vocab_size", "hidden_size", "layers", "max_positions") else 0
@@ -95,9 +98,13 @@ class ModelShape:
         if bits == 6 and not reads_six_bits(target):
             sizes["head"] = sizes.get("head", 0) + self.vocab_size * self.hidden_size * (8 - 6) // 8
             bits = 8
-        for name, count in self.half_scales.items() if widens_scales(target) else ():
+        widened = [self.half_scales] if widens_scales(target) else []
+        widened += [] if reads_six_bits(target) else [self.half_routers]
+        for name, count in [item for each in widened for item in each.items()]:
             sizes[name] = sizes.get(name, 0) + count
-        return self if sizes == self.sizes else dataclasses.replace(self, sizes=sizes, head_bits=bits, half_scales={})
+        if sizes == self.sizes:
+            return self
+        return dataclasses.replace(self, sizes=sizes, head_bits=bits, half_scales={}, half_routers={})
 
     @property
     def weight_bytes(self) -> int:
@@ -231,14 +238,15 @@ def _shape(manifest: Mapping[str, Any]) -> ModelShape:
         attention_flops_per_row=per_row,
         latent_attention=config["attention"]["kind"] != "gqa",
         head_bits=_head_bits(manifest),
-        half_scales=_half_scales(manifest),
+        half_scales=_halves(manifest, "float16_scales"),
+        half_routers=_halves(manifest, "bfloat16_values"),
     )
 
 
-def _half_scales(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of scales in fp16 by class; none in bundles that were made before there were any."""
+def _halves(manifest: Mapping[str, Any], kind: str) -> dict[str, int]:
+    """Bytes of one of the kinds that `moedge export` counts, by class; none in bundles of before."""
     classes = (manifest.get("quantization") or {}).get("classes") or {}
-    return {name: entry["float16_scales"] for name, entry in classes.items() if entry.get("float16_scales")}
+    return {name: entry[kind] for name, entry in classes.items() if entry.get(kind)}
 
 
 def _head_bits(manifest: Mapping[str, Any]) -> int:

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <initializer_list>
 
@@ -36,6 +37,13 @@ float* floats(int64_t count, float size) {
 uint16_t* halves(int64_t count) {  // of both signs, subnormal ones among them
   uint16_t* values = take<uint16_t>(count);
   for (int64_t i = 0; i < count; ++i) values[i] = static_cast<uint16_t>(next() % 0x2600 | (next() % 2 << 15));
+  return values;
+}
+
+uint16_t* bfloats(float* from, int64_t count) {  // the upper halves
+  uint16_t* values = take<uint16_t>(count);
+  for (int64_t i = 0; i < count; ++i) memcpy(values + i, reinterpret_cast<const char*>(from + i) + 2, 2);
+  free(from);
   return values;
 }
 
@@ -110,7 +118,8 @@ uint64_t steps_digest(const Kernels* kernels, int64_t tokens, int64_t hidden, in
                       bool full) {
   const int64_t experts = 24, chosen = 3;
   float *x = floats(tokens * hidden, 2.0f), *residual = floats(tokens * hidden, 1.0f), *weight = floats(hidden, 1.0f);
-  float *matrix = floats(experts * hidden, 0.1f), *bias = floats(experts, 0.1f);
+  float *plain = floats(experts * hidden, 0.1f), *bias = floats(experts, 0.1f);
+  void* matrix = full ? static_cast<void*>(bfloats(plain, experts * hidden)) : plain;
   const Matrix first = matrices(1, 2 * inner, hidden, group, bits, full);
   const Matrix second = matrices(1, hidden, hidden, group, bits, full, true), down = matrices(1, hidden, inner, group, bits, full);
   float *sum = take<float>(tokens * hidden), *normed = take<float>(tokens * hidden);
@@ -133,12 +142,12 @@ uint64_t steps_digest(const Kernels* kernels, int64_t tokens, int64_t hidden, in
   found = digest(found, z, tokens * hidden);
   norm.y = normed;
   const Gate gate{full, experts, chosen, full ? 6 : 1, full ? 2 : 1, true, 1.0f, full ? bias : nullptr};
-  const Router router{kernels, norm, gate, matrix, bias, logits, routes, shares};
+  const Router router{kernels, norm, gate, matrix, bias, full, logits, routes, shares};
   with_scratch(router_scratch(router), [&](void* held) { run_router(router, held, parallel); });
   found = digest(digest(digest(found, normed, tokens * hidden), logits, tokens * experts), shares, tokens * chosen);
   for (int64_t i = 0; i < tokens * chosen; ++i) found = (found ^ static_cast<uint64_t>(routes[i])) * 1099511628211u;
   for (void* block : {static_cast<void*>(routes), static_cast<void*>(x), static_cast<void*>(residual),
-                      static_cast<void*>(weight), static_cast<void*>(matrix), static_cast<void*>(bias),
+                      static_cast<void*>(weight), matrix, static_cast<void*>(bias),
                       static_cast<void*>(sum), static_cast<void*>(normed), static_cast<void*>(y), static_cast<void*>(z),
                       static_cast<void*>(logits), static_cast<void*>(shares)})
     free(block);

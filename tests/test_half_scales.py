@@ -1,13 +1,16 @@
-"""Scales in half precision: which matrices have them, and that everything which reads them takes them as they are."""
+"""Scales in half precision and routers in bfloat16: where they are, and that what reads them takes them as they are."""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from checkpoints import make_model as make_tiny
@@ -15,14 +18,20 @@ from kernel_cases import Stack, experts_model, linear_model, make_model, make_st
 from onnx import TensorProto
 from packed_checkpoints import convert_checkpoint, ct_settings, make_codes, pack_quantized, unpack
 from safetensors.torch import load_file, save_file
+from test_onnxruntime_cuda import lower_and_run
+from test_steps import router_model
 
 import moedge
 from moedge.bundle import MODEL, Bundle
 from moedge.export import writer
 from moedge.export.quantization import find_algorithm
+from moedge.profiles.advice import narrower_weight_bytes
 from moedge.profiles.device import load_profile
 from moedge.profiles.fit import check_fit
 from moedge.profiles.shape import bytes_per_token
+from moedge.profiles.targets._canonical import load_canonical
+from moedge.profiles.targets._trt_check import NetworkRunner
+from moedge.profiles.targets.tensorrt_network import WEIGHTS_FILE, lower_network
 from moedge.runtime import kernels
 
 Array = np.ndarray[Any, Any]
@@ -75,6 +84,32 @@ def test_experts_take_either_kind_of_scales_for_either_matrix(which: tuple[bool,
     (wanted,) = open_model(experts_model(*map(widened, both)), library).run(None, given)
     (found,) = open_model(experts_model(*some), library).run(None, given)
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("width", [40, 128, 2048])
+def test_routers_in_bfloat16_give_the_bits_of_the_same_in_float(
+    width: int, forms: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widths of whole and of broken blocks of columns; as many tokens as share a read, and more."""
+    generator = np.random.default_rng(width)
+    matrix = generator.standard_normal((24, width), np.float32).astype(ml_dtypes.bfloat16)
+    feed = {name: generator.standard_normal((70, width), np.float32) for name in ("x", "residual")}
+    gate = {"top_k": 3, "n_group": 1, "topk_group": 1, "norm_topk_prob": 1}
+    models = [
+        router_model("SoftmaxTopKGate", 24, width, gate, 1.0, matrix=each, norm=np.ones(width, np.float32))
+        for each in (matrix, matrix.astype(np.float32))
+    ]
+    for name, library in forms:
+        monkeypatch.setenv(kernels.VARIABLE, name)
+        half, whole = (open_model(model, library, threads=2) for model in models)
+        for count in (1, 6, 70):
+            some = {name: rows[:count] for name, rows in feed.items()}
+            for found, wanted in zip(half.run(None, some), whole.run(None, some), strict=True):
+                np.testing.assert_array_equal(found, wanted)
+    assert np.abs(wanted).max() > 0
+    session = open_model(router_model("SoftmaxTopKGate", 24, width, gate, 1.0, matrix=matrix.view(np.uint16)), library)
+    with pytest.raises(Exception, match="shapes do not fit each other"):
+        session.run(None, feed)
 
 
 def test_scales_of_another_type_are_refused(library: Path) -> None:
@@ -207,3 +242,85 @@ def test_scales_that_came_are_never_rounded(dtype: str, kind: int, tmp_path: Pat
     bundle = moedge.export(tmp_path / "c", tmp_path / "b", group_size=32)  # its parity check is to the bit
     kinds = stored_scales(bundle.path)
     assert {kinds[name] for name in kinds if ".experts." in name} == {kind}
+
+
+# Routers
+
+
+@pytest.fixture(scope="module")
+def routers(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Of a checkpoint whose routers are in bfloat16, and of the same values in float32."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("routers")
+    for name, dtype in (("half", torch.bfloat16), ("whole", torch.float32)):
+        shutil.copytree(tiny_checkpoint, folder / name / "checkpoint")
+        tensors = load_file(tiny_checkpoint / "model.safetensors")
+        tensors |= {
+            key: value.to(torch.bfloat16).to(dtype) for key, value in tensors.items() if key.endswith("mlp.gate.weight")
+        }
+        save_file(tensors, folder / name / "checkpoint" / "model.safetensors")
+        moedge.export(folder / name / "checkpoint", folder / name / "bundle", group_size=32)
+        moedge.build(folder / name / "bundle", "cpu")
+    return folder / "half" / "bundle", folder / "whole" / "bundle"
+
+
+def test_routers_stay_as_the_checkpoint_has_them(
+    routers: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    half, whole = (Bundle.open(folder) for folder in routers)
+    for bundle, kind in ((half, TensorProto.BFLOAT16), (whole, TensorProto.FLOAT)):
+        graph = onnx.load(bundle.file(MODEL), load_external_data=False).graph
+        kinds = [each.data_type for each in graph.initializer if each.name.endswith(".router.weight")]
+        assert kinds == [kind] * 2
+    entry = half.manifest["quantization"]["classes"]["router"]
+    assert entry["bfloat16_values"] == whole.sizes["router"] - half.sizes["router"] > 0
+    fp32 = moedge.export(routers[0].parent / "checkpoint", tmp_path / "fp32", weights="fp32")
+    assert fp32.sizes["router"] == half.sizes["router"]
+    wide = moedge.export(routers[1].parent / "checkpoint", tmp_path / "wide", weights="fp32")
+    ids = np.random.default_rng(6).integers(0, 320, (1, 20))
+    found = [
+        ort.InferenceSession(bundle.file(MODEL), providers=["CPUExecutionProvider"]).run(["logits"], {"input_ids": ids})
+        for bundle in (fp32, wide)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("which", ["own", "stock", "cuda", "tensorrt"])
+@pytest.mark.usefixtures("compiled")
+def test_engines_give_the_same_bits_over_either_router(
+    which: str, routers: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ids = np.random.default_rng(5).integers(0, 320, 33)
+    found = []
+    for folder in routers:
+        if which == "cuda":
+            found.append(lower_and_run(Bundle.open(folder), ids, ir.DataType.FLOAT))
+        elif which == "tensorrt":
+            model, config = load_canonical(Bundle.open(folder))
+            network = lower_network(model, config, 40, real=ir.DataType.FLOAT)
+            network.weights.write(tmp_path / WEIGHTS_FILE)
+            network.save(tmp_path, MODEL)
+            found.append(NetworkRunner(tmp_path / MODEL).step(ids)["logits"])
+        else:
+            if which == "stock":
+                monkeypatch.setenv(kernels.VARIABLE, kernels.STOCK)
+            with moedge.load(folder, "cpu", threads=1) as engine:
+                found.append(engine.logits(ids.tolist()))
+    assert np.abs(found[0]).max() > 0
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_targets_that_read_no_bfloat16_count_float32(
+    routers: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, whole = (Bundle.open(folder).manifest for folder in routers)
+    saved = whole["sizes"]["router"] - half["sizes"]["router"]
+    assert bytes_per_token(whole, 64) - bytes_per_token(half, 64) == saved
+    assert bytes_per_token(whole, 64, target="tensorrt") == bytes_per_token(half, 64, target="tensorrt")
+    assert [narrower_weight_bytes(each, "int4 --head int4") for each in (half, whole)]
+    difference = [narrower_weight_bytes(each, "int8") for each in (half, whole)]
+    assert difference[1] - difference[0] == saved
+    monkeypatch.setenv(kernels.VARIABLE, kernels.STOCK)
+    assert bytes_per_token(half, 64) == bytes_per_token(whole, 64)

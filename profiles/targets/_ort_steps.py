@@ -34,7 +34,9 @@ def lower_router(rewriter: Rewriter, call: ir.Node) -> list[ir.Value] | None:
         node = inner.producer() if inner is not None else None
     if node is None or node.op_type != "MatMul" or linear_matrix(node).bits:
         return None
-    matrix = as_float(rewriter, linear_matrix(node).data)
+    matrix: ir.Value | None = linear_matrix(node).data
+    if matrix is not None and matrix.dtype != ir.DataType.BFLOAT16:
+        matrix = as_float(rewriter, matrix)
     inputs = [node.inputs[0], None, None, matrix, bias, *call.inputs[1:]]
     attributes = {"sigmoid": _SIGMOID[call.op_type], **attributes_of(call)}
     attributes["routed_scaling_factor"] = float(attributes["routed_scaling_factor"])

@@ -225,12 +225,12 @@ class LoweredWeights:
         return self.add(name, self.real, (rows, width), chunks)
 
     def padded_rows(self, name: str, matrix: ir.Value, more: int) -> ir.Value:
-        """float32 [N, K] with `more` rows of zeros."""
+        """Floating point [N, K] as float32 with `more` rows of zeros."""
         assert isinstance(matrix.const_value, ir.ExternalTensor)
         rows, width = _shape_of(matrix.const_value)
 
         def chunks() -> Iterator[Array]:
-            yield _bytes_or_floats(matrix)
+            yield _bytes_or_floats(matrix).astype(np.float32)
             yield np.zeros((more, width), np.float32)
 
         return self.add(name, ir.DataType.FLOAT, (rows + more, width), chunks)
@@ -394,7 +394,8 @@ def _bytes_or_floats(source: Any) -> Any:
     tensor = source.const_value
     assert isinstance(tensor, ir.ExternalTensor) and tensor.length is not None
     shape = _shape_of(tensor)
-    dtype: Any = {**_FLOATS, ir.DataType.INT64: np.int64}.get(tensor.dtype, np.uint8)
+    others = {ir.DataType.BFLOAT16: tensor.dtype.numpy(), ir.DataType.INT64: np.int64}
+    dtype: Any = {**_FLOATS, **others}.get(tensor.dtype, np.uint8)
     if tensor.dtype == ir.DataType.UINT4:
         shape = (*shape[:-1], shape[-1] // 2)
     return np.memmap(tensor.path, dtype=dtype, mode="r", offset=tensor.offset or 0, shape=shape)

@@ -25,6 +25,7 @@ from . import BuildRequest
 from ._canonical import (
     Array,
     Rewriter,
+    as_float,
     attributes_of,
     describe_load,
     find_calls,
@@ -219,7 +220,7 @@ class _Lowering:
         op = self.rewriter.op
         if not matrix.bits:
             if str(matrix.data.name).endswith(".router.weight"):
-                return [op("Gemm", [x, matrix.data], transB=1)]
+                return [op("Gemm", [x, as_float(self.rewriter, matrix.data)], transB=1)]
             return [self.full(op("Gemm", [self.half(x), self.half(matrix.data)], transB=1))]
         return [self.full(multiply_codes(self.rewriter, self.half(x), matrix, self.half(matrix.scales)))]
 

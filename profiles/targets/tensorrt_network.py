@@ -299,11 +299,13 @@ class Lowering:
         """Stays in float32. An odd number of rows TensorRT would pad for the chunk's product, and store both forms."""
         rows = matrix.shape[0]
         more = -rows % 4
-        if more:
+        if more or matrix.data.dtype != ir.DataType.FLOAT:
             padded = self.put(self.weights.padded_rows(f"{matrix.data.name}.padded", matrix.data, more))
             y = self.rewriter.op("MatMul", [node.inputs[0], self.rewriter.op("Transpose", [padded], perm=[1, 0])])
             ints = self.rewriter.ints
-            self.rewriter.replace(node, [self.rewriter.op("Slice", [y, ints(0), ints(rows), ints(1)])])
+            if more:
+                y = self.rewriter.op("Slice", [y, ints(0), ints(rows), ints(1)])
+            self.rewriter.replace(node, [y])
 
     def lower_group(self, nodes: list[ir.Node]) -> None:
         matrices = [linear_matrix(node) for node in nodes]
