@@ -64,7 +64,7 @@ void on_threads(void* self, void (*body)(void*, size_t), size_t total, void* dat
 // Phases of these many units: a unit counts how often it was done, and adds up what the phase before it wrote.
 int64_t run_once(const Parallel& parallel, int64_t workers, const int64_t* units) {
   constexpr int64_t kMost = 64;
-  int64_t values[4][kMost] = {}, times[4][kMost] = {}, fetched = 0;
+  int64_t values[4][kMost] = {}, times[4][kMost] = {};
   const auto body_of = [&](int64_t p) {
     return [&, p](int64_t first, int64_t end, int64_t worker) {
       if (worker < 0 || worker >= workers || first >= end) abort();
@@ -75,13 +75,8 @@ int64_t run_once(const Parallel& parallel, int64_t workers, const int64_t* units
       }
     };
   };
-  const auto fetch = [&](int64_t unit, int64_t part) {
-    if (unit < 0 || unit >= units[2]) abort();
-    __atomic_fetch_add(&fetched, int64_t{1}, __ATOMIC_RELAXED);
-    return part < 5;
-  };
   const auto first = body_of(0), second = body_of(1), third = body_of(2), last = body_of(3);
-  const Phase phases[] = {phase(units[0], first), phase(units[1], second), phase(units[2], third, fetch),
+  const Phase phases[] = {phase(units[0], first), phase(units[1], second), phase(units[2], third),
                           phase(units[3], last)};
   Region region(phases, 4, workers);
   parallel(workers, [&](int64_t worker) { region.work(worker); });

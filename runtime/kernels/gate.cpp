@@ -114,19 +114,13 @@ void run_router(const Router& r, void* scratch, const Parallel& parallel) {
         for (int64_t e = 0; e < height; ++e) out[i * experts + e] += r.bias[first + e];
     }
   };
-  const auto fetch_matrix = [&](int64_t unit, int64_t part) {
-    const int64_t row = unit % columns * rows, at = part * kFetched;
-    if (part >= kMostFetched || at >= (experts - row) * row_bytes) return false;
-    fetch(matrix + row * row_bytes + at, kFetched);
-    return true;
-  };
   const auto choose = [&](int64_t first, int64_t end, int64_t) {
     for (int64_t token = first; token < end; ++token)
       choose_experts(r.gate, r.logits + token * experts, scores + token * each, r.experts + token * r.gate.top_k,
                      r.weights + token * r.gate.top_k);
   };
   run_phases(parallel,
-             {phase(norm.weight || norm.residual ? norm.tokens : 0, normalize), phase(units, multiply, fetch_matrix),
+             {phase(norm.weight || norm.residual ? norm.tokens : 0, normalize), phase(units, multiply),
               phase(norm.tokens, choose)},
              workers_for(units, norm.tokens * most(norm.width, 32 * experts)));
 }

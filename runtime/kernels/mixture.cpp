@@ -114,22 +114,15 @@ void run_mixture(const Mixture& m, void* scratch, const Parallel& parallel) {
   const int64_t tile = m.kernels->tile, count = s.choices.count, inner_numbers = m.tokens * m.choices * m.inner;
   const int64_t up_rows = unit_rows(*m.kernels, m.gate_up), up_blocks = divide_up(2 * m.inner, up_rows);
   const int64_t up_units = count * up_blocks, down_units = divide_up(m.hidden, tile);
-  const auto fetch_up = [&](int64_t unit, int64_t part) {
-    return fetch_rows(m.gate_up.at(s.choices.active[unit / up_blocks]), unit % up_blocks * up_rows, part);
-  };
   const auto multiply_up = [&](int64_t unit, int64_t last, int64_t) {
     while (unit < last) {  // what the stretch has of one expert
       const int64_t of = unit / up_blocks * up_blocks, next = least(last, of + up_blocks);
       const int32_t expert = s.choices.active[unit / up_blocks];
       const int64_t end = least(2 * m.inner, (next - of) * up_rows), step = s.choices.alone(expert) ? kMaxAlone : tile;
-      if (next < last) fetch_up(next, 0);
       for (int64_t row = (unit - of) * up_rows; row < end; row += step)
         compute_inner(m, s, expert, row, least(step, end - row));
       unit = next;
     }
-  };
-  const auto fetch_down = [&](int64_t unit, int64_t part) {  // of one expert after the other
-    return fetch_rows(m.down.at(s.choices.active[part % count]), unit * tile, part / count);
   };
   // A stretch has some rows of y alone to itself, and adds its experts in ascending order whatever else is computed.
   const auto multiply_down = [&](int64_t unit, int64_t last, int64_t) {
@@ -139,15 +132,14 @@ void run_mixture(const Mixture& m, void* scratch, const Parallel& parallel) {
     for (int64_t i = 0; i < count; ++i) {
       const int32_t expert = s.choices.active[i];
       const int64_t step = s.choices.alone(expert) ? kMaxAlone : tile;
-      if (i + 1 < count) fetch_down(unit, i + 1);
       for (int64_t row = first; row < end; row += step) add_outputs(m, s, expert, row, least(step, end - row));
     }
   };
   const Quantizing outer{*m.kernels, m.x, m.tokens * m.hidden, m.gate_up.bits, s.x};
   const Quantizing inner{*m.kernels, s.h, inner_numbers, m.down.bits, s.inner};
   run_phases(parallel,
-             {phase(outer.units(), outer), phase(up_units, multiply_up, fetch_up), phase(inner.units(), inner),
-              phase(down_units, multiply_down, fetch_down)},
+             {phase(outer.units(), outer), phase(up_units, multiply_up), phase(inner.units(), inner),
+              phase(down_units, multiply_down)},
              workers_for(most(up_units, down_units), most(outer.numbers, inner_numbers)));
 }
 
@@ -184,8 +176,7 @@ void run_linear(const Linear& l, void* scratch, const Parallel& parallel) {
   const auto multiply = [&](int64_t unit, int64_t last, int64_t) {
     multiply_rows(*l.kernels, l.matrix, x, l.tokens, unit * some, least(rows, last * some), l.bias, l.y);
   };
-  const auto fetch = [&](int64_t unit, int64_t part) { return fetch_rows(l.matrix, unit * some, part); };
-  run_phases(parallel, {phase(quantizing.units(), quantizing), phase(units, multiply, fetch)},
+  run_phases(parallel, {phase(quantizing.units(), quantizing), phase(units, multiply)},
              workers_for(units, quantizing.numbers));
 }
 

@@ -29,9 +29,6 @@ struct Phase {
   int64_t units;
   void (*run)(const void* body, int64_t first, int64_t end, int64_t worker);
   const void* body;
-  // Fetches the `part`th piece (0, 1, 2 ...) of what is read from a unit on; false: that is far enough. Null: nothing.
-  bool (*fetch)(const void* fetcher, int64_t unit, int64_t part);
-  const void* fetcher;
 };
 
 // body(first, end, worker) does the units from `first` to `end`; a worker is one thread at a time.
@@ -41,24 +38,13 @@ Phase phase(int64_t units, const Body& body) {
           [](const void* held, int64_t first, int64_t end, int64_t worker) {
             (*static_cast<const Body*>(held))(first, end, worker);
           },
-          &body, nullptr, nullptr};
+          &body};
 }
 
-// With fetch(unit, part), which a thread calls that would only wait.
-template <typename Body, typename Fetch>
-Phase phase(int64_t units, const Body& body, const Fetch& fetch) {
-  Phase made = phase(units, body);
-  made.fetch = [](const void* held, int64_t unit, int64_t part) -> bool {
-    return (*static_cast<const Fetch*>(held))(unit, part);
-  };
-  made.fetcher = &fetch;
-  return made;
-}
-
-// The phases while they run. Each worker has a stretch at a phase's beginning that it takes first, so that it knows what
-// to fetch; the units behind those go to whoever comes, long stretches first and single units last, and so does in the
-// end what belongs to a worker that is not there. A thread waits only for units that a running thread has taken: tasks
-// may run late, one after the other, or all on one thread.
+// The phases while they run. Each worker begins a phase with a stretch of its own, half of its share read in one go; the
+// units behind those go to whoever comes, long stretches first and single units last, and so does in the end what belongs
+// to a worker that is not there. A thread waits only for units that a running thread has taken: tasks may run late, one after the other, or
+// all on one thread.
 class Region {
  public:
   Region(const Phase* phases, int64_t count, int64_t workers) : phases_(phases), count_(count), workers_(workers) {
@@ -72,14 +58,11 @@ class Region {
   }
 
   void work(int64_t worker) {
-    Ahead ahead{0, 0};
     for (int64_t p = 0; p < count_; ++p) {
       const int64_t units = phases_[p].units;
-      for (int i = 0; units <= workers_ && i < 2; ++i) fetch_ahead(p + 1, worker, &ahead);  // while this is done
       take(p, worker);
       if (p + 1 == count_) return;
       for (int64_t spins = 1; __atomic_load_n(&counters_[p].done, __ATOMIC_ACQUIRE) < units; ++spins) {
-        if (fetch_ahead(p + 1, worker, &ahead)) continue;
         if (spins % 4096 == 0) sched_yield();  // whoever has the units may wait for this processor
         pause();
       }
@@ -91,9 +74,6 @@ class Region {
     alignas(64) int64_t done;               // units that are finished
     int64_t own;                            // units of each worker's own stretch
     alignas(64) int64_t next[kMostWorkers + 1];  // of each worker's own, and of the rest, the first not taken
-  };
-  struct Ahead {
-    int64_t phase, part;
   };
 
   static void pause() {
@@ -115,26 +95,12 @@ class Region {
       while (first < limit) {
         const int64_t some = (limit - first) / (2 * workers_), end = i == -2 ? limit : first + (some > 1 ? some : 1);
         if (!__atomic_compare_exchange_n(c.next + from, &first, end, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
-        const int64_t rest = __atomic_load_n(c.next + workers_, __ATOMIC_RELAXED);
-        if (phase.fetch && rest < phase.units) phase.fetch(phase.fetcher, rest, 0);
         phase.run(phase.body, first, end, worker);
         taken += end - first;
         first = __atomic_load_n(c.next + from, __ATOMIC_RELAXED);
       }
     }
     if (taken) __atomic_fetch_add(&c.done, taken, __ATOMIC_ACQ_REL);
-  }
-
-  // A piece of this worker's own stretch of the first phase from `p` on that reads much; false: nothing was left.
-  bool fetch_ahead(int64_t p, int64_t worker, Ahead* ahead) const {
-    if (ahead->phase < p) *ahead = {p, 0};
-    while (ahead->phase < count_ && !phases_[ahead->phase].fetch) ++ahead->phase;
-    if (ahead->phase == count_) return false;
-    const Phase& phase = phases_[ahead->phase];
-    const int64_t own = counters_[ahead->phase].own;
-    const bool more = own > 0 && phase.fetch(phase.fetcher, worker * own, ahead->part);
-    ahead->part += more;
-    return more;
   }
 
   const Phase* phases_;

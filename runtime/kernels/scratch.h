@@ -67,25 +67,6 @@ struct Quantizing {
   }
 };
 
-// What is fetched at once of a place that is read next, and how often in a row.
-constexpr int64_t kFetched = kAhead / 2, kMostFetched = 32;
-
-inline void fetch(const void* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
-}
-
-// Fetches the `part`th few of a matrix' rows from `first` on; false where there are none or enough was fetched.
-inline bool fetch_rows(const Matrix& matrix, int64_t first, int64_t part) {
-  const int64_t some = divide_up(kFetched, matrix.row_bytes()), row = first + part * some;
-  if (part >= kMostFetched || row >= matrix.rows) return false;
-  const int64_t scale_bytes = matrix.groups() * matrix.scale_bytes();
-  fetch(matrix.codes + row * matrix.row_bytes(), some * matrix.row_bytes());
-  fetch(matrix.scale(row, 0), most(some, kMaxTile) * scale_bytes);  // which are read by tiles
-  if (matrix.zero_points)
-    fetch(matrix.zero_points + row * matrix.zero_row_bytes(), most(some, kMaxTile) * matrix.zero_row_bytes());
-  return true;
-}
-
 // y [tokens, rows] of rows `first` to `end` of a matrix by all activations.
 void multiply_rows(const Kernels& kernels, const Matrix& matrix, const Activations& x, int64_t tokens, int64_t first,
                    int64_t end, const float* bias, float* y);

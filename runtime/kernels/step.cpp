@@ -132,12 +132,7 @@ void run_projections(const Projections& p, void* scratch, const Parallel& parall
       last -= units[i];
     }
   };
-  const auto fetch = [&](int64_t unit, int64_t part) {
-    int64_t i = 0;
-    for (; unit >= units[i]; ++i) unit -= units[i];
-    return fetch_rows(p.matrices[i], unit * some[i], part);
-  };
-  run_phases(parallel, {phase(entering.units(), entering), phase(total, multiply, fetch)},
+  run_phases(parallel, {phase(entering.units(), entering), phase(total, multiply)},
              workers_for(total, entering.quantizing.numbers));
 }
 
@@ -157,7 +152,6 @@ void run_mlp(const Mlp& m, void* scratch, const Parallel& parallel) {
   const auto multiply_up = [&](int64_t unit, int64_t last, int64_t) {
     multiply_rows(*m.kernels, m.gate_up, s.x, tokens, unit * up_rows, least(m.gate_up.rows, last * up_rows), nullptr, s.both);
   };
-  const auto fetch_up = [&](int64_t unit, int64_t part) { return fetch_rows(m.gate_up, unit * up_rows, part); };
   const int64_t pieces = divide_up(inner, kPiece);  // of a token
   const auto activate_some = [&](int64_t unit, int64_t last, int64_t) {
     for (; unit < last; ++unit) {
@@ -181,10 +175,9 @@ void run_mlp(const Mlp& m, void* scratch, const Parallel& parallel) {
     multiply_rows(*m.kernels, m.down, s.inner, tokens, first, end, nullptr, m.y);
     weigh_and_add(m, s.shares, first, end);
   };
-  const auto fetch_down = [&](int64_t unit, int64_t part) { return fetch_rows(m.down, unit * down_rows, part); };
   run_phases(parallel,
-             {phase(entering.units(), entering), phase(up_units, multiply_up, fetch_up),
-              phase(tokens * pieces, activate_some), phase(down_units, multiply_down, fetch_down)},
+             {phase(entering.units(), entering), phase(up_units, multiply_up),
+              phase(tokens * pieces, activate_some), phase(down_units, multiply_down)},
              workers_for(most(up_units, down_units), tokens * most(m.norm.width, inner)));
 }
 
