@@ -8,7 +8,7 @@
 namespace moedge {
 
 // Weights that one unit of parallel work reads when there are few tokens: long enough to stream, short enough to share.
-constexpr int64_t kUnitBytes = 64 << 10;
+constexpr int64_t kUnitBytes = 32 << 10;
 // Below this many bytes of work a second thread costs more than it saves.
 constexpr int64_t kAlone = 16 << 10;
 
