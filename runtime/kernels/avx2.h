@@ -38,6 +38,7 @@ struct Vectors256 {
   static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float fused(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Int as_ints(Float a) { return _mm256_castps_si256(a); }
   static Float as_floats(Int a) { return _mm256_castsi256_ps(a); }
   static Float to_floats(Int a) { return _mm256_cvtepi32_ps(a); }
   static Int low_nibbles(Int a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }

@@ -66,11 +66,11 @@ inline int32_t zero_point(const Matrix& matrix, int64_t row, int64_t group) {
   return matrix.bits == 8 ? packed[group] : packed[group / 2] >> (group % 2 * 4) & 15;
 }
 
-// `count` bytes of `lanes` rows from byte `at` on, at most a vector's, turned. `whole`: a vector's may be read.
+// `count` bytes of `lanes` rows from byte `at` on, at most a vector's, turned.
 template <class S>
-void load_turned(const uint8_t* const* rows, int64_t at, int64_t count, bool whole, typename S::Int* out) {
+void load_turned(const uint8_t* const* rows, int64_t at, int64_t count, typename S::Int* out) {
   constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
-  if (count == chunk || whole) return load_transposed<S>(rows, at, out);
+  if (count == chunk) return load_transposed<S>(rows, at, out);
   alignas(64) uint8_t copies[lanes * chunk];
   const uint8_t* starts[lanes];
   memset(copies, 0, sizeof copies);
@@ -81,13 +81,13 @@ void load_turned(const uint8_t* const* rows, int64_t at, int64_t count, bool who
   load_transposed<S>(starts, 0, out);
 }
 
-// Zero points of groups `from` to `from + count` of `lanes` rows -> [group][row]: words of each row side by side, of which
-// all rows take the same bits at once. One by one they cost more than one token's products.
+// Zero points of groups `from` to `from + count` of `lanes` rows -> [group][row]: words of each row side by side, of
+// which all rows take the same bits at once. One by one they cost more than one token's products.
 template <class S>
 void load_zeros(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count, int32_t* zeros) {
   constexpr int64_t lanes = S::lanes;
-  const int64_t row_bytes = matrix.zero_row_bytes(), first = from * matrix.bits / 8;
-  const int64_t bytes = (count * matrix.bits + 7) / 8;
+  const int bits = matrix.bits;
+  const int64_t row_bytes = matrix.zero_row_bytes(), first = from * bits / 8, bytes = (count * bits + 7) / 8;
   alignas(64) uint32_t words[lanes * lanes / 4];
   for (int64_t at = 0; at < bytes; at += 4) {
     const uint8_t* column = matrix.zero_points + first + at;
@@ -101,24 +101,13 @@ void load_zeros(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t
     for (int64_t r = 0; r < lanes; ++r)
       memcpy(into + r, column + rows[r] * row_bytes, static_cast<size_t>(least(4, bytes - at)));
   }
-  const uint32_t mask = (1u << matrix.bits) - 1;
-  const int32_t middle = matrix.bits == 8 ? S::middle : 0;
-  for (int64_t b = 0; b < count; ++b) {
-    const uint32_t* word = words + b * matrix.bits / 32 * lanes;
-    const int shift = static_cast<int>(b * matrix.bits % 32);
+  const uint32_t mask = (1u << bits) - 1;
+  const int32_t middle = bits == 8 ? S::middle : 0;
+  for (int64_t b = 0, place = 0; b < count; ++b, place += bits) {
+    const uint32_t* word = words + place / 32 * lanes;
+    const int shift = static_cast<int>(place % 32);
     for (int64_t r = 0; r < lanes; ++r)
       zeros[b * lanes + r] = static_cast<int32_t>(word[r] >> shift & mask) - middle;
-  }
-}
-
-// `count` fp16 scales of `lanes` rows as float, which `sources` then points to: they are in `out` until they are turned.
-template <class S>
-void widen_scales(const uint8_t** sources, int64_t count, bool whole, float* out) {
-  for (int64_t r = 0; r < S::lanes; ++r, out += S::lanes) {
-    uint16_t copy[S::lanes] = {};
-    if (!whole) memcpy(copy, sources[r], static_cast<size_t>(2 * count));
-    S::store_floats(out, S::load_halves(whole ? sources[r] : reinterpret_cast<const uint8_t*>(copy)));
-    sources[r] = reinterpret_cast<const uint8_t*>(out);
   }
 }
 
@@ -126,20 +115,19 @@ void widen_scales(const uint8_t** sources, int64_t count, bool whole, float* out
 template <class S>
 void load_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count, Groups<S>* groups) {
   constexpr int64_t lanes = S::lanes;
-  const uint8_t* sources[lanes];
-  for (int64_t r = 0; r < lanes; ++r) {  // and what is next
-    sources[r] = matrix.scale(rows[r], from);
-    __builtin_prefetch(sources[r] + lanes * matrix.groups() * matrix.scale_bytes());
-    if (matrix.zero_points) __builtin_prefetch(matrix.zero_points + (rows[r] + 2 * lanes) * matrix.zero_row_bytes());
-  }
-  typename S::Int turned[lanes];
   // Behind a row's end lies the next one's beginning; behind the last row's might be the file's.
-  bool whole = rows[lanes - 1] * matrix.groups() + from + lanes <= matrix.rows * matrix.groups();
-  if (matrix.half) {
-    widen_scales<S>(sources, count, whole, groups->scales);
-    whole = true;
+  const bool whole = rows[lanes - 1] * matrix.groups() + from + lanes <= matrix.rows * matrix.groups();
+  const int64_t size = matrix.scale_bytes(), next = lanes * matrix.groups() * size;
+  typename S::Int read[lanes], turned[lanes];
+  for (int64_t r = 0; r < lanes; ++r) {
+    alignas(64) uint8_t copy[4 * lanes] = {};
+    const uint8_t* source = matrix.scale(rows[r], from);
+    __builtin_prefetch(source + next);
+    if (matrix.zero_points) __builtin_prefetch(matrix.zero_points + (rows[r] + 2 * lanes) * matrix.zero_row_bytes());
+    if (!whole) source = static_cast<const uint8_t*>(memcpy(copy, source, static_cast<size_t>(count * size)));
+    read[r] = matrix.half ? S::as_ints(S::load_halves(source)) : S::load_bytes(source);
   }
-  load_turned<S>(sources, 0, 4 * count, whole, turned);
+  S::transpose(read, turned);
   for (int64_t b = 0; b < lanes; ++b) S::store_floats(groups->scales + b * lanes, S::as_floats(turned[b]));
   if (matrix.zero_points) load_zeros<S>(matrix, rows, from, count, groups->zeros);
 }
@@ -164,7 +152,7 @@ inline void load_piece(const uint8_t* const* rows, int64_t at, int64_t count, ty
     }
     for (int64_t v = 0; v < vectors; ++v) S::transpose(codes[v], words + v * lanes);
   } else {
-    load_turned<S>(rows, at, count, false, words);
+    load_turned<S>(rows, at, count, words);
   }
 }
 

@@ -42,6 +42,7 @@ struct Avx512 {
   static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float fused(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Int as_ints(Float a) { return _mm512_castps_si512(a); }
   static Float as_floats(Int a) { return _mm512_castsi512_ps(a); }
   static Float to_floats(Int a) { return _mm512_cvtepi32_ps(a); }
   static Int low_nibbles(Int a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }

@@ -34,6 +34,7 @@ struct Neon {
   static Float multiply(Float a, Float b) { return vmulq_f32(a, b); }
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float fused(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+  static Int as_ints(Float a) { return vreinterpretq_s32_f32(a); }
   static Float as_floats(Int a) { return vreinterpretq_f32_s32(a); }
   static Float to_floats(Int a) { return vcvtq_f32_s32(a); }
   static Int low_nibbles(Int a) {

@@ -68,6 +68,7 @@ struct Portable {
   static Float fused(Float a, Float b, Float c) {
     return each<Float>([&](int i) { return fmaf(a.lane[i], b.lane[i], c.lane[i]); });
   }
+  static Int as_ints(Float a) { return load<Int>(&a); }
   static Float as_floats(Int a) { return load<Float>(&a); }
   static Float to_floats(Int a) {
     return each<Float>([&](int i) { return static_cast<float>(a.lane[i]); });
