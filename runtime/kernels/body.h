@@ -202,7 +202,7 @@ __attribute__((noinline)) void multiply_group(const uint8_t* words, int64_t grou
                                               int64_t among, bool zeros, int32_t zero, const Activations& x,
                                               const int64_t* ids, int64_t place, float* acc) {
   constexpr int64_t lanes = S::lanes, tile = Strip<S>::tile;
-  constexpr int chains = M > 2 ? 1 : 2;  // so that no dot product need wait for the last
+  constexpr int chains = M > 2 ? 1 : 4 / M;  // so that no dot product need wait for the last
   typename S::Int sums[M][2][chains];
   const int8_t* codes[M];
   for (int m = 0; m < M; ++m) {
@@ -227,7 +227,8 @@ __attribute__((noinline)) void multiply_group(const uint8_t* words, int64_t grou
     for (int m = 0; m < M; ++m) {
       const int64_t own = ids[m] * x.groups + place;
       float* into = acc + m * tile + n * lanes;
-      const typename S::Int sum = chains == 2 ? S::add(sums[m][n][0], sums[m][n][chains - 1]) : sums[m][n][0];
+      typename S::Int sum = sums[m][n][0];
+      for (int c = 1; c < chains; ++c) sum = S::add(sum, sums[m][n][c]);
       S::store_floats(into, add_group<S>(sum, scale, less, x.sums[own], x.scales[own], S::load_floats(into)));
     }
   }
@@ -259,9 +260,10 @@ void multiply_tile(const Matrix& matrix, const int64_t* rows, const Activations&
           multiply(strip.words + at * tile, group, groups, place % lanes, matrix.zero_points != nullptr, zero, x,
                    ids + i, place, acc + i * tile);
         };
-        some = S::tokens > 4 && count - i > 6 ? S::tokens : count - i > 2 ? 4 : 2;
+        some = S::tokens > 4 && count - i > 6 ? S::tokens : count - i > 2 ? 4 : least(2, count - i);
         const auto most = some == 4 ? multiply_group<S, kind, 4> : multiply_group<S, kind, S::tokens>;
-        run(some == 2 ? multiply_group<S, kind, 2> : most);
+        const auto fewest = some == 1 ? multiply_group<S, kind, 1> : multiply_group<S, kind, 2>;
+        run(some > 2 ? most : fewest);
       }
     }
   }
