@@ -211,29 +211,30 @@ void run_tile(const Attention& a, const Tile& tile, const Work& work) {
 // How a run is shared out.
 struct Plan {
   Extent extent;
-  bool split;         // blocks of a tile are shared out
-  int64_t round;      // blocks of a tile in one round
-  int64_t workers;
+  bool split;     // blocks of a tile are shared out
+  int64_t round;  // blocks of a tile in one round
+
+  int64_t units() const { return extent.tiles * round; }
 };
 
 Plan make_plan(const Attention& a) {
-  Plan plan{extent_of(a), false, 1, 1};
+  Plan plan{extent_of(a), false, 1};
   const Extent& all = plan.extent;
   plan.split = all.tiles < kManyTiles && all.blocks > 1;
   if (plan.split && all.tiles > 0) plan.round = least(all.blocks, divide_up(kUnits, all.tiles));
-  if (all.work > kAloneProducts) plan.workers = count_workers(all.tiles * plan.round);
   return plan;
 }
 
 struct Scratch {
-  Work* works;   // [workers]
-  Part* parts;   // [tiles, round], of a split
-  Part* states;  // [tiles]
+  Work* works;    // [workers]
+  Part* parts;    // [tiles, round], of a split
+  Part* states;   // [tiles]
+  int64_t* done;  // [tiles]: blocks of this round
 };
 
-Scratch take_scratch(const Attention& a, const Plan& plan, Blocks* blocks) {
-  Scratch scratch{blocks->take<Work>(plan.workers), nullptr, nullptr};
-  for (int64_t i = 0; i < plan.workers; ++i) {
+Scratch take_scratch(const Attention& a, const Plan& plan, int64_t workers, Blocks* blocks) {
+  Scratch scratch{blocks->take<Work>(workers), nullptr, nullptr, nullptr};
+  for (int64_t i = 0; i < workers; ++i) {
     const Work work = take_work(a, plan.extent.rows, blocks);
     if (blocks->base) scratch.works[i] = work;
   }
@@ -241,6 +242,7 @@ Scratch take_scratch(const Attention& a, const Plan& plan, Blocks* blocks) {
   const int64_t tiles = plan.extent.tiles;
   scratch.parts = blocks->take<Part>(tiles * plan.round);
   scratch.states = blocks->take<Part>(tiles);
+  scratch.done = blocks->take<int64_t>(tiles);
   for (int64_t i = 0; i < tiles * plan.round + tiles; ++i) {
     const Part part = take_part(a, plan.extent.rows, blocks);
     if (blocks->base) (i < tiles ? scratch.states[i] : scratch.parts[i - tiles]) = part;
@@ -248,43 +250,72 @@ Scratch take_scratch(const Attention& a, const Plan& plan, Blocks* blocks) {
   return scratch;
 }
 
-// Rounds of some blocks of every tile, each block by itself; then each tile's are merged in order.
-void run_split(const Attention& a, const Plan& plan, const Scratch& s, const Parallel& parallel) {
-  const int64_t tiles = plan.extent.tiles, round = plan.round;
-  for (int64_t i = 0; i < tiles; ++i)
-    memset(s.states[i].sums, 0, static_cast<size_t>(plan.extent.rows) * sizeof(float));
-  for (int64_t at = 0; at < plan.extent.blocks; at += round) {
-    share(parallel, tiles * round, plan.workers, [&](int64_t unit, int64_t worker) {
-      const Tile tile = tile_at(a, unit % tiles);
-      const int64_t block = tile.first_block(a) + at + unit / tiles;
-      if (block < tile.end_block(a)) attend_block(a, tile, block, s.works[worker], s.parts[unit]);
-    });
-    share(parallel, tiles, plan.workers, [&](int64_t unit, int64_t worker) {
-      const Tile tile = tile_at(a, unit);
-      const int64_t first = tile.first_block(a) + at, end = tile.end_block(a);
-      for (int64_t i = 0; i < round && first + i < end; ++i)
-        a.kernels->merge(s.states[unit], s.parts[i * tiles + unit], tile.rows);
-      if (first + round >= end && first < end) finish_tile(a, tile, s.states[unit], s.works[worker].part);
-    });
-  }
+// A block of a tile by itself, in the round that begins with block `at`; whoever does the last of a tile's merges them
+// in order.
+void run_unit(const Attention& a, const Plan& plan, const Scratch& s, int64_t at, int64_t unit, const Work& work) {
+  const int64_t tiles = plan.extent.tiles, round = plan.round, index = unit % tiles;
+  const Tile tile = tile_at(a, index);
+  const int64_t first = tile.first_block(a) + at, end = tile.end_block(a), block = first + unit / tiles;
+  if (block < end) attend_block(a, tile, block, work, s.parts[unit]);
+  if (__atomic_add_fetch(s.done + index, 1, __ATOMIC_ACQ_REL) < round) return;
+  s.done[index] = 0;
+  for (int64_t i = 0; i < round && first + i < end; ++i)
+    a.kernels->merge(s.states[index], s.parts[i * tiles + index], tile.rows);
+  if (first + round >= end && first < end) finish_tile(a, tile, s.states[index], work.part);
+}
+
+// Fetches the `part`th few of the keys that a unit begins with; false: it was their last.
+bool fetch_keys(const Attention& a, const Plan& plan, int64_t at, int64_t unit, int64_t part) {
+  const Tile tile = tile_at(a, unit % plan.extent.tiles);
+  const int64_t start = (tile.first_block(a) + at + unit / plan.extent.tiles) * kBlock;
+  const int64_t keys = least(kBlock, tile.position(a, tile.rows - 1) + 1 - start);
+  const int64_t row = a.room * static_cast<int64_t>(element_size(a.element)), from = part * kFetched;
+  if (from >= keys * row) return false;
+  const char* cache = static_cast<const char*>(tile.lane->keys) + (tile.group * tile.lane->capacity + start) * row;
+  fetch(cache + from, least(kFetched, keys * row - from));
+  return true;
 }
 
 }  // namespace
 
-size_t attention_scratch(const Attention& attention) {
+int64_t attention_workers(const Attention& a) {
+  const Plan plan = make_plan(a);
+  return plan.extent.work > kAloneProducts ? count_workers(plan.units()) : 1;
+}
+
+size_t attention_scratch(const Attention& attention, int64_t workers) {
   Blocks blocks{nullptr};
-  take_scratch(attention, make_plan(attention), &blocks);
+  take_scratch(attention, make_plan(attention), workers, &blocks);
   return blocks.used;
 }
 
-void run_attention(const Attention& a, void* scratch, const Parallel& parallel) {
+// Rounds of some blocks of every tile, or one of whole tiles.
+void run_attention(const Attention& a, void* scratch, const Parallel& parallel, const Phase& before,
+                   const Phase& after, int64_t workers) {
   const Plan plan = make_plan(a);
-  if (plan.extent.tiles == 0) return;
   Blocks blocks{static_cast<char*>(scratch)};
-  const Scratch s = take_scratch(a, plan, &blocks);
-  if (plan.split) return run_split(a, plan, s, parallel);
-  share(parallel, plan.extent.tiles, plan.workers,
-        [&](int64_t unit, int64_t worker) { run_tile(a, tile_at(a, unit), s.works[worker]); });
+  const Scratch s = take_scratch(a, plan, workers, &blocks);
+  const int64_t rounds = plan.split ? divide_up(plan.extent.blocks, plan.round) : 1;
+  for (int64_t i = 0; plan.split && i < plan.extent.tiles; ++i) {
+    s.done[i] = 0;
+    memset(s.states[i].sums, 0, static_cast<size_t>(plan.extent.rows) * sizeof(float));
+  }
+  for (int64_t r = 0; r < rounds; ++r) {
+    const int64_t at = r * plan.round;
+    const auto attend = [&](int64_t first, int64_t end, int64_t worker) {
+      for (int64_t unit = first; unit < end; ++unit) {
+        if (plan.split)
+          run_unit(a, plan, s, at, unit, s.works[worker]);
+        else
+          run_tile(a, tile_at(a, unit), s.works[worker]);
+      }
+    };
+    const auto fetch = [&](int64_t unit, int64_t part) { return fetch_keys(a, plan, at, unit, part); };
+    Phase first = before, last = after;
+    if (r > 0) first.units = 0;
+    if (r + 1 < rounds) last.units = 0;
+    run_phases(parallel, {first, phase(plan.units(), attend, fetch), last}, workers);
+  }
 }
 
 }  // namespace moedge

@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "kernels.h"
+#include "phases.h"
 
 namespace moedge {
 
@@ -137,8 +138,11 @@ struct Attention {
   int64_t heads_a_group() const { return heads / groups; }
 };
 
-size_t attention_scratch(const Attention& attention);
-void run_attention(const Attention& attention, void* scratch, const Parallel& parallel);
+// As many threads as it is worth, memory for so many, and the run, between what comes before and what comes after it.
+int64_t attention_workers(const Attention& attention);
+size_t attention_scratch(const Attention& attention, int64_t workers);
+void run_attention(const Attention& attention, void* scratch, const Parallel& parallel, const Phase& before,
+                   const Phase& after, int64_t workers);
 
 // Rotation of the first 2 * pairs words of a head by cos and sin [tokens, pairs].
 struct Rotation {

@@ -91,24 +91,34 @@ const float* normalize(const PartNorm& norm, float epsilon, const float* x, int6
   return room + token * count;
 }
 
-void prepare_token(const GroupedAttention& g, const GroupedScratch& s, int64_t token) {
+// A token's queries.
+void prepare_queries(const GroupedAttention& g, const GroupedScratch& s, int64_t token) {
   const Attention& a = g.core;
-  const Lane* lane = lane_of(a, token);
-  if (!lane) {
+  if (!lane_of(a, token)) {
     memset(a.out + token * a.heads * a.value_width, 0, static_cast<size_t>(a.heads * a.value_width) * sizeof(float));
     return;
   }
-  const int64_t width = a.width, heads = a.heads_a_group(), place = lane->past + token - lane->first;
+  const int64_t width = a.width, heads = a.heads_a_group();
   const float* q = normalize(g.q_norm, g.epsilon, g.q, token, a.heads * width, s.q);
+  for (int64_t head = 0; head < a.heads; ++head) {
+    const int64_t group = head / heads;
+    const float* key_scales = g.key_scales ? g.key_scales + group * a.room : nullptr;
+    float* query = s.queries + ((group * a.tokens + token) * heads + head % heads) * width;
+    rotate(g.rotation, token, q + head * width, width, query);
+    for (int64_t i = 0; key_scales && i < width; ++i) query[i] *= key_scales[i];
+  }
+}
+
+// A token's keys and values, into the caches.
+void store_token(const GroupedAttention& g, const GroupedScratch& s, int64_t token) {
+  const Attention& a = g.core;
+  const Lane* lane = lane_of(a, token);
+  if (!lane) return;
+  const int64_t width = a.width, place = lane->past + token - lane->first;
   const float* k = normalize(g.k_norm, g.epsilon, g.k, token, a.groups * width, s.k);
   for (int64_t group = 0; group < a.groups; ++group) {
     const float* key_scales = g.key_scales ? g.key_scales + group * a.room : nullptr;
     const float* value_scales = g.value_scales ? g.value_scales + group * a.room : nullptr;
-    for (int64_t h = 0; h < heads; ++h) {
-      float* query = s.queries + ((group * a.tokens + token) * heads + h) * width;
-      rotate(g.rotation, token, q + (group * heads + h) * width, width, query);
-      for (int64_t i = 0; key_scales && i < width; ++i) query[i] *= key_scales[i];
-    }
     float* key = s.heads + token * width;
     rotate(g.rotation, token, k + group * width, width, key);
     store_row(a, key, width, key_scales, lane->keys, group * lane->capacity + place);
@@ -144,7 +154,7 @@ LatentScratch take_latent(const LatentAttention& l, Blocks* blocks) {
   s.mixed = blocks->take<float>(a.tokens * a.heads * l.rank);
   s.rows = blocks->take<float>(a.tokens * a.width);
   const bool small = a.tokens * a.heads * l.rank * (l.nope + l.value_size) < kAloneProducts;
-  s.workers = small ? 1 : count_workers(head_units(l));
+  s.workers = most(small ? 1 : count_workers(head_units(l)), attention_workers(a));
   s.works = blocks->take<HeadWork>(s.workers);
   for (int64_t i = 0; i < s.workers; ++i) {
     float* matrix = blocks->take<float>(most(l.nope, kPanelKeys) * rank);
@@ -254,56 +264,71 @@ void write_latent(const LatentAttention& l, const LatentScratch& s, int64_t toke
     store_row(a, row, a.width, nullptr, lane->keys, place);
 }
 
+// Fetches the `part`th few of a head's codes; false: there are none, or it was their last.
+bool fetch_codes(const HeadMatrices& m, int64_t head, int64_t part) {
+  const int64_t bytes = m.rows * m.width, from = part * kFetched;
+  if (m.floats || from >= bytes) return false;
+  fetch(m.codes.codes + head * bytes + from, least(kFetched, bytes - from));
+  return true;
+}
+
 }  // namespace
 
 size_t grouped_scratch(const GroupedAttention& attention) {
   Blocks blocks{nullptr};
   take_grouped(attention, &blocks);
-  return blocks.used + attention_scratch(attention.core);
+  return blocks.used + attention_scratch(attention.core, attention_workers(attention.core));
 }
 
 void run_grouped(const GroupedAttention& g, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};
   const GroupedScratch s = take_grouped(g, &blocks);
-  const int64_t tokens = g.core.tokens, width = (g.core.heads + 2 * g.core.groups) * g.core.width;
-  for_rows(tokens, width, parallel, [&](int64_t first, int64_t end) {
-    for (int64_t token = first; token < end; ++token) prepare_token(g, s, token);
-  });
+  const auto prepare = [&](int64_t first, int64_t end, int64_t) {
+    for (int64_t unit = first; unit < end; ++unit) (unit % 2 ? store_token : prepare_queries)(g, s, unit / 2);
+  };
+  const auto scale = [&](int64_t first, int64_t end, int64_t) {
+    const Attention& a = g.core;
+    for (int64_t row = first * a.heads; row < end * a.heads; ++row) {
+      const float* scales = g.value_scales + row % a.heads / a.heads_a_group() * a.room;
+      for (int64_t i = 0; i < a.value_width; ++i) a.out[row * a.value_width + i] *= scales[i];
+    }
+  };
   Attention core = g.core;
   core.queries = s.queries;
-  run_attention(core, blocks.base + blocks.used, parallel);
-  if (!g.value_scales) return;
-  for (int64_t row = 0; row < tokens * core.heads; ++row) {
-    const float* scales = g.value_scales + row % core.heads / core.heads_a_group() * core.room;
-    for (int64_t i = 0; i < core.value_width; ++i) core.out[row * core.value_width + i] *= scales[i];
-  }
+  run_attention(core, blocks.base + blocks.used, parallel, phase(2 * core.tokens, prepare),
+                phase(g.value_scales ? core.tokens : 0, scale), attention_workers(core));
 }
 
 size_t latent_scratch(const LatentAttention& attention) {
   Blocks blocks{nullptr};
-  take_latent(attention, &blocks);
-  return blocks.used + attention_scratch(attention.core);
+  const LatentScratch s = take_latent(attention, &blocks);
+  return blocks.used + attention_scratch(attention.core, s.workers);
 }
 
 void run_latent(const LatentAttention& l, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};
   const LatentScratch s = take_latent(l, &blocks);
   const int64_t tokens = l.core.tokens, heads = l.core.heads, units = head_units(l);
-  for_rows(tokens, l.core.width, parallel, [&](int64_t first, int64_t end) {
-    for (int64_t token = first; token < end; ++token) write_latent(l, s, token);
-  });
-  const auto by_head = [&](auto work) {
-    share(parallel, units, s.workers, [&](int64_t unit, int64_t worker) {
-      const int64_t first = unit / heads * kRowsATime;
-      work(l, s, unit % heads, first, least(kRowsATime, tokens - first), s.works[worker]);
-    });
+  const auto by_head = [&](auto work, int64_t unit, int64_t worker) {
+    const int64_t first = unit / heads * kRowsATime;
+    work(l, s, unit % heads, first, least(kRowsATime, tokens - first), s.works[worker]);
   };
-  by_head(absorb_queries);
+  const auto prepare = [&](int64_t first, int64_t end, int64_t worker) {
+    for (int64_t unit = first; unit < end; ++unit)
+      if (unit < tokens)
+        write_latent(l, s, unit);
+      else
+        by_head(absorb_queries, unit - tokens, worker);
+  };
+  const auto expand = [&](int64_t first, int64_t end, int64_t worker) {
+    for (int64_t unit = first; unit < end; ++unit) by_head(expand_values, unit, worker);
+  };
+  const auto fetch = [&](int64_t unit, int64_t part) { return fetch_codes(l.v_up, unit % heads, part); };
   Attention core = l.core;
   core.queries = s.queries;
   core.out = s.mixed;
-  run_attention(core, blocks.base + blocks.used, parallel);
-  by_head(expand_values);
+  run_attention(core, blocks.base + blocks.used, parallel, phase(tokens + units, prepare), phase(units, expand, fetch),
+                s.workers);
 }
 
 }  // namespace moedge
