@@ -199,7 +199,24 @@ void finish_tile(const Attention& a, const Tile& tile, const Part& state, const 
   }
 }
 
+// Fetches `count` bytes of a block's rows, from byte `from` on; false: there are none.
+bool fetch_rows(const Attention& a, const Tile& tile, int64_t block, const void* cache, int64_t from, int64_t count) {
+  const int64_t start = block * kBlock, rows = least(kBlock, tile.position(a, tile.rows - 1) + 1 - start);
+  const int64_t row = a.room * static_cast<int64_t>(element_size(a.element));
+  if (from >= rows * row) return false;
+  fetch(static_cast<const char*>(cache) + (tile.group * tile.lane->capacity + start) * row + from,
+        least(count, rows * row - from));
+  return true;
+}
+
+// What the kernels begin with: as they go on they fetch by themselves, so far ahead.
+void fetch_first(const Attention& a, const Tile& tile, int64_t block) {
+  fetch_rows(a, tile, block, tile.lane->keys, 0, kAhead);
+  if (!a.values_are_keys) fetch_rows(a, tile, block, tile.lane->values, 0, kAhead);
+}
+
 void run_tile(const Attention& a, const Tile& tile, const Work& work) {
+  fetch_first(a, tile, tile.first_block(a));
   memset(work.state.sums, 0, static_cast<size_t>(tile.rows) * sizeof(float));
   for (int64_t block = tile.first_block(a); block < tile.end_block(a); ++block) {
     attend_block(a, tile, block, work, work.part);
@@ -253,27 +270,25 @@ Scratch take_scratch(const Attention& a, const Plan& plan, int64_t workers, Bloc
 // A block of a tile by itself, in the round that begins with block `at`; whoever does the last of a tile's merges them
 // in order.
 void run_unit(const Attention& a, const Plan& plan, const Scratch& s, int64_t at, int64_t unit, const Work& work) {
-  const int64_t tiles = plan.extent.tiles, round = plan.round, index = unit % tiles;
+  const int64_t round = plan.round, index = unit / round;
   const Tile tile = tile_at(a, index);
-  const int64_t first = tile.first_block(a) + at, end = tile.end_block(a), block = first + unit / tiles;
-  if (block < end) attend_block(a, tile, block, work, s.parts[unit]);
+  const int64_t first = tile.first_block(a) + at, end = tile.end_block(a), block = first + unit % round;
+  if (block < end) {
+    fetch_first(a, tile, block);
+    attend_block(a, tile, block, work, s.parts[unit]);
+  }
   if (__atomic_add_fetch(s.done + index, 1, __ATOMIC_ACQ_REL) < round) return;
   s.done[index] = 0;
   for (int64_t i = 0; i < round && first + i < end; ++i)
-    a.kernels->merge(s.states[index], s.parts[i * tiles + index], tile.rows);
+    a.kernels->merge(s.states[index], s.parts[index * round + i], tile.rows);
   if (first + round >= end && first < end) finish_tile(a, tile, s.states[index], work.part);
 }
 
 // Fetches the `part`th few of the keys that a unit begins with; false: it was their last.
 bool fetch_keys(const Attention& a, const Plan& plan, int64_t at, int64_t unit, int64_t part) {
-  const Tile tile = tile_at(a, unit % plan.extent.tiles);
-  const int64_t start = (tile.first_block(a) + at + unit / plan.extent.tiles) * kBlock;
-  const int64_t keys = least(kBlock, tile.position(a, tile.rows - 1) + 1 - start);
-  const int64_t row = a.room * static_cast<int64_t>(element_size(a.element)), from = part * kFetched;
-  if (from >= keys * row) return false;
-  const char* cache = static_cast<const char*>(tile.lane->keys) + (tile.group * tile.lane->capacity + start) * row;
-  fetch(cache + from, least(kFetched, keys * row - from));
-  return true;
+  const Tile tile = tile_at(a, unit / plan.round);
+  const int64_t block = tile.first_block(a) + at + unit % plan.round;
+  return fetch_rows(a, tile, block, tile.lane->keys, part * kFetched, kFetched);
 }
 
 }  // namespace
