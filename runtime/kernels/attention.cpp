@@ -199,20 +199,14 @@ void finish_tile(const Attention& a, const Tile& tile, const Part& state, const 
   }
 }
 
-// Fetches `count` bytes of a block's rows, from byte `from` on; false: there are none.
-bool fetch_rows(const Attention& a, const Tile& tile, int64_t block, const void* cache, int64_t from, int64_t count) {
+// Fetches what the kernels begin a block with: as they go on they fetch by themselves, so far ahead.
+void fetch_first(const Attention& a, const Tile& tile, int64_t block) {
   const int64_t start = block * kBlock, rows = least(kBlock, tile.position(a, tile.rows - 1) + 1 - start);
   const int64_t row = a.room * static_cast<int64_t>(element_size(a.element));
-  if (from >= rows * row) return false;
-  fetch(static_cast<const char*>(cache) + (tile.group * tile.lane->capacity + start) * row + from,
-        least(count, rows * row - from));
-  return true;
-}
-
-// What the kernels begin with: as they go on they fetch by themselves, so far ahead.
-void fetch_first(const Attention& a, const Tile& tile, int64_t block) {
-  fetch_rows(a, tile, block, tile.lane->keys, 0, kAhead);
-  if (!a.values_are_keys) fetch_rows(a, tile, block, tile.lane->values, 0, kAhead);
+  const int64_t from = (tile.group * tile.lane->capacity + start) * row;
+  for (const void* cache : {tile.lane->keys, a.values_are_keys ? nullptr : tile.lane->values})
+    for (int64_t at = 0; cache && at < least(kAhead, rows * row); at += 64)
+      __builtin_prefetch(static_cast<const char*>(cache) + from + at, 0, 2);
 }
 
 void run_tile(const Attention& a, const Tile& tile, const Work& work) {
@@ -284,13 +278,6 @@ void run_unit(const Attention& a, const Plan& plan, const Scratch& s, int64_t at
   if (first + round >= end && first < end) finish_tile(a, tile, s.states[index], work.part);
 }
 
-// Fetches the `part`th few of the keys that a unit begins with; false: it was their last.
-bool fetch_keys(const Attention& a, const Plan& plan, int64_t at, int64_t unit, int64_t part) {
-  const Tile tile = tile_at(a, unit / plan.round);
-  const int64_t block = tile.first_block(a) + at + unit % plan.round;
-  return fetch_rows(a, tile, block, tile.lane->keys, part * kFetched, kFetched);
-}
-
 }  // namespace
 
 int64_t attention_workers(const Attention& a) {
@@ -325,11 +312,10 @@ void run_attention(const Attention& a, void* scratch, const Parallel& parallel, 
           run_tile(a, tile_at(a, unit), s.works[worker]);
       }
     };
-    const auto fetch = [&](int64_t unit, int64_t part) { return fetch_keys(a, plan, at, unit, part); };
     Phase first = before, last = after;
     if (r > 0) first.units = 0;
     if (r + 1 < rounds) last.units = 0;
-    run_phases(parallel, {first, phase(plan.units(), attend, fetch), last}, workers);
+    run_phases(parallel, {first, phase(plan.units(), attend), last}, workers);
   }
 }
 

@@ -264,14 +264,6 @@ void write_latent(const LatentAttention& l, const LatentScratch& s, int64_t toke
     store_row(a, row, a.width, nullptr, lane->keys, place);
 }
 
-// Fetches the `part`th few of a head's codes; false: there are none, or it was their last.
-bool fetch_codes(const HeadMatrices& m, int64_t head, int64_t part) {
-  const int64_t bytes = m.rows * m.width, from = part * kFetched;
-  if (m.floats || from >= bytes) return false;
-  fetch(m.codes.codes + head * bytes + from, least(kFetched, bytes - from));
-  return true;
-}
-
 }  // namespace
 
 size_t grouped_scratch(const GroupedAttention& attention) {
@@ -323,11 +315,10 @@ void run_latent(const LatentAttention& l, void* scratch, const Parallel& paralle
   const auto expand = [&](int64_t first, int64_t end, int64_t worker) {
     for (int64_t unit = first; unit < end; ++unit) by_head(expand_values, unit, worker);
   };
-  const auto fetch = [&](int64_t unit, int64_t part) { return fetch_codes(l.v_up, unit % heads, part); };
   Attention core = l.core;
   core.queries = s.queries;
   core.out = s.mixed;
-  run_attention(core, blocks.base + blocks.used, parallel, phase(tokens + units, prepare), phase(units, expand, fetch),
+  run_attention(core, blocks.base + blocks.used, parallel, phase(tokens + units, prepare), phase(units, expand),
                 s.workers);
 }
 
