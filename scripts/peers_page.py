@@ -9,6 +9,7 @@ from typing import Any
 
 OURS, THEIRS = "moedge", "llama.cpp"
 DECODE_GOAL = 1.6
+LONG_GOAL = 0.6  # of the rate at the short context
 # (what is compared, the result's list, tokens of a run, the goal for the ratio)
 WHAT = (
     ("prefill", "prefill_s", "prompt_tokens", 2.5),
@@ -80,6 +81,7 @@ def _table(results: Sequence[dict[str, Any]], key: str, tokens: str | None, goal
     decodes = which in results[0]["bytes_per_token"]
     head = ["shape", "context", "moedge tokens/s", "llama.cpp tokens/s", "ratio", "least to most", f"goal {goal}x"]
     head += ["of the memory limit"] if decodes else []
+    head += ["of its own at the short", f"goal {LONG_GOAL:.0%}"] if which == "decode_long" else []
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for result in results:
         ours, theirs, times = rates(result, OURS, key, tokens), rates(result, THEIRS, key, tokens), ratios(result, key)
@@ -89,6 +91,11 @@ def _table(results: Sequence[dict[str, Any]], key: str, tokens: str | None, goal
         cells += ["met" if statistics.median(times) >= goal else "not met"]
         if decodes:
             cells += [f"{fraction(result, result['bytes_per_token'][which], result['peers'][OURS][key]):.0%}"]
+        if which == "decode_long":
+            own = result["peers"][OURS]
+            pairs = zip(own["decode_s"], own[key], strict=True)
+            kept = statistics.median(short / long for short, long in pairs)
+            cells += [f"{kept:.0%}", "met" if kept >= LONG_GOAL else "not met"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

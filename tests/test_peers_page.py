@@ -106,6 +106,8 @@ def test_what_the_memory_allows(peers_page: Any) -> None:
         "| a-shape | 512 | llama.cpp | 600 MB | 66.7 | 40.0 | 60% |  |  |",
         "| a-shape | 512 | genai | 500 MB | 100.0 | 40.0 | 40% |  |  |",
         "| a-shape | 512 | 80.0 | 40.0 | 2.00 | 2.00 to 2.00 | met | 80% |",
+        "| a-shape | 4,096 | 20.0 | 20.0 | 1.00 | 1.00 to 1.00 | not met | 50% | 50% | not met |",
+        "| a-shape | 4,096 | 20.0 | 20.0 | 1.00 | 1.00 to 1.00 | not met | 45% | 25% | not met |",
     ):
         assert row in page.splitlines(), row
     result["bandwidth_bytes_per_s"] = [31e9]
