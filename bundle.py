@@ -44,6 +44,8 @@ class Bundle:
         """
         root = Path(path)
         manifest_path = root / MANIFEST
+        if root.exists() and not root.is_dir():
+            raise BundleError(f"{root} is a file, not a folder; name the folder that `moedge export` made")
         if not root.is_dir():
             raise BundleError(f"{root}: no such folder; make a bundle with: moedge export CHECKPOINT -o {root}")
         if not manifest_path.is_file():
@@ -211,6 +213,9 @@ def staged_directory(
             f"{target} holds files and no {replaces}: --force replaces bundles only; name another output folder"
         )
     target = target.resolve()  # the folder one stands in can be renamed by its name, not as "."
+    above = _existing_parent(target.parent)
+    if not above.is_dir():
+        raise error(f"{target}: {above} is a file, not a folder; name another output folder")
     with _writing(target, error):
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))

@@ -139,6 +139,8 @@ class Checkpoint:
             CheckpointError: the folder, config.json or weights are missing or malformed.
         """
         root = Path(path)
+        if root.exists() and not root.is_dir():
+            raise CheckpointError(f"{root} is a file, not a folder; name the checkpoint's folder, which config.json is in")
         if not root.is_dir():
             raise CheckpointError(
                 f"{root}: no such folder; a Hugging Face checkpoint folder (config.json, *.safetensors) was expected"

@@ -108,15 +108,20 @@ def plain_name(name: str) -> str:
 
 
 def find_name(name: str, known: Iterable[str]) -> str | None:
-    """`name` as the `known` spell it, or the only one that it is a part of (orin-nx); None where it is none of them."""
+    """`name` as the `known` spell it, or the only one of which it is some whole words (orin-nx); None where it is none
+    of them: h20 is no h200."""
     names, plain = list(known), plain_name(name)
     if name in names:
         return name
-    for fits in (str.__eq__, str.__contains__):
-        alike = [each for each in names if plain and fits(plain_name(each), plain)]
-        if alike:
-            return alike[0] if len(alike) == 1 else None
-    return None
+    alike = [each for each in names if plain and plain_name(each) == plain] or [
+        each for each in names if f" {_words(name)} " in f" {_words(each)} "
+    ]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _words(name: str) -> str:
+    """Its runs of letters and of digits."""
+    return " ".join(re.findall(r"[a-z]+|[0-9]+", name.lower()))
 
 
 def list_profiles() -> list[str]:

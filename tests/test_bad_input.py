@@ -271,6 +271,23 @@ def test_a_file_in_the_outputs_place(tiny_checkpoint: Path, tmp_path: Path) -> N
     with pytest.raises(moedge.BundleError) as caught:
         moedge.export(tiny_checkpoint, tmp_path / "bundle", force=True)
     assert str(caught.value) == f"{tmp_path / 'bundle'} is a file, not a folder; name another output folder"
+    with pytest.raises(moedge.BundleError) as caught:
+        moedge.export(tiny_checkpoint, tmp_path / "bundle" / "below" / "it")
+    assert str(caught.value) == (
+        f"{tmp_path / 'bundle/below/it'}: {tmp_path / 'bundle'} is a file, not a folder; name another output folder"
+    )
+
+
+def test_a_file_in_the_inputs_place(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = tiny_checkpoint / "config.json"
+    with pytest.raises(moedge.CheckpointError) as caught:
+        moedge.export(config, tmp_path / "bundle")
+    assert str(caught.value) == (
+        f"{config} is a file, not a folder; name the checkpoint's folder, which config.json is in"
+    )
+    with pytest.raises(moedge.BundleError) as refused:
+        moedge.load(config)
+    assert str(refused.value) == f"{config} is a file, not a folder; name the folder that `moedge export` made"
 
 
 def test_a_disk_that_fills_up_in_the_middle(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:

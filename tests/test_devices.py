@@ -115,6 +115,19 @@ def test_unknown_name_lists_the_known(no_profiles_of_the_user: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("part", "meant"), [("orin-nx", "jetson-orin-nx-16gb"), ("4090", "rtx4090"), ("ORIN_NX16", "jetson-orin-nx-16gb")]
+)
+def test_whole_words_of_a_name_are_enough(part: str, meant: str) -> None:
+    assert load_profile(part).name == meant
+
+
+@pytest.mark.parametrize("part", ["h20", "rtx409", "cp", "-", "40", "jetson"])
+def test_less_than_a_word_or_words_of_several_are_no_name(part: str) -> None:
+    with pytest.raises(ProfileError, match="^unknown profile"):
+        load_profile(part)
+
+
 def test_own_profile_by_name_and_by_path(no_profiles_of_the_user: Path) -> None:
     no_profiles_of_the_user.mkdir(parents=True)
     own = no_profiles_of_the_user / "bench-box.toml"

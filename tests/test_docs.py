@@ -25,8 +25,8 @@ def blocks(language: str) -> list[str]:
 def newcomer(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint named as in the README."""
     folder = tmp_path_factory.mktemp("newcomer")
-    shutil.copytree(tiny_checkpoint, folder / "checkpoint")
-    edit_config(folder / "checkpoint", max_position_embeddings=1024)  # `bench` asks for 512 tokens and more
+    shutil.copytree(tiny_checkpoint, folder / "sample")
+    edit_config(folder / "sample", max_position_embeddings=1024)  # `bench` asks for 512 tokens and more
     return folder
 
 
