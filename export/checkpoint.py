@@ -140,7 +140,7 @@ class Checkpoint:
         """
         root = Path(path)
         if root.exists() and not root.is_dir():
-            raise CheckpointError(f"{root} is a file, not a folder; name the checkpoint's folder, which config.json is in")
+            raise CheckpointError(f"{root} is a file, not a folder; name the folder that it lies in")
         if not root.is_dir():
             raise CheckpointError(
                 f"{root}: no such folder; a Hugging Face checkpoint folder (config.json, *.safetensors) was expected"

@@ -282,9 +282,7 @@ def test_a_file_in_the_inputs_place(tiny_checkpoint: Path, tmp_path: Path) -> No
     config = tiny_checkpoint / "config.json"
     with pytest.raises(moedge.CheckpointError) as caught:
         moedge.export(config, tmp_path / "bundle")
-    assert str(caught.value) == (
-        f"{config} is a file, not a folder; name the checkpoint's folder, which config.json is in"
-    )
+    assert str(caught.value) == f"{config} is a file, not a folder; name the folder that it lies in"
     with pytest.raises(moedge.BundleError) as refused:
         moedge.load(config)
     assert str(refused.value) == f"{config} is a file, not a folder; name the folder that `moedge export` made"

@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 from checkpoints import make_model as make_tiny
 from kernel_cases import Stack, experts_model, linear_model, make_model, make_stack, open_model
+from numpy.typing import NDArray
 from onnx import TensorProto
 from packed_checkpoints import convert_checkpoint, ct_settings, make_codes, pack_quantized, unpack
 from safetensors.torch import load_file, save_file
@@ -166,12 +167,19 @@ def test_engines_give_the_same_bits_over_either(
             session = ort.InferenceSession(folder / MODEL, providers=["CPUExecutionProvider"])
             found.append(session.run(["logits"], {"input_ids": ids[None]})[0])
             continue
-        if which == "stock":
-            monkeypatch.setenv(kernels.VARIABLE, kernels.STOCK)
-        with moedge.load(folder, "cpu", threads=1) as engine:
-            found.append(engine.logits(ids.tolist()))
+        found.append(run_engine(folder, ids, which, monkeypatch))
     assert np.abs(found[0]).max() > 0
     np.testing.assert_array_equal(found[0], found[1])
+
+
+def run_engine(
+    folder: Path, ids: NDArray[np.int64], which: str, monkeypatch: pytest.MonkeyPatch
+) -> NDArray[np.float32]:
+    """Logits of a CPU engine, by our own kernels or the stock ones."""
+    if which == "stock":
+        monkeypatch.setenv(kernels.VARIABLE, kernels.STOCK)
+    with moedge.load(folder, "cpu", threads=1) as engine:
+        return engine.logits(ids.tolist())
 
 
 @pytest.mark.usefixtures("compiled")
@@ -303,10 +311,7 @@ def test_engines_give_the_same_bits_over_either_router(
             network.save(tmp_path, MODEL)
             found.append(NetworkRunner(tmp_path / MODEL).step(ids)["logits"])
         else:
-            if which == "stock":
-                monkeypatch.setenv(kernels.VARIABLE, kernels.STOCK)
-            with moedge.load(folder, "cpu", threads=1) as engine:
-                found.append(engine.logits(ids.tolist()))
+            found.append(run_engine(folder, ids, which, monkeypatch))
     assert np.abs(found[0]).max() > 0
     np.testing.assert_array_equal(found[0], found[1])
 
@@ -319,8 +324,8 @@ def test_targets_that_read_no_bfloat16_count_float32(
     saved = whole["sizes"]["router"] - half["sizes"]["router"]
     assert bytes_per_token(whole, 64) - bytes_per_token(half, 64) == saved
     assert bytes_per_token(whole, 64, target="tensorrt") == bytes_per_token(half, 64, target="tensorrt")
-    assert [narrower_weight_bytes(each, "int4 --head int4") for each in (half, whole)]
-    difference = [narrower_weight_bytes(each, "int8") for each in (half, whole)]
-    assert difference[1] - difference[0] == saved
+    for option in ("int4 --head int4", "int8"):
+        less, more = (narrower_weight_bytes(each, option) for each in (half, whole))
+        assert less is not None and more is not None and more - less == saved, option
     monkeypatch.setenv(kernels.VARIABLE, kernels.STOCK)
     assert bytes_per_token(half, 64) == bytes_per_token(whole, 64)
