@@ -213,9 +213,7 @@ def staged_directory(
             f"{target} holds files and no {replaces}: --force replaces bundles only; name another output folder"
         )
     target = target.resolve()  # the folder one stands in can be renamed by its name, not as "."
-    above = _existing_parent(target.parent)
-    if not above.is_dir():
-        raise error(f"{target}: {above} is a file, not a folder; name another output folder")
+    _check_above(target, "folder", error)
     with _writing(target, error):
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -236,9 +234,7 @@ def check_place(target: Path, *, error: type[MoedgeError] = BundleError) -> None
             raise error(f"{target} is a folder, not a file; name an output file")
         if target.exists() and not target.is_file():  # a device or a pipe would be replaced by a file
             raise error(f"{target} is no plain file; name another output file")
-        above = _existing_parent(target.parent)
-        if not above.is_dir():
-            raise error(f"{target}: {above} is a file, not a folder; name another output file")
+        _check_above(target, "file", error)
 
 
 @contextlib.contextmanager
@@ -273,6 +269,12 @@ def _writing(target: Path, error: type[MoedgeError]) -> Iterator[None]:
         if cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENAMETOOLONG):
             raise error(f"{target}: cannot be written ({cause.strerror}); name another output folder") from cause
         raise
+
+
+def _check_above(target: Path, kind: str, error: type[MoedgeError]) -> None:
+    above = _existing_parent(target.parent)
+    if not above.is_dir():
+        raise error(f"{target}: {above} is a file, not a folder; name another output {kind}")
 
 
 def _existing_parent(path: Path) -> Path:

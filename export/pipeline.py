@@ -269,9 +269,9 @@ def describe_classes(layout: Layout, errors: dict[str, ClassError]) -> dict[str,
         held[form] = held.get(form, 0) + math.prod(stored.data.shape)
     classes = {role: _describe_class(held, errors.get(role)) for role, held in forms.items()}
     for stored in layout.stored.values():
-        narrow = {"float16_scales": stored.scales, "bfloat16_values": stored.data}
-        for name, slot in narrow.items():
-            if slot is not None and name.startswith(f"{slot.dtype}_"):
+        narrow = ("float16_scales", stored.scales, "float16"), ("bfloat16_values", stored.data, "bfloat16")
+        for name, slot, dtype in narrow:
+            if slot is not None and slot.dtype == dtype:
                 entry = classes[stored.weight.role]
                 entry[name] = entry.get(name, 0) + slot.nbytes
     return classes

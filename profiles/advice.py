@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..export.options import usual_head
-from .shape import ModelShape, reads_six_bits, widens_scales
+from .shape import ModelShape, has_own_kernels, widens_scales
 
 # Bits of one weight with its group's scale, fp32 or below 8 bits fp16, and its zero point, by dtype; `group` is the
 # group size.
@@ -170,7 +170,7 @@ def _as_read(manifest: Mapping[str, Any], target: str | None) -> Mapping[str, An
 
 def _usual_head(manifest: Mapping[str, Any], target: str | None) -> str:
     """What a head is beside int4 weights where nobody asks, on a target that may keep 6 bits in 8."""
-    if target is not None and not reads_six_bits(target):
+    if target is not None and not has_own_kernels(target):
         return "int8"
     sizes = manifest["sizes"]
     tied = not (sizes.get("embedding") and sizes.get("head"))

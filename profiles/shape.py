@@ -94,14 +94,15 @@ class ModelShape:
 
     def on(self, target: str) -> ModelShape:
         """The shape as a target's engine has it."""
+        if has_own_kernels(target):
+            return self
         sizes, bits = dict(self.sizes), self.head_bits
-        if bits == 6 and not reads_six_bits(target):
+        if bits == 6:
             sizes["head"] = sizes.get("head", 0) + self.vocab_size * self.hidden_size * (8 - 6) // 8
             bits = 8
-        widened = [self.half_scales] if widens_scales(target) else []
-        widened += [] if reads_six_bits(target) else [self.half_routers]
-        for name, count in [item for each in widened for item in each.items()]:
-            sizes[name] = sizes.get(name, 0) + count
+        for halves in (self.half_routers, self.half_scales if widens_scales(target) else {}):
+            for name, count in halves.items():
+                sizes[name] = sizes.get(name, 0) + count
         if sizes == self.sizes:
             return self
         return dataclasses.replace(self, sizes=sizes, head_bits=bits, half_scales={}, half_routers={})
@@ -136,13 +137,14 @@ class ModelShape:
         return self.sizes.get("experts", 0) * self.distinct_experts(tokens) / self.experts if self.experts else 0.0
 
 
-def reads_six_bits(target: str) -> bool:
+def has_own_kernels(target: str) -> bool:
+    """Whether a target's engines run in kernels of ours here: they read 6-bit codes, fp16 scales and bf16 routers."""
     return target in _OWN_KERNELS and kernels.library() is not None
 
 
 def widens_scales(target: str) -> bool:
     """Whether scales in fp16 become fp32: onnxruntime's own kernels take the type of the activations."""
-    return target in _OWN_KERNELS and kernels.library() is None
+    return target in _OWN_KERNELS and not has_own_kernels(target)
 
 
 def latent_block(rank: int, rope: int) -> int:

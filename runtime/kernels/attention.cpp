@@ -2,7 +2,8 @@
 
 #include <string.h>
 
-#include "attention_share.h"
+#include "attention.h"
+#include "scratch.h"
 
 namespace moedge {
 

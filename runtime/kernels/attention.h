@@ -17,6 +17,7 @@
 namespace moedge {
 
 constexpr int64_t kVector = 16;  // floats: the columns of a product are a multiple of it
+static inline int64_t vectors_up(int64_t a) { return divide_up(a, kVector) * kVector; }
 constexpr int64_t kPanelKeys = 64;
 constexpr int64_t kBlock = 2 * kPanelKeys;
 constexpr int64_t kFewRows = 8;  // of queries, for which keys are transposed in registers

@@ -4,7 +4,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "attention_share.h"
+#include "attention.h"
+#include "scratch.h"
 #include "step.h"
 
 namespace moedge {

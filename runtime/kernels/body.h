@@ -53,6 +53,18 @@ struct Groups {
   alignas(64) int32_t zeros[S::lanes * S::lanes];
 };
 
+// `S::unpack` for vectors of four lanes, out of `upper<place>` (two bits of each byte, the `place`th from the lowest, as
+// bits 4 and 5) and `either` (a | b).
+template <class S>
+inline void unpack_by_parts(const uint8_t* block, typename S::Int* out) {
+  const typename S::Int first = S::load_bytes(block), second = S::load_bytes(block + 16);
+  const typename S::Int uppers = S::load_bytes(block + 32);
+  out[0] = S::either(S::low_nibbles(first), S::template upper<0>(uppers));
+  out[1] = S::either(S::low_nibbles(second), S::template upper<1>(uppers));
+  out[2] = S::either(S::high_nibbles(first), S::template upper<2>(uppers));
+  out[3] = S::either(S::high_nibbles(second), S::template upper<3>(uppers));
+}
+
 template <class S>
 inline void load_transposed(const uint8_t* const* rows, int64_t at, typename S::Int* out) {
   typename S::Int read[S::lanes];

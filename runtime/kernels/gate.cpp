@@ -120,7 +120,7 @@ void run_router(const Router& r, void* scratch, const Parallel& parallel) {
                      r.weights + token * r.gate.top_k);
   };
   run_phases(parallel,
-             {phase(norm.weight || norm.residual ? norm.tokens : 0, normalize), phase(units, multiply),
+             {phase(norm.changes_x() ? norm.tokens : 0, normalize), phase(units, multiply),
               phase(norm.tokens, choose)},
              workers_for(units, norm.tokens * most(norm.width, 32 * experts)));
 }

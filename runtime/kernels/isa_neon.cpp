@@ -49,13 +49,7 @@ struct Neon {
     const uint8x16_t moved = place < 2 ? low : place == 2 ? bytes : vshrq_n_u8(bytes, 2);
     return vreinterpretq_s32_u8(vandq_u8(moved, vdupq_n_u8(48)));
   }
-  static void unpack(const uint8_t* block, Int* out) {
-    const Int first = load_bytes(block), second = load_bytes(block + 16), uppers = load_bytes(block + 32);
-    out[0] = either(low_nibbles(first), upper<0>(uppers));
-    out[1] = either(low_nibbles(second), upper<1>(uppers));
-    out[2] = either(high_nibbles(first), upper<2>(uppers));
-    out[3] = either(high_nibbles(second), upper<3>(uppers));
-  }
+  static void unpack(const uint8_t* block, Int* out) { unpack_by_parts<Neon>(block, out); }
   // The instruction multiplies signed bytes: 8-bit codes less 128.
   static Int prepare(Int a) {
     return vreinterpretq_s32_u8(veorq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(128)));

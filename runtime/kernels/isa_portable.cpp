@@ -89,13 +89,7 @@ struct Portable {
       return static_cast<int32_t>((place < 2 ? bits << (4 - 2 * place) : bits >> (2 * place - 4)) & 0x30303030u);
     });
   }
-  static void unpack(const uint8_t* block, Int* out) {
-    const Int first = load_bytes(block), second = load_bytes(block + 16), uppers = load_bytes(block + 32);
-    out[0] = either(low_nibbles(first), upper<0>(uppers));
-    out[1] = either(low_nibbles(second), upper<1>(uppers));
-    out[2] = either(high_nibbles(first), upper<2>(uppers));
-    out[3] = either(high_nibbles(second), upper<3>(uppers));
-  }
+  static void unpack(const uint8_t* block, Int* out) { unpack_by_parts<Portable>(block, out); }
   static Int prepare(Int a) { return a; }
   template <int bits>
   static Int dot(Int acc, Int codes, Int x) {

@@ -37,13 +37,6 @@ struct Blocks {
   }
 };
 
-// body(first, end) over `rows` rows of `width` numbers, a few at a time.
-template <typename Body>
-void for_rows(int64_t rows, int64_t width, const Parallel& parallel, const Body& body) {
-  const int64_t some = rows * width <= kAlone ? rows : divide_up(kAlone, width);
-  parallel(divide_up(rows, some), [&](int64_t unit) { body(unit * some, least(rows, (unit + 1) * some)); });
-}
-
 // Numbers in one unit of the steps between products: whole groups.
 constexpr int64_t kPiece = 1024;
 static_assert(kPiece % kMaxGroup == 0, "a piece begins with a group");

@@ -32,10 +32,9 @@ struct Entering {
   Entering(const Kernels& own, const Norm& given, int bits, const Activations& out)
       : kernels(own), norm(given), quantizing{own, input_of(given), given.tokens * given.width, bits, out} {}
 
-  bool by_rows() const { return norm.weight || norm.residual; }
-  int64_t units() const { return by_rows() ? norm.tokens : quantizing.units(); }
+  int64_t units() const { return norm.changes_x() ? norm.tokens : quantizing.units(); }
   void operator()(int64_t first, int64_t end, int64_t worker) const {
-    if (!by_rows()) return quantizing(first, end, worker);
+    if (!norm.changes_x()) return quantizing(first, end, worker);
     for (int64_t row = first; row < end; ++row) {
       run_norm(norm, row, 1);
       kernels.quantize(quantizing.x + row * norm.width, quantizing.bits, row, quantizing.out);

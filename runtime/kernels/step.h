@@ -16,6 +16,8 @@ struct Norm {
   float epsilon;
   float* sum;           // x + residual, where there is one
   float* y;
+
+  bool changes_x() const { return weight || residual; }
 };
 
 // Takes room for what the norm gives, where its caller does not want it.
