@@ -10,7 +10,7 @@
 #include <initializer_list>
 
 #include "../runtime/kernels/attention.h"
-#include "../runtime/kernels/step.h"
+#include "../runtime/kernels/moe.h"
 
 using namespace moedge;
 
@@ -146,6 +146,14 @@ uint64_t steps_digest(const Kernels* kernels, int64_t tokens, int64_t hidden, in
   with_scratch(router_scratch(router), [&](void* held) { run_router(router, held, parallel); });
   found = digest(digest(digest(found, normed, tokens * hidden), logits, tokens * experts), shares, tokens * chosen);
   for (int64_t i = 0; i < tokens * chosen; ++i) found = (found ^ static_cast<uint64_t>(routes[i])) * 1099511628211u;
+  const Matrix up = matrices(experts, 2 * inner, hidden, group, bits, full), out = matrices(experts, hidden, inner, group, bits, full);
+  Moe moe{router, {kernels, 0, 0, experts, hidden, inner, nullptr, nullptr, nullptr, up, out, nullptr, nullptr, 1.0f, INFINITY, 0.0f, z},
+          {kernels, {}, first, down, z, nullptr, full ? weight : nullptr}};
+  if (tokens % 2) moe.shared.kernels = nullptr;
+  with_scratch(moe_scratch(moe), [&](void* held) { run_moe(moe, held, parallel); });
+  found = digest(found, z, tokens * hidden);
+  release(up);
+  release(out);
   for (void* block : {static_cast<void*>(routes), static_cast<void*>(x), static_cast<void*>(residual),
                       static_cast<void*>(weight), matrix, static_cast<void*>(bias),
                       static_cast<void*>(sum), static_cast<void*>(normed), static_cast<void*>(y), static_cast<void*>(z),

@@ -64,10 +64,11 @@ void on_threads(void* self, void (*body)(void*, size_t), size_t total, void* dat
 // Phases of these many units: a unit counts how often it was done, and adds up what the phase before it wrote.
 int64_t run_once(const Parallel& parallel, int64_t workers, const int64_t* units) {
   constexpr int64_t kMost = 64;
-  int64_t values[4][kMost] = {}, times[4][kMost] = {};
+  int64_t values[4][kMost] = {}, times[4][kMost] = {}, counted = -1;
   const auto body_of = [&](int64_t p) {
     return [&, p](int64_t first, int64_t end, int64_t worker) {
       if (worker < 0 || worker >= workers || first >= end) abort();
+      if (p == (units[0] ? 0 : 1) && first == 0) counted = units[2];  // the third's, which is told no more than a bound
       for (int64_t unit = first; unit < end; ++unit) {
         ++times[p][unit];
         values[p][unit] = unit + 1;
@@ -76,7 +77,7 @@ int64_t run_once(const Parallel& parallel, int64_t workers, const int64_t* units
     };
   };
   const auto first = body_of(0), second = body_of(1), third = body_of(2), last = body_of(3);
-  const Phase phases[] = {phase(units[0], first), phase(units[1], second), phase(units[2], third),
+  const Phase phases[] = {phase(units[0], first), phase(units[1], second), counted_phase(kMost, &counted, third),
                           phase(units[3], last)};
   Region region(phases, 4, workers);
   parallel(workers, [&](int64_t worker) { region.work(worker); });

@@ -19,16 +19,16 @@ STOCK = "model.onnx"
 GRAPHS = (STOCK, kernels.own_name(STOCK))
 # Nodes a layer of the stock graph and of that of our own ops, everything outside of the layers counted in.
 MOST_NODES = {
-    "deepseek": (32, 10),
-    "deepseek_v2": (52, 10),
-    "deepseek_v3": (66, 11),
-    "gpt_oss": (39, 9),
-    "granitemoe": (37, 13),
-    "mixtral": (38, 10),
-    "olmoe": (37, 15),
+    "deepseek": (32, 9),
+    "deepseek_v2": (52, 9),
+    "deepseek_v3": (66, 10),
+    "gpt_oss": (39, 8),
+    "granitemoe": (37, 12),
+    "mixtral": (38, 9),
+    "olmoe": (37, 14),
     "phimoe": (53, 37),
-    "qwen2_moe": (37, 9),
-    "qwen3_moe": (40, 10),
+    "qwen2_moe": (37, 8),
+    "qwen3_moe": (40, 9),
 }
 # On the way from codes of 6 bits to what a stock kernel takes.
 MAKERS = ("SixBitCodes", "Reshape")
@@ -92,7 +92,8 @@ def read_by_a_step(graph: onnx.GraphProto, shape: ModelShape) -> float:
             if name not in tensors:
                 continue
             share = 1.0
-            if node.op_type in ("QMoE", "Experts", "BiasedExperts"):
+            experts = range(6, 14) if node.op_type == "Moe" else range(len(node.input))
+            if node.op_type in ("QMoE", "Experts", "BiasedExperts", "Moe") and place in experts:
                 assert tensors[name].dims[0] == shape.experts, f"{name} is no stack of experts"
                 share = shape.experts_per_token / shape.experts
             elif node.op_type == "Gather" and place == 0:

@@ -151,7 +151,7 @@ def test_a_wrong_router_of_our_own_is_named(bundle: Path, attribute: str, value:
     def change(model: onnx.ModelProto) -> None:
         for node in model.graph.node:
             for held in node.attribute:
-                if node.op_type == "Router" and held.name == attribute:
+                if node.op_type == "Moe" and held.name == attribute:
                     held.CopyFrom(onnx.helper.make_attribute(attribute, value))
 
     edit_engine(bundle, "cpu", change)

@@ -182,8 +182,8 @@ def test_what_is_no_number_stays_in_its_token(small: tuple[ort.InferenceSession,
         (lambda f: f.update(weights=f["weights"][:, :1]), "shapes do not fit each other"),
         (lambda f: f.update(experts=f["experts"][:2]), "shapes do not fit each other"),
         (lambda f: f.update(x=np.tile(f["x"], 2)), "shapes do not fit each other"),
-        (lambda f: f.update(x=f["x"][:, :16]), "must stand for 16, 32, 64, 128, 256 or 512 codes"),
-        (lambda f: f.update(x=f["x"][0]), "another number of axes"),
+        (lambda f: f.update(x=f["x"][:, :16]), "shapes do not fit each other"),
+        (lambda f: f.update(x=f["x"][0]), "shapes do not fit each other"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(

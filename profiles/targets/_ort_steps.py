@@ -1,9 +1,9 @@
 """Fewer nodes for onnxruntime's CPU where our own ops run: what stands between the products goes into them.
 
 A node costs a few microseconds whatever it computes, and a layer has thirty. After the lowering, linears of one input
-become one `Projections`, a dense MLP one `Mlp`, which adds a shared expert to the others; both, and `Router`, which
-holds a layer's router and its gate, take the norm of their input and the residual sum before it along
-(runtime/kernels/step_ops.cpp).
+become one `Projections`, a dense MLP one `Mlp`, a router and its gate `Router`; all take the norm of their input and
+the residual sum before it along. A router, its experts and what tokens share become one `Moe`
+(runtime/kernels/step_ops.cpp, moe_ops.cpp).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ._canonical import Rewriter, as_float, attributes_of, find_calls, linear_ma
 
 _MOST_MATRICES = 3  # of `Projections`
 _SUM, _NORM = {"Projections": 1, "Mlp": 1, "Router": 3}, 4  # where an op gives the residual sum, and `Router` the norm
-_MLP_INPUTS = 9  # of `Mlp`, without what is added to it
+_MLP_INPUTS, _ROUTER_INPUTS, _EXPERTS_INPUTS = 9, 6, 8  # of `Mlp` without what is added to it; of what `Moe` is made of
 _SIGMOID = {"SoftmaxTopKGate": 0, "SigmoidTopKGate": 1}
 
 
@@ -62,11 +62,13 @@ def fuse_steps(rewriter: Rewriter) -> None:
     for kind in ("Router", "Projections", "Mlp"):
         for node in _own(graph, kind):
             _take_norm(rewriter, node)
+    for node in _own(graph, "Router"):
+        _fuse_mixture(rewriter, node)
     graph.sort()
 
 
 def _own(graph: ir.Graph, kind: str) -> list[ir.Node]:
-    return [node for node in graph if node.domain == DOMAIN and node.op_type == kind]
+    return [node for node in graph if _is_own(node, kind)]
 
 
 def _fuse_mlp(rewriter: Rewriter, call: ir.Node) -> None:
@@ -97,7 +99,7 @@ def _take_shared(rewriter: Rewriter, node: ir.Node) -> None:
         return
     experts = _other_input(add, y)
     source = experts.producer() if experts is not None else None
-    if source is None or (source.domain, source.op_type) != (DOMAIN, "Experts"):
+    if source is None or not _is_own(source, "Experts"):
         return
     inputs = [*_fill(node.inputs, _MLP_INPUTS), experts, share]
     new = rewriter.op("Mlp", inputs, domain=DOMAIN, **attributes_of(node))
@@ -197,6 +199,33 @@ def _take_norm(rewriter: Rewriter, node: ir.Node) -> None:
     _replace(rewriter, gone, old, given)
 
 
+def _fuse_mixture(rewriter: Rewriter, router: ir.Node) -> None:
+    """A router, its experts and the MLP that adds them to what tokens share, as one op where they read one input."""
+    logits, chosen, weights = router.outputs[:3]
+    normed = router.outputs[_NORM] if len(router.outputs) > _NORM else router.inputs[0]
+    readers = [use.node for use in chosen.uses() if _is_own(use.node, "Experts")]
+    if len(readers) != 1 or list(logits.uses()) or logits.is_graph_output():
+        return
+    experts = readers[0]
+    if experts.inputs[0] is not normed or experts.inputs[1] is not chosen or experts.inputs[2] is not weights:
+        return
+    attributes = {**attributes_of(router), **attributes_of(experts), "shared_bits": experts.attributes["bits"].as_int()}
+    inputs = [*_fill(router.inputs, _ROUTER_INPUTS), *_fill(experts.inputs[3:], _EXPERTS_INPUTS)]
+    gone, y = [router, experts], experts.outputs[0]
+    mlp = _only_reader(y)
+    if mlp is not None and _is_own(mlp, "Mlp") and mlp.inputs[0] is normed and mlp.inputs[_MLP_INPUTS] is y:
+        gone, y = [*gone, mlp], mlp.outputs[0]
+        inputs += [*mlp.inputs[3:_MLP_INPUTS], *mlp.inputs[_MLP_INPUTS + 1 :]]
+        attributes["shared_bits"] = _bits(mlp)
+    while inputs[-1] is None:
+        inputs.pop()
+    new = rewriter.ops("Moe", inputs, _NORM + 2, domain=DOMAIN, **attributes)
+    old = {y: new[-1], **dict(zip(router.outputs[1:], new[1:-1], strict=False))}
+    read = [value for value in old if value.is_graph_output() or any(use.node not in gone for use in value.uses())]
+    _leave_out(new, [old[value] for value in read])
+    _replace(rewriter, gone, read, [old[value] for value in read])
+
+
 def _leave_out(outputs: Sequence[ir.Value], used: Sequence[ir.Value]) -> None:
     """Outputs without a name are not computed."""
     for value in outputs:
@@ -217,7 +246,11 @@ def _replace(rewriter: Rewriter, gone: list[ir.Node], old: Sequence[ir.Value], n
 
 
 def _is_linear(node: ir.Node) -> bool:
-    return node.domain == DOMAIN and node.op_type == "Linear"
+    return _is_own(node, "Linear")
+
+
+def _is_own(node: ir.Node, kind: str) -> bool:
+    return (node.domain, node.op_type) == (DOMAIN, kind)
 
 
 def _bits(node: ir.Node) -> int:

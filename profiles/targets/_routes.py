@@ -220,6 +220,7 @@ def find_logits(model: ir.Model, layer: int, constants: set[ir.Value]) -> ir.Val
                 waiting += use.node.outputs
             else:
                 found = use.node.outputs[0]
+                found.name = found.name or f"layers.{layer}.router.logits"  # which a step leaves out
     cut = [use.node for use in found.uses() if use.node.op_type == "Slice"] if found is not None else []
     found = cut[0].outputs[0] if cut else found
     for use in found.uses() if found is not None else ():

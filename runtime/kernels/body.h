@@ -370,7 +370,7 @@ void multiply_many(const Matrix& matrix, int64_t first, int64_t rows, const Acti
 
 // The integers of `lanes` groups one behind the other in memory, each a vector, then summed: one integer a lane.
 template <class S, int bits, int chunks>
-inline typename S::Int sum_groups(const uint8_t* codes, const int8_t* x, int64_t chunks_if_many) {
+inline typename S::Int sum_groups(const uint8_t* codes, const uint8_t* ahead, const int8_t* x, int64_t chunks_if_many) {
   constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
   const int64_t count = chunks ? chunks : chunks_if_many;
   typename S::Int sums[lanes];
@@ -380,7 +380,7 @@ inline typename S::Int sum_groups(const uint8_t* codes, const int8_t* x, int64_t
     for (int64_t c = i * count; c < (i + 1) * count; ++c) {
       const typename S::Int word = S::load_bytes(codes + c * chunk);
       const int8_t* part = x + c * chunk * 8 / bits;
-      __builtin_prefetch(codes + c * chunk + kAhead / 2);
+      __builtin_prefetch(ahead + c * chunk);
       sums[i] = S::template dot<bits>(sums[i], bits == 4 ? S::low_nibbles(word) : S::prepare(word), S::load_bytes(part));
       if (bits == 4) sums[i] = S::template dot<bits>(sums[i], S::high_nibbles(word), S::load_bytes(part + chunk));
     }
@@ -428,6 +428,7 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
   alignas(64) int8_t again[kMostWidth + lanes * kMaxGroup];
   alignas(64) int32_t integers[kMostWidth * bits / 32 + lanes];  // [row][group], and room to read on
   const int8_t* own = x.codes + token * x.width;
+  const uint8_t* end = matrix.codes + (first + rows) * matrix.row_bytes();
   if (groups % lanes != 0) {
     for (int64_t at = 0; at < x.width + lanes * group; at += x.width)
       memcpy(again + at, own, static_cast<size_t>(least(x.width, x.width + lanes * group - at)));
@@ -438,10 +439,15 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
     const uint8_t* codes = matrix.codes + start * matrix.row_bytes();
     int64_t next = 0;
     for (int64_t at = 0; at < lanes * groups; at += lanes, codes += lanes * group * bits / 8) {
-      S::store_ints(integers + at, sum_groups<S, bits, chunks>(codes, own + next * group, group * bits / 8 / chunk));
+      const uint8_t* ahead = codes + kAhead / 2;
+      if (matrix.next_codes && ahead >= end) ahead = matrix.next_codes + (ahead - end);
+      const int64_t count = group * bits / 8 / chunk;
+      S::store_ints(integers + at, sum_groups<S, bits, chunks>(codes, ahead, own + next * group, count));
       for (next += lanes; next >= groups;) next -= groups;
     }
     alignas(64) float totals[lanes];
+    const int64_t fetched = matrix.next_codes && done + lanes >= rows ? lanes * groups * matrix.scale_bytes() : 0;
+    for (int64_t at = 0; at < fetched; at += 64) __builtin_prefetch(matrix.next_scales + at);
     add_groups<S>(matrix, start, integers, x, token, totals);
     const int64_t skipped = first + done - start;
     memcpy(out + done, totals + skipped, static_cast<size_t>(least(lanes - skipped, rows - done)) * sizeof *out);

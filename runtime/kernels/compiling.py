@@ -21,8 +21,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 INSTALL = "install from a clone, which compiles them: pip install --force-reinstall --no-deps CLONE"
-COMMON = ("mixture", "step", "gate", "ops", "step_ops", "attention", "attention_rows", "attention_ops")
-CALLS = ("ops", "step_ops", "attention_ops")  # of COMMON, those without a loop over numbers
+CALLS = ("moe", "ops", "step_ops", "moe_ops", "attention_ops")  # without a loop over numbers
+COMMON = ("mixture", "step", "gate", "attention", "attention_rows", *CALLS)
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno "
     "-fno-asynchronous-unwind-tables "

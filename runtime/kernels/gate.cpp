@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "step.h"
+#include "moe.h"
 
 namespace moedge {
 
@@ -83,46 +83,52 @@ void choose_experts(const Gate& gate, const float* logits, float* scratch, int64
   for (int64_t k = 0; k < gate.top_k; ++k) weights[k] = (gate.normalize ? weights[k] / total : weights[k]) * gate.factor;
 }
 
+RouterSteps::RouterSteps(const Router& router, Blocks* blocks) : r(router) {
+  const int64_t tokens = r.norm.tokens;
+  take_norm(&r.norm, blocks);
+  scores = blocks->take<float>(tokens * (2 * r.gate.experts + r.gate.groups));
+  if (!r.logits) r.logits = blocks->take<float>(tokens * r.gate.experts);
+  if (!r.experts) r.experts = blocks->take<int64_t>(tokens * r.gate.top_k);
+  if (!r.weights) r.weights = blocks->take<float>(tokens * r.gate.top_k);
+}
+
+void RouterSteps::multiply(int64_t unit, int64_t last) const {
+  const int64_t experts = r.gate.experts, columns = divide_up(experts, rows()), width = r.norm.width;
+  for (; unit < last; ++unit) {
+    const int64_t first = unit % columns * rows(), token = unit / columns * kSome;
+    const int64_t height = least(rows(), experts - first), count = least(kSome, r.norm.tokens - token);
+    const char* matrix = static_cast<const char*>(r.matrix) + first * width * (r.half ? 2 : 4);
+    float* out = r.logits + token * experts + first;
+    r.kernels->multiply_floats(matrix, r.half, height, width, input_of(r.norm) + token * width, count, out, experts);
+    for (int64_t i = 0; r.bias && i < count; ++i)
+      for (int64_t e = 0; e < height; ++e) out[i * experts + e] += r.bias[first + e];
+  }
+}
+
+void RouterSteps::choose(int64_t first, int64_t end) const {
+  const int64_t each = 2 * r.gate.experts + r.gate.groups, top_k = r.gate.top_k;
+  for (int64_t token = first; token < end; ++token)
+    choose_experts(r.gate, r.logits + token * r.gate.experts, scores + token * each, r.experts + token * top_k,
+                   r.weights + token * top_k);
+}
+
 size_t router_scratch(const Router& router) {
   Blocks blocks{nullptr};
-  Norm norm = router.norm;
-  take_norm(&norm, &blocks);
-  blocks.take<float>(router.norm.tokens * (2 * router.gate.experts + router.gate.groups));
+  RouterSteps(router, &blocks);
   return blocks.used;
 }
 
-void run_router(const Router& r, void* scratch, const Parallel& parallel) {
+void run_router(const Router& router, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};
-  Norm norm = r.norm;
-  take_norm(&norm, &blocks);
-  const int64_t each = 2 * r.gate.experts + r.gate.groups, experts = r.gate.experts;
-  float* scores = blocks.take<float>(norm.tokens * each);
-  const float* x = input_of(norm);
+  const RouterSteps steps(router, &blocks);
+  const Norm& norm = steps.r.norm;
   const auto normalize = [&](int64_t first, int64_t end, int64_t) { run_norm(norm, first, end - first); };
-  // A unit is some experts by some tokens, so that one token's and many tokens' work can be shared out alike.
-  const int64_t some = 64, rows = norm.tokens <= some ? 8 : least(experts, 64), columns = divide_up(experts, rows);
-  const int64_t units = divide_up(norm.tokens, some) * columns, row_bytes = norm.width * (r.half ? 2 : 4);
-  const char* matrix = static_cast<const char*>(r.matrix);
-  const auto multiply = [&](int64_t unit, int64_t last, int64_t) {
-    for (; unit < last; ++unit) {
-      const int64_t first = unit % columns * rows, token = unit / columns * some;
-      const int64_t height = least(rows, experts - first), count = least(some, norm.tokens - token);
-      float* out = r.logits + token * experts + first;
-      r.kernels->multiply_floats(matrix + first * row_bytes, r.half, height, norm.width, x + token * norm.width, count,
-                                 out, experts);
-      for (int64_t i = 0; r.bias && i < count; ++i)
-        for (int64_t e = 0; e < height; ++e) out[i * experts + e] += r.bias[first + e];
-    }
-  };
-  const auto choose = [&](int64_t first, int64_t end, int64_t) {
-    for (int64_t token = first; token < end; ++token)
-      choose_experts(r.gate, r.logits + token * experts, scores + token * each, r.experts + token * r.gate.top_k,
-                     r.weights + token * r.gate.top_k);
-  };
+  const auto multiply = [&](int64_t first, int64_t end, int64_t) { steps.multiply(first, end); };
+  const auto choose = [&](int64_t first, int64_t end, int64_t) { steps.choose(first, end); };
   run_phases(parallel,
-             {phase(norm.changes_x() ? norm.tokens : 0, normalize), phase(units, multiply),
+             {phase(norm.changes_x() ? norm.tokens : 0, normalize), phase(steps.units(), multiply),
               phase(norm.tokens, choose)},
-             workers_for(units, norm.tokens * most(norm.width, 32 * experts)));
+             workers_for(steps.units(), norm.tokens * most(norm.width, 32 * router.gate.experts)));
 }
 
 }  // namespace moedge

@@ -33,6 +33,9 @@ struct Matrix {
   int64_t rows, width, group;
   int bits;
   bool half = false;
+  // What is read when one token's product with these rows is done, where that is known: its beginning is fetched.
+  const uint8_t* next_codes = nullptr;
+  const uint8_t* next_scales = nullptr;
 
   int64_t groups() const { return width / group; }
   int64_t row_bytes() const { return width * bits / 8; }
@@ -44,6 +47,12 @@ struct Matrix {
   // Codes of 6 bits come in whole blocks and lie around the middle.
   bool is_packed_well() const {
     return bits != 6 || (width % kSixBitBlock == 0 && width <= kMostWidth && !zero_points);
+  }
+  Matrix before(const Matrix& next, int64_t row) const {
+    Matrix one = *this;
+    one.next_codes = next.codes + row * next.row_bytes();
+    one.next_scales = next.scale(row, 0);
+    return one;
   }
   Matrix at(int64_t index) const {  // of a stack of matrices
     Matrix one = *this;
@@ -108,24 +117,6 @@ const Kernels* avx2_kernels();
 const Kernels* avxvnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
-
-// A mixture of experts over tokens. E = experts, H = hidden, I = inner.
-struct Mixture {
-  const Kernels* kernels;
-  int64_t tokens, choices, experts, hidden, inner;
-  const float* x;        // [tokens, H]
-  const int64_t* chosen; // [tokens, choices], each in [0, E)
-  const float* weights;  // [tokens, choices]
-  Matrix gate_up;        // [E] stacked: [2 I, H], rows gate 0, up 0, gate 1, up 1 ...
-  Matrix down;           // [E] stacked: [H, I]
-  const float* gate_up_bias;  // [E, 2 I] or null
-  const float* down_bias;     // [E, H] or null
-  float alpha, limit, offset; // of the activation, see `swiglu`
-  float* y;                   // [tokens, H]
-};
-
-size_t mixture_scratch(const Mixture& mixture);
-void run_mixture(const Mixture& mixture, void* scratch, const Parallel& parallel);
 
 // y [tokens, rows] = x [tokens, width] by the transposed matrix, plus bias [rows] where it is given.
 struct Linear {

@@ -11,7 +11,7 @@
 namespace moedge {
 
 constexpr int kMaxRank = 8;
-constexpr size_t kMaxInputs = 16;  // that are not a list of any length
+constexpr size_t kMaxInputs = 21;  // that are not a list of any length
 
 struct Tensor {
   void* data = nullptr;  // null: an optional input that is not there
@@ -189,5 +189,6 @@ constexpr Op make_op(const char* name, const int* types, size_t inputs, size_t r
 const OrtCustomOp* grouped_attention_op();
 const OrtCustomOp* latent_attention_op();
 const OrtCustomOp* step_op(size_t place);  // one by one; null behind the last
+const OrtCustomOp* moe_op(size_t place);   // likewise
 
 }  // namespace moedge

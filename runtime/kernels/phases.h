@@ -12,7 +12,7 @@
 
 namespace moedge {
 
-constexpr int64_t kMostWorkers = 64, kMostPhases = 6;
+constexpr int64_t kMostWorkers = 64, kMostPhases = 7;
 
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -24,11 +24,14 @@ inline int64_t count_workers(int64_t units) {
   return most(1, least(least(units, kMostWorkers), known));
 }
 
-// `units` of work that begin when the phase before them is finished.
+// `units` of work that begin when the phase before them is finished; at most so many where a phase before counts them.
 struct Phase {
   int64_t units;
   void (*run)(const void* body, int64_t first, int64_t end, int64_t worker);
   const void* body;
+  const int64_t* counted = nullptr;
+
+  int64_t count() const { return counted ? *counted : units; }  // not before this phase begins
 };
 
 // body(first, end, worker) does the units from `first` to `end`; a worker is one thread at a time.
@@ -40,6 +43,12 @@ Phase phase(int64_t units, const Body& body) {
           },
           &body};
 }
+template <typename Body>
+Phase counted_phase(int64_t most_units, const int64_t* counted, const Body& body) {
+  Phase made = phase(most_units, body);
+  made.counted = counted;
+  return made;
+}
 
 // The phases while they run. Each worker begins a phase with a stretch of its own, three quarters of its share: every new
 // place in memory is read slowly at its beginning. The units behind those go to whoever comes, long stretches first and
@@ -49,18 +58,15 @@ class Region {
  public:
   Region(const Phase* phases, int64_t count, int64_t workers) : phases_(phases), count_(count), workers_(workers) {
     for (int64_t p = 0; p < count; ++p) {
-      const int64_t units = phases[p].units, share = units * 3 / (4 * workers);
-      Counters& c = counters_[p];
-      c.done = 0;
-      c.own = workers == 1 ? units : share > 0 || units < workers ? share : 1;
-      for (int64_t w = 0; w <= workers; ++w) c.next[w] = w * c.own;
+      counters_[p].done = 0;
+      for (int64_t w = 0; w <= workers; ++w) counters_[p].taken[w] = 0;
     }
   }
 
   void work(int64_t worker) {
     for (int64_t p = 0; p < count_; ++p) {
-      const int64_t units = phases_[p].units;
-      take(p, worker);
+      const int64_t units = phases_[p].count();
+      take(p, units, worker);
       if (p + 1 == count_) return;
       for (int64_t spins = 1; __atomic_load_n(&counters_[p].done, __ATOMIC_ACQUIRE) < units; ++spins) {
         if (spins % 4096 == 0) sched_yield();  // whoever has the units may wait for this processor
@@ -72,8 +78,7 @@ class Region {
  private:
   struct Counters {
     alignas(64) int64_t done;               // units that are finished
-    int64_t own;                            // units of each worker's own stretch
-    alignas(64) int64_t next[kMostWorkers + 1];  // of each worker's own, and of the rest, the first not taken
+    alignas(64) int64_t taken[kMostWorkers + 1];  // of each worker's own stretch, and of the rest
   };
 
   static void pause() {
@@ -84,23 +89,25 @@ class Region {
 #endif
   }
 
-  void take(int64_t p, int64_t worker) {
+  void take(int64_t p, int64_t units, int64_t worker) {
     const Phase& phase = phases_[p];
     Counters& c = counters_[p];
-    int64_t taken = 0;
+    const int64_t share = units * 3 / (4 * workers_), few = units < workers_ ? 0 : 1;
+    const int64_t own = workers_ == 1 ? units : most(share, few);
+    int64_t done = 0;
     for (int64_t i = -2; i < workers_; ++i) {  // its own, the rest, then everybody's own
       const int64_t from = i == -2 ? worker : i == -1 ? workers_ : i;
-      const int64_t limit = from == workers_ ? phase.units : (from + 1) * c.own;
-      int64_t first = __atomic_load_n(c.next + from, __ATOMIC_RELAXED);
+      const int64_t start = from * own, limit = from == workers_ ? units - start : own;
+      int64_t first = __atomic_load_n(c.taken + from, __ATOMIC_RELAXED);
       while (first < limit) {
-        const int64_t some = (limit - first) / (2 * workers_), end = i == -2 ? limit : first + (some > 1 ? some : 1);
-        if (!__atomic_compare_exchange_n(c.next + from, &first, end, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
-        phase.run(phase.body, first, end, worker);
-        taken += end - first;
-        first = __atomic_load_n(c.next + from, __ATOMIC_RELAXED);
+        const int64_t some = (limit - first) / (2 * workers_), end = i == -2 ? limit : first + most(some, 1);
+        if (!__atomic_compare_exchange_n(c.taken + from, &first, end, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+        phase.run(phase.body, start + first, start + end, worker);
+        done += end - first;
+        first = __atomic_load_n(c.taken + from, __ATOMIC_RELAXED);
       }
     }
-    if (taken) __atomic_fetch_add(&c.done, taken, __ATOMIC_ACQ_REL);
+    if (done) __atomic_fetch_add(&c.done, done, __ATOMIC_ACQ_REL);
   }
 
   const Phase* phases_;

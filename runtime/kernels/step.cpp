@@ -1,6 +1,6 @@
 // Norms, several products of one input, and the dense MLP.
 
-#include "step.h"
+#include "moe.h"
 
 #include <math.h>
 #include <string.h>
@@ -22,46 +22,6 @@ float sum_of_squares(const float* x, int64_t width) {
   return sums[0];
 }
 
-// The phase that makes the activations of products: the norm's rows, each quantized while it is in the cache, or where
-// there is no norm pieces of x.
-struct Entering {
-  const Kernels& kernels;
-  const Norm& norm;
-  Quantizing quantizing;
-
-  Entering(const Kernels& own, const Norm& given, int bits, const Activations& out)
-      : kernels(own), norm(given), quantizing{own, input_of(given), given.tokens * given.width, bits, out} {}
-
-  int64_t units() const { return norm.changes_x() ? norm.tokens : quantizing.units(); }
-  void operator()(int64_t first, int64_t end, int64_t worker) const {
-    if (!norm.changes_x()) return quantizing(first, end, worker);
-    for (int64_t row = first; row < end; ++row) {
-      run_norm(norm, row, 1);
-      kernels.quantize(quantizing.x + row * norm.width, quantizing.bits, row, quantizing.out);
-    }
-  }
-};
-
-struct MlpScratch {
-  Norm norm;
-  Activations x;
-  float* both;    // [tokens, 2 I]
-  float* h;       // [tokens, I]
-  Activations inner;
-  float* shares;  // [tokens]
-};
-
-MlpScratch take_scratch(const Mlp& mlp, Blocks* blocks) {
-  MlpScratch s{mlp.norm, {}, nullptr, nullptr, {}, nullptr};
-  take_norm(&s.norm, blocks);
-  s.x = blocks->take_activations(mlp.norm.tokens, mlp.gate_up);
-  s.both = blocks->take<float>(mlp.norm.tokens * mlp.gate_up.rows);
-  s.h = blocks->take<float>(mlp.norm.tokens * mlp.down.width);
-  s.inner = blocks->take_activations(mlp.norm.tokens, mlp.down);
-  s.shares = blocks->take<float>(mlp.norm.tokens);
-  return s;
-}
-
 // silu(gate) * up of one token: `count` of its gates and of its ups.
 void activate(const Kernels& kernels, const float* gates, const float* ups, int64_t count, float* h) {
   float pairs[2 * kPiece];
@@ -70,16 +30,6 @@ void activate(const Kernels& kernels, const float* gates, const float* ups, int6
     pairs[2 * i + 1] = ups[i];
   }
   kernels.swiglu(pairs, count, 1.0f, INFINITY, 0.0f, h);
-}
-
-// What is done to rows `first` to `end` of the products, each step rounded as the nodes would that stand for it.
-void weigh_and_add(const Mlp& m, const float* shares, int64_t first, int64_t end) {
-  for (int64_t token = 0; token < m.norm.tokens; ++token) {
-    float* y = m.y + token * m.down.rows;
-    const float* addend = m.addend + token * m.down.rows;
-    for (int64_t row = first; m.share && row < end; ++row) y[row] *= shares[token];
-    for (int64_t row = first; m.addend && row < end; ++row) y[row] += addend[row];
-  }
 }
 
 }  // namespace
@@ -135,49 +85,71 @@ void run_projections(const Projections& p, void* scratch, const Parallel& parall
              workers_for(total, entering.quantizing.numbers));
 }
 
+MlpSteps::MlpSteps(const Mlp& mlp, Blocks* blocks) : m(mlp) {
+  const int64_t tokens = m.norm.tokens;
+  take_norm(&m.norm, blocks);
+  x = blocks->take_activations(tokens, m.gate_up);
+  both = blocks->take<float>(tokens * m.gate_up.rows);
+  h = blocks->take<float>(tokens * m.down.width);
+  inner = blocks->take_activations(tokens, m.down);
+  shares = blocks->take<float>(tokens);
+}
+
+void MlpSteps::multiply_up(int64_t unit, int64_t last) const {
+  const int64_t rows = up_rows();
+  multiply_rows(*m.kernels, m.gate_up, x, m.norm.tokens, unit * rows, least(m.gate_up.rows, last * rows), nullptr, both);
+}
+
+void MlpSteps::activate(int64_t unit, int64_t last) const {
+  const int64_t width = m.down.width;
+  for (; unit < last; ++unit) {
+    const int64_t token = unit / pieces(), from = unit % pieces() * kPiece, count = least(kPiece, width - from);
+    if (m.share && from == 0) {
+      float logit = 0.0f;
+      m.kernels->multiply_floats(m.share, false, 1, m.norm.width, input_of(m.norm) + token * m.norm.width, 1, &logit, 1);
+      shares[token] = static_cast<float>(1.0 / (1.0 + exp(-static_cast<double>(logit))));
+    }
+    const float* gates = both + token * 2 * width + from;
+    float* some = h + token * width + from;
+    moedge::activate(*m.kernels, gates, gates + width, count, some);
+    const int64_t at = (token * width + from) / m.down.group;
+    m.kernels->quantize(some, m.down.bits, 0, {inner.codes + token * width + from, inner.scales + at, inner.sums + at,
+                                               count, count / m.down.group});
+  }
+}
+
+// Each step is rounded as the nodes would that stand for it.
+void MlpSteps::multiply_down(int64_t first, int64_t end) const {
+  multiply_rows(*m.kernels, m.down, inner, m.norm.tokens, first, end, nullptr, m.y);
+  for (int64_t token = 0; token < m.norm.tokens; ++token) {
+    float* y = m.y + token * m.down.rows;
+    const float* addend = m.addend + token * m.down.rows;
+    for (int64_t row = first; m.share && row < end; ++row) y[row] *= shares[token];
+    for (int64_t row = first; m.addend && row < end; ++row) y[row] += addend[row];
+  }
+}
+
 size_t mlp_scratch(const Mlp& mlp) {
   Blocks blocks{nullptr};
-  take_scratch(mlp, &blocks);
+  MlpSteps(mlp, &blocks);
   return blocks.used;
 }
 
-void run_mlp(const Mlp& m, void* scratch, const Parallel& parallel) {
+void run_mlp(const Mlp& mlp, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};
-  const MlpScratch s = take_scratch(m, &blocks);
-  const int64_t tokens = m.norm.tokens, inner = m.down.width;
-  const Entering entering(*m.kernels, s.norm, m.gate_up.bits, s.x);
-  const int64_t up_rows = unit_rows(*m.kernels, m.gate_up), up_units = divide_up(m.gate_up.rows, up_rows);
-  const int64_t down_rows = unit_rows(*m.kernels, m.down), down_units = divide_up(m.down.rows, down_rows);
-  const auto multiply_up = [&](int64_t unit, int64_t last, int64_t) {
-    multiply_rows(*m.kernels, m.gate_up, s.x, tokens, unit * up_rows, least(m.gate_up.rows, last * up_rows), nullptr, s.both);
-  };
-  const int64_t pieces = divide_up(inner, kPiece);  // of a token
-  const auto activate_some = [&](int64_t unit, int64_t last, int64_t) {
-    for (; unit < last; ++unit) {
-      const int64_t token = unit / pieces, from = unit % pieces * kPiece, count = least(kPiece, inner - from);
-      if (m.share && from == 0) {
-        float logit = 0.0f;
-        m.kernels->multiply_floats(m.share, false, 1, m.norm.width, input_of(s.norm) + token * m.norm.width, 1,
-                                   &logit, 1);
-        s.shares[token] = static_cast<float>(1.0 / (1.0 + exp(-static_cast<double>(logit))));
-      }
-      const float* gates = s.both + token * 2 * inner + from;
-      float* h = s.h + token * inner + from;
-      activate(*m.kernels, gates, gates + inner, count, h);
-      const int64_t at = (token * inner + from) / m.down.group;
-      m.kernels->quantize(h, m.down.bits, 0, {s.inner.codes + token * inner + from, s.inner.scales + at,
-                                              s.inner.sums + at, count, count / m.down.group});
-    }
-  };
-  const auto multiply_down = [&](int64_t unit, int64_t last, int64_t) {
-    const int64_t first = unit * down_rows, end = least(m.down.rows, last * down_rows);
-    multiply_rows(*m.kernels, m.down, s.inner, tokens, first, end, nullptr, m.y);
-    weigh_and_add(m, s.shares, first, end);
+  const MlpSteps steps(mlp, &blocks);
+  const Mlp& m = steps.m;
+  const Entering entering(*m.kernels, m.norm, m.gate_up.bits, steps.x);
+  const int64_t rows = unit_rows(*m.kernels, m.down), down_units = divide_up(m.down.rows, rows);
+  const auto up = [&](int64_t unit, int64_t last, int64_t) { steps.multiply_up(unit, last); };
+  const auto activate = [&](int64_t unit, int64_t last, int64_t) { steps.activate(unit, last); };
+  const auto down = [&](int64_t unit, int64_t last, int64_t) {
+    steps.multiply_down(unit * rows, least(m.down.rows, last * rows));
   };
   run_phases(parallel,
-             {phase(entering.units(), entering), phase(up_units, multiply_up),
-              phase(tokens * pieces, activate_some), phase(down_units, multiply_down)},
-             workers_for(most(up_units, down_units), tokens * most(m.norm.width, inner)));
+             {phase(entering.units(), entering), phase(steps.up_units(), up),
+              phase(m.norm.tokens * steps.pieces(), activate), phase(down_units, down)},
+             workers_for(most(steps.up_units(), down_units), m.norm.tokens * most(m.norm.width, m.down.width)));
 }
 
 }  // namespace moedge

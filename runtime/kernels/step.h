@@ -33,6 +33,35 @@ inline const float* input_of(const Norm& norm) {
 // `rows` of the norm from `first`.
 void run_norm(const Norm& norm, int64_t first, int64_t rows);
 
+// The phase that makes the activations of products: the norm's rows, each quantized while it is in the cache, or where
+// there is no norm pieces of x. `more`: the same rows once more, for products of another kind.
+struct Entering {
+  const Kernels& kernels;
+  const Norm& norm;
+  Quantizing quantizing;
+  const Activations* more;
+  int more_bits;
+
+  Entering(const Kernels& own, const Norm& given, int bits, const Activations& out, const Activations* also = nullptr,
+           int also_bits = 0)
+      : kernels(own), norm(given), quantizing{own, input_of(given), given.tokens * given.width, bits, out}, more(also),
+        more_bits(also_bits) {}
+
+  int64_t units() const { return norm.changes_x() ? norm.tokens : quantizing.units(); }
+  void operator()(int64_t first, int64_t end, int64_t worker) const {
+    if (!norm.changes_x()) {
+      quantizing(first, end, worker);
+      if (more) Quantizing{kernels, quantizing.x, quantizing.numbers, more_bits, *more}(first, end, worker);
+      return;
+    }
+    for (int64_t row = first; row < end; ++row) {
+      run_norm(norm, row, 1);
+      kernels.quantize(quantizing.x + row * norm.width, quantizing.bits, row, quantizing.out);
+      if (more) kernels.quantize(quantizing.x + row * norm.width, more_bits, row, *more);
+    }
+  }
+};
+
 constexpr int64_t kMaxMatrices = 3;
 
 // Several linears of one input: y[i] [tokens, rows of matrix i].
