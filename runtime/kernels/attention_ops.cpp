@@ -133,8 +133,7 @@ bool is_part(const PartNorm& norm, const Tensor& weight, int64_t head, int64_t r
 
 OrtStatus* GroupedOp::run(OrtKernelContext* context) const {
   Tensor in[kMaxInputs];
-  memcpy(in, constants, sizeof in);
-  if (OrtStatus* status = read_inputs(ort, context, kGroupedLanes, in)) return status;
+  if (OrtStatus* status = read_inputs(context, kGroupedLanes, in)) return status;
   const Tensor &q = in[0], &k = in[1], &v = in[2], &cos = in[3], &sin = in[4], &sinks = in[7];
   const int64_t tokens = q.shape[0], pairs = cos.rank == 3 ? cos.shape[2] : 0;
   GroupedAttention g{};
@@ -214,8 +213,7 @@ bool read_matrices(const Tensor& values, const Tensor& scales, const Tensor& zer
 
 OrtStatus* LatentOp::run(OrtKernelContext* context) const {
   Tensor in[kMaxInputs];
-  memcpy(in, constants, sizeof in);
-  if (OrtStatus* status = read_inputs(ort, context, kLatentLanes, in)) return status;
+  if (OrtStatus* status = read_inputs(context, kLatentLanes, in)) return status;
   const Tensor &q = in[0], &latent = in[1], &k_rope = in[2], &cos = in[3], &sin = in[4], &k_up = in[5], &v_up = in[6];
   const bool joined = epsilon >= 0.0f;
   if (latent.rank != 2 || k_rope.rank != (joined ? 1 : 2) || k_up.rank != 3 || v_up.rank != 3)

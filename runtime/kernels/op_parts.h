@@ -10,13 +10,14 @@
 
 namespace moedge {
 
-constexpr int kMaxRank = 8;
+constexpr int kMaxRank = 6;
 constexpr size_t kMaxInputs = 21;  // that are not a list of any length
 
+// A cache line: between two tokens all of them have left the caches.
 struct Tensor {
   void* data = nullptr;  // null: an optional input that is not there
   int64_t shape[kMaxRank] = {};
-  size_t rank = 0;
+  uint32_t rank = 0;
   int kind = 0;  // of its elements
 
   bool is(int64_t a, int64_t b) const { return rank == 2 && shape[0] == a && shape[1] == b; }
@@ -32,43 +33,24 @@ struct Tensor {
 
 inline OrtStatus* read_value(const Ort& ort, const OrtValue* value, Tensor* out) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
-  if (OrtStatus* status = ort.type_and_shape(value, &info)) return status;
-  OrtStatus* status = ort.rank(info, &out->rank);
-  if (!status && out->rank > kMaxRank) status = ort.fail(kInvalidArgument, "moedge.cpu: an input has too many axes");
-  if (!status) status = ort.dimensions(info, out->shape, out->rank);
-  if (!status) status = ort.element_type(info, &out->kind);
-  ort.release(info);
-  return status ? status : ort.data(const_cast<OrtValue*>(value), &out->data);
-}
-
-// What never changes is read once, when the kernel is made: that costs more than a small model's product.
-inline OrtStatus* read_constants(const Ort& ort, const OrtKernelInfo* info, size_t limit, Tensor* out) {
-  size_t count = 0;
-  if (OrtStatus* status = ort.input_count(info, &count)) return status;
-  for (size_t i = 0; i < count && i < limit; ++i) {
-    int constant = 0;
-    const OrtValue* value = nullptr;
-    if (OrtStatus* status = ort.constant_input(info, i, &constant, &value)) return status;
-    if (!constant || !value) continue;
-    if (OrtStatus* status = read_value(ort, value, out + i)) return status;
-  }
-  return nullptr;
+  const int64_t* shape = nullptr;
+  size_t rank = 0;
+  OrtStatus* status = lends_shapes ? ort.type_and_shape(value, &out->kind, &shape, &rank) : ort.type_and_shape(value, &info);
+  if (!status && info) status = ort.rank(info, &rank);
+  if (!status && rank > kMaxRank) status = ort.fail(kInvalidArgument, "moedge.cpu: an input has too many axes");
+  if (!status) out->rank = static_cast<uint32_t>(rank);
+  if (!status && info) status = ort.dimensions(info, out->shape, rank);
+  if (!status && info) status = ort.element_type(info, &out->kind);
+  if (info) ort.release(info);
+  if (status) return status;
+  for (size_t axis = 0; shape && axis < rank; ++axis) out->shape[axis] = shape[axis];
+  return ort.data(const_cast<OrtValue*>(value), &out->data);
 }
 
 inline OrtStatus* read_input(const Ort& ort, const OrtKernelContext* context, size_t index, Tensor* out) {
   const OrtValue* value = nullptr;
   if (OrtStatus* status = ort.input(context, index, &value)) return status;
   return value ? read_value(ort, value, out) : nullptr;
-}
-
-// `out` [limit] comes with the constants in it.
-inline OrtStatus* read_inputs(const Ort& ort, const OrtKernelContext* context, size_t limit, Tensor* out) {
-  size_t count = 0;
-  if (OrtStatus* status = ort.input_count(context, &count)) return status;
-  for (size_t i = 0; i < limit && i < count; ++i)
-    if (!out[i].data)
-      if (OrtStatus* status = read_input(ort, context, i, out + i)) return status;
-  return nullptr;
 }
 
 // What every kernel has. An op is a struct made of this and its attributes, trivially copyable, with
@@ -78,9 +60,38 @@ struct KernelBase {
   Ort ort;
   const Kernels* kernels;
   OrtAllocator* allocator;
-  Tensor constants[kMaxInputs];
+  size_t inputs;                 // that the node has
+  uint32_t constant;             // a bit for each that never changes
+  Tensor constants[kMaxInputs];  // those alone, one behind the other
 
   OrtStatus* invalid(const char* text) const { return ort.fail(kInvalidArgument, text); }
+
+  // What never changes is read once, when the kernel is made: that costs more than a small model's product.
+  OrtStatus* read_constants(const OrtKernelInfo* info, size_t limit) {
+    if (OrtStatus* status = ort.input_count(info, &inputs)) return status;
+    Tensor* next = constants;
+    for (size_t i = 0; i < inputs && i < limit; ++i) {
+      int is_constant = 0;
+      const OrtValue* value = nullptr;
+      if (OrtStatus* status = ort.constant_input(info, i, &is_constant, &value)) return status;
+      if (!is_constant || !value) continue;
+      if (OrtStatus* status = read_value(ort, value, next++)) return status;
+      constant |= uint32_t{1} << i;
+    }
+    return nullptr;
+  }
+
+  // The first `limit` inputs.
+  OrtStatus* read_inputs(const OrtKernelContext* context, size_t limit, Tensor* in) const {
+    const Tensor* next = constants;
+    for (size_t i = 0; i < limit && i < inputs; ++i) {
+      if (constant >> i & 1)
+        in[i] = *next++;
+      else if (OrtStatus* status = read_input(ort, context, i, in + i))
+        return status;
+    }
+    return nullptr;
+  }
 
   // Calls work(scratch, parallel) with `bytes` of memory from the session's own allocator.
   template <typename Work>
@@ -143,7 +154,7 @@ OrtStatus* create_kernel(const OrtCustomOp* op, const OrtApi* api, const OrtKern
   }
   *made = kernel;
   const Op* own = static_cast<const Op*>(op);
-  OrtStatus* status = read_constants(ort, info, own->list ? own->inputs - 1 : own->inputs, made->constants);
+  OrtStatus* status = made->read_constants(info, own->list ? own->inputs - 1 : own->inputs);
   if (status) destroy_kernel<K>(made);
   *out = status ? nullptr : made;
   return status;

@@ -56,6 +56,7 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
     return first ? Ort{first}.fail(kFail, "moedge.cpu: this onnxruntime is too old, 1.18 or later is needed") : nullptr;
   }
   const Ort ort{api};
+  lends_shapes = atoi(base->GetVersionString() + 2) >= kLendsShapes;  // behind "1."
   // The domain lives as long as the library: sessions keep referring to it, and nothing says when the last one ends.
   static OrtCustomOpDomain* domain = nullptr;
   if (!domain) {

@@ -20,7 +20,7 @@ struct OrtCustomOpDomain;
 struct OrtSessionOptions;
 
 struct OrtApi {
-  void* functions[279];
+  void* functions[415];
 };
 
 struct OrtApiBase {
@@ -68,11 +68,15 @@ struct OrtCustomOp {
 namespace moedge {
 
 constexpr uint32_t kApiVersion = 18;
+constexpr int kLendsShapes = 24;  // from this onnxruntime 1.x on
 constexpr int kAnyType = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt64 = 7, kHalf = 10;  // ONNXTensorElementDataType
 constexpr int kBfloat16 = 16;
 constexpr int kRequired = 0, kOptional = 1, kVariadic = 2;  // OrtCustomOpInputOutputCharacteristic
 constexpr int kDefaultMemory = 0;                  // OrtMemTypeDefault
 constexpr int kInvalidArgument = 2, kFail = 1;     // OrtErrorCode
+
+// Whether onnxruntime is of 1.24 or later: its table, the same for every version asked for, is longer than we need.
+inline bool lends_shapes = false;
 
 // The functions of the table, called with their types: Ort{api}.function(arguments).
 struct Ort {
@@ -110,6 +114,10 @@ struct Ort {
     return at<OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo**)>(65)(value, out);
   }
   void release(OrtTensorTypeAndShapeInfo* info) const { at<void(OrtTensorTypeAndShapeInfo*)>(99)(info); }
+  // Both at once and nothing to release, but only where `lends_shapes`.
+  OrtStatus* type_and_shape(const OrtValue* value, int* type, const int64_t** shape, size_t* rank) const {
+    return at<OrtStatus*(const OrtValue*, int*, const int64_t**, size_t*)>(414)(value, type, shape, rank);
+  }
 
   OrtStatus* attribute(const OrtKernelInfo* info, const char* name, float* out) const {
     return at<OrtStatus*(const OrtKernelInfo*, const char*, float*)>(85)(info, name, out);
@@ -120,9 +128,6 @@ struct Ort {
   OrtStatus* input_count(const OrtKernelContext* context, size_t* out) const {
     return at<OrtStatus*(const OrtKernelContext*, size_t*)>(88)(context, out);
   }
-  OrtStatus* output_count(const OrtKernelContext* context, size_t* out) const {
-    return at<OrtStatus*(const OrtKernelContext*, size_t*)>(89)(context, out);
-  }
   OrtStatus* input_count(const OrtKernelInfo* info, size_t* out) const {
     return at<OrtStatus*(const OrtKernelInfo*, size_t*)>(230)(info, out);
   }
@@ -132,6 +137,7 @@ struct Ort {
   OrtStatus* input(const OrtKernelContext* context, size_t index, const OrtValue** out) const {
     return at<OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)>(90)(context, index, out);
   }
+  // No value where the node has no such output.
   OrtStatus* output(OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank, OrtValue** out) const {
     return at<OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>(91)(context, index, shape,
                                                                                             rank, out);
