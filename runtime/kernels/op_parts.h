@@ -12,6 +12,8 @@ namespace moedge {
 
 constexpr int kMaxRank = 6;
 constexpr size_t kMaxInputs = 21;  // that are not a list of any length
+// Bytes: what an op needs for one token, but for attention. The caller's stack is of some MB.
+constexpr size_t kMostOnStack = 48 << 10;
 
 // A cache line: between two tokens all of them have left the caches.
 struct Tensor {
@@ -93,10 +95,11 @@ struct KernelBase {
     return nullptr;
   }
 
-  // Calls work(scratch, parallel) with `bytes` of memory from the session's own allocator.
+  // Calls work(scratch, parallel) with `bytes` of memory: the stack's, or where that is short the session's own allocator's.
   template <typename Work>
   OrtStatus* with_scratch(OrtKernelContext* context, size_t bytes, const Work& work) const {
-    void* scratch = allocator->Alloc(allocator, bytes + 64);
+    void* block = bytes > kMostOnStack ? allocator->Alloc(allocator, bytes + 64) : nullptr;
+    void* scratch = bytes > kMostOnStack ? block : __builtin_alloca(bytes + 64);
     if (!scratch) return ort.fail(kFail, "moedge.cpu: cannot allocate memory for activations");
     struct Shared {
       const Ort* ort;
@@ -109,7 +112,7 @@ struct KernelBase {
                             },
                             &shared};
     work(reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64), parallel);
-    allocator->Free(allocator, scratch);
+    if (block) allocator->Free(allocator, block);
     return shared.status;
   }
 };
