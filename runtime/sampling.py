@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 
 from ..errors import EngineError, UsageError
 
-# Top-p looks at this many of the most likely tokens first: sorting a whole vocabulary costs more than a layer.
-_FIRST_LOOK = 256
+# Top-p looks at tokens with at least this share of the likeliest one's probability first: sorting a whole vocabulary
+# costs more than a layer.
+_LOOKS = (2.0**-10, 2.0**-20, 0.0)
+
+_BLOCK = 512  # tokens that are summed before one of them is drawn
 
 # Penalties and biases go no further: a logit must stay a finite float32.
 _MOST = 1e6
@@ -125,7 +128,7 @@ class Sampler:
             EngineError: the logits hold NaN or have no finite maximum.
         """
         if best is None:
-            best = int(np.argmax(logits))  # NaN counts as the largest
+            best = int(logits.argmax())  # NaN counts as the largest
         if not math.isfinite(logits[best]):
             raise EngineError(
                 f"the model gave no usable logits (the largest is {float(logits[best])}): the weights or the engine "
@@ -134,7 +137,7 @@ class Sampler:
         if self._adjuster is None:
             return self._draw(logits, best)
         adjusted = self._adjuster.adjust(logits)
-        token = self._draw(adjusted, int(np.argmax(adjusted)))
+        token = self._draw(adjusted, int(adjusted.argmax()))
         self._adjuster.count(token)
         return token
 
@@ -143,10 +146,9 @@ class Sampler:
             return best
         if self._random is None:  # a generator takes longer to make than a greedy token to choose
             self._random = np.random.Generator(np.random.PCG64(self.seed))
-        tokens, probabilities = distribution(logits, self.sampling)
-        cumulative = np.cumsum(probabilities)
-        place = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
-        return int(tokens[min(place, len(tokens) - 1)])
+        tokens, weights = _weigh(logits, self.sampling)
+        place = _pick(weights, self._random.random())
+        return place if tokens is None else int(tokens[place])
 
 
 class _Adjuster:
@@ -192,43 +194,68 @@ def distribution(
     logits: NDArray[np.float32], sampling: Sampling
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The token ids that may be drawn from `logits` [vocab], ascending, and their probabilities (they sum to 1)."""
-    scaled = logits.astype(np.float64)
+    tokens, weights = _weigh(logits, sampling)
+    return np.arange(len(weights)) if tokens is None else tokens, weights / weights.sum()
+
+
+def _weigh(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64] | None, NDArray[np.float64]]:
+    """The tokens that may be drawn, ascending (None: all), and what their probabilities are proportional to.
+
+    In place wherever it can be: new arrays of a vocabulary's size cost more than what is computed in them.
+    """
+    tokens = None
+    if 0 < sampling.top_k < len(logits):
+        # As in transformers, tokens that tie with the k-th stay too.
+        tokens = np.flatnonzero(logits >= np.partition(logits, -sampling.top_k)[-sampling.top_k])
+        logits = logits[tokens]
+    weights = logits.astype(np.float64)
+    weights -= weights.max()
     if sampling.temperature != 1:
         with np.errstate(over="ignore"):
-            scaled = (scaled - scaled.max()) / sampling.temperature
-    tokens = np.arange(len(scaled), dtype=np.int64)
-    if 0 < sampling.top_k < len(scaled):
-        # As in transformers, tokens that tie with the k-th stay too.
-        kth = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
-        tokens = np.flatnonzero(scaled >= kth)
-        scaled = scaled[tokens]
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
-    if sampling.top_p < 1:
-        kept = _nucleus(probabilities, sampling.top_p)
-        tokens, probabilities = tokens[kept], probabilities[kept]
-    if sampling.min_p > 0:
-        kept = np.flatnonzero(probabilities >= sampling.min_p * probabilities.max())
-        tokens, probabilities = tokens[kept], probabilities[kept]
-    return tokens, probabilities / probabilities.sum()
+            weights /= sampling.temperature
+    np.exp(weights, out=weights)
+    for kept in (_nucleus, _likely):
+        places = kept(weights, sampling)
+        if places is not None:
+            tokens, weights = places if tokens is None else tokens[places], weights[places]
+    return tokens, weights
 
 
-def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Places, ascending, of the fewest most likely entries that together reach `top_p`; at least one."""
-    look = _FIRST_LOOK
-    while True:
-        if look < len(probabilities):
-            least = np.partition(probabilities, -look)[-look]
-            places = np.flatnonzero(probabilities >= least)
-        else:
-            places = np.arange(len(probabilities))
-        order = places[np.argsort(-probabilities[places], kind="stable")]
-        cumulative = np.cumsum(probabilities[order])
-        if cumulative[-1] >= top_p or len(order) == len(probabilities):
-            # The token that crosses top_p is kept: all whose predecessors stay below it.
-            count = int(np.searchsorted(cumulative, top_p, side="left")) + 1
-            return np.sort(order[:count])
-        look *= 8
+def _nucleus(weights: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64] | None:
+    """Places, ascending, of the fewest most likely tokens that together reach top_p; at least one. None: all."""
+    if sampling.top_p >= 1:
+        return None
+    wanted, largest = sampling.top_p * weights.sum(), weights.max()
+    for share in _LOOKS:
+        places = np.flatnonzero(weights >= share * largest)
+        found = weights[places]
+        descending = np.sort(found)[::-1]
+        cumulative = np.cumsum(descending)
+        if cumulative[-1] >= wanted:
+            break
+    # The token that crosses top_p is kept: all whose predecessors stay below it; of those as likely the first ones.
+    count = min(int(np.searchsorted(cumulative, wanted, side="left")) + 1, len(places))
+    kept = found > descending[count - 1]
+    kept[np.flatnonzero(found == descending[count - 1])[: count - np.count_nonzero(kept)]] = True
+    chosen: NDArray[np.int64] = places[kept]
+    return chosen
+
+
+def _likely(weights: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64] | None:
+    """Places, ascending, of the tokens that min_p leaves; None: all."""
+    return np.flatnonzero(weights >= sampling.min_p * weights.max()) if sampling.min_p > 0 else None
+
+
+def _pick(weights: NDArray[np.float64], draw: float) -> int:
+    """The place that a `draw` from [0, 1) falls on where each is as wide as its weight."""
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK)))
+    sought = draw * sums[-1]
+    # A product that was rounded up to the whole is of the last block that adds to it.
+    block = min(int(np.searchsorted(sums, sought, side="right")), int(np.searchsorted(sums, sums[-1])))
+    part = weights[block * _BLOCK : (block + 1) * _BLOCK]
+    place = int(np.searchsorted(np.cumsum(part), sought - (sums[block - 1] if block else 0.0), side="right"))
+    # Sums that were rounded another way may end before it: then the last that can be drawn.
+    return block * _BLOCK + (place if place < len(part) else int(np.flatnonzero(part)[-1]))
 
 
 def _is_natural(value: Any) -> bool:

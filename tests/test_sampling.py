@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moedge.errors import EngineError, MoedgeError, UsageError
-from moedge.runtime.sampling import Sampler, Sampling, distribution
+from moedge.runtime.sampling import Sampler, Sampling, _pick, distribution
 
 
 def warped(logits, sampling):
@@ -72,6 +72,29 @@ def test_drawn_tokens_follow_the_probabilities():
     sampler = Sampler(Sampling(temperature=1, seed=1))
     counts = np.bincount([sampler.choose(logits) for _ in range(20_000)], minlength=3)
     np.testing.assert_allclose(counts / 20_000, [0.5, 0.3, 0.2], atol=0.015)
+
+
+@pytest.mark.parametrize("given", [{}, {"top_p": 0.97}, {"top_k": 2000}])
+def test_draws_of_a_large_vocabulary_are_where_the_cumulative_probability_passes_them(given):
+    logits = (2 * np.random.default_rng(5).standard_normal(5000)).astype(np.float32)
+    logits[::7] = -np.inf
+    sampling = Sampling(temperature=1.5, seed=3, **given)
+    tokens, probabilities = distribution(logits, sampling)
+    draws = np.random.Generator(np.random.PCG64(3)).random(500)
+    wanted = tokens[np.searchsorted(np.cumsum(probabilities), draws, side="right")]
+    sampler = Sampler(sampling)
+    assert [sampler.choose(logits) for _ in draws] == wanted.tolist()
+    assert len(set(wanted // 512)) > 5  # blocks that tokens are summed in
+
+
+@pytest.mark.parametrize("size", [3, 512, 513, 1700])
+def test_the_ends_of_the_range_fall_on_tokens_that_can_be_drawn(size):
+    for seed in range(50):
+        weights = np.random.default_rng(seed).random(size)
+        weights[0] = weights[-1] = 0
+        assert _pick(weights, 0.0) == 1
+        assert _pick(weights, float(np.nextafter(1, 0))) == size - 2
+        assert _pick(np.concatenate([weights, np.zeros(1100)]), 1.0) == size - 2  # as after rounding up
 
 
 def test_a_seed_repeats_exactly_and_none_differs():
