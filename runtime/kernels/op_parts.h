@@ -13,7 +13,7 @@ namespace moedge {
 constexpr int kMaxRank = 6;
 constexpr size_t kMaxInputs = 21;  // that are not a list of any length
 // Bytes: what an op needs for one token, but for attention. The caller's stack is of some MB.
-constexpr size_t kMostOnStack = 48 << 10;
+constexpr size_t kMostOnStack = 128 << 10;
 
 // A cache line: between two tokens all of them have left the caches.
 struct Tensor {
