@@ -107,6 +107,7 @@ class Context:
         self._prompt: NDArray[np.int64] = np.empty(0, np.int64)
         self._digests: list[bytes] = []
         self._after: tuple[int, NDArray[np.float32]] | None = None  # logits after the first so many tokens
+        self._token = np.zeros(1, np.int64)  # of a step
 
     @property
     def after_prompt(self) -> tuple[int, NDArray[np.float32]] | None:
@@ -169,7 +170,8 @@ class Context:
 
     def step(self, token: int) -> NDArray[np.float32]:
         """Append one token; the logits [vocab] after it, valid until the next step."""
-        logits = self.session.step(np.array([token]), _FIRST).reshape(-1)
+        self._token[0] = token
+        logits: NDArray[np.float32] = self.session.step(self._token, _FIRST)[0]
         self.tokens.append(token)
         return logits
 

@@ -126,6 +126,7 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
         self._bound_tokens = -1  # S of the last step: what depends on it alone is bound again only when it changes
         self._bound_logits: Any = None
         self._routing = empty_routing(info, 0)
+        self._route_weights: memoryview | None = None  # those of a single token
 
     @property
     def threads(self) -> int:
@@ -149,13 +150,16 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
         else:
             logits = self._bind_many(input_ids, rows, out)
         self._past[0] = past
-        self._place[0] = np.arange(past, past + count)
+        if count == 1:
+            self._place[0, 0] = past
+        else:
+            self._place[0] = np.arange(past, past + count)
         bind_input, bind_output = self._binding.bind_input, self._binding.bind_output
         for cache, new, view in self._bound_views:
             bind_input(cache, *CPU, view.kind, view.shape(past + count), view.address)
             bind_output(new, *CPU, view.kind, (count, view.width), view.address + past * view.row)
         run_bound(self._session, self._binding)
-        check_routing(self._routing, self._info.moe_layers, past)
+        check_routing(self._routing, self._info.moe_layers, past, self._route_weights)
         self._length = past + count
         if self.load is not None:
             self.load.append(self._routing.experts)
@@ -209,5 +213,6 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
         if count == self._bound_tokens:
             return
         self._routing = empty_routing(self._info, count)
+        self._route_weights = self._routing.weights.reshape(-1).data if count == 1 else None
         bind_routing(self._binding, self._info, self._routing)
         self._bound_tokens = count
