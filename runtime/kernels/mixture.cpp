@@ -121,11 +121,11 @@ void run_mixture(const Mixture& mixture, void* scratch, const Parallel& parallel
   MixtureSteps steps(mixture, &blocks);
   steps.order();
   const Mixture& m = steps.m;
-  const int64_t tile = m.kernels->tile, down_units = divide_up(m.hidden, tile);
+  const int64_t rows = steps.down_rows(), down_units = divide_up(m.hidden, rows);
   const Quantizing outer{*m.kernels, m.x, m.tokens * m.hidden, m.gate_up.bits, steps.x}, inner = steps.quantizing();
   const auto up = [&](int64_t unit, int64_t last, int64_t) { steps.multiply_up(unit, last); };
   const auto down = [&](int64_t unit, int64_t last, int64_t) {
-    steps.multiply_down(unit * tile, least(m.hidden, last * tile));
+    steps.multiply_down(unit * rows, least(m.hidden, last * rows));
   };
   run_phases(parallel,
              {phase(outer.units(), outer), phase(steps.up_units, up), phase(inner.units(), inner), phase(down_units, down)},

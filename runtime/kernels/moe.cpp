@@ -56,7 +56,7 @@ void run_moe(const Moe& moe, void* scratch, const Parallel& parallel) {
   MoeSteps s(moe, &blocks);
   const Mixture& m = s.experts.m;
   const Norm& norm = s.router.r.norm;
-  const int64_t tokens = norm.tokens, tile = m.kernels->tile, down_units = divide_up(m.hidden, tile);
+  const int64_t tokens = norm.tokens, rows = s.experts.down_rows(), down_units = divide_up(m.hidden, rows);
   const int64_t shared_units = s.has_shared() ? s.shared.up_units() : 0;
   const Entering entering(*m.kernels, norm, m.gate_up.bits, s.experts.x,
                           s.has_shared() && !s.alike ? &s.shared.x : nullptr, moe.shared.gate_up.bits);
@@ -78,7 +78,7 @@ void run_moe(const Moe& moe, void* scratch, const Parallel& parallel) {
     if (last > own) s.shared.activate(most(unit, own) - own, last - own);
   };
   const auto down = [&](int64_t unit, int64_t last, int64_t) {
-    const int64_t first = unit * tile, end = least(m.hidden, last * tile);
+    const int64_t first = unit * rows, end = least(m.hidden, last * rows);
     s.experts.multiply_down(first, end);
     if (s.has_shared()) s.shared.multiply_down(first, end);
   };

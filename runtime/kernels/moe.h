@@ -70,6 +70,8 @@ struct MixtureSteps {
     return least(m.experts, m.tokens * m.choices) * divide_up(2 * m.inner, up_rows());
   }
   void multiply_up(int64_t unit, int64_t last) const;
+  // Of y, in one unit: those of one token are finer, as a unit reads them of every expert.
+  int64_t down_rows() const { return m.tokens == 1 ? m.kernels->tile / 2 : m.kernels->tile; }
   Quantizing quantizing() const { return {*m.kernels, h, m.tokens * m.choices * m.inner, m.down.bits, inner}; }
   // Rows `first` to `end` of y: whoever has them adds their experts in ascending order, whatever else is computed.
   void multiply_down(int64_t first, int64_t end) const;
