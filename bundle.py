@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import BundleError, MoedgeError
+from .errors import BundleError, MoedgeError, shorten
+from .manifest import check_manifest
 from .progress import Progress as Progress
 
 FORMAT = 1
@@ -40,7 +41,8 @@ class Bundle:
         """Read `path`/moedge.json.
 
         Raises:
-            BundleError: no such folder, no manifest, not JSON, or a format this version cannot read.
+            BundleError: no such folder, no manifest, not JSON, a format this version cannot read, or a part that is
+                not what an export writes.
         """
         root = Path(path)
         manifest_path = root / MANIFEST
@@ -56,19 +58,14 @@ class Bundle:
                 )
             raise BundleError(f"{root} is not a bundle ({hint}); make one with: moedge export CHECKPOINT -o {root}")
         manifest = read_json(manifest_path, BundleError)
-        missing = [key for key in ("format", "config", "sizes", "cache", "files") if key not in manifest]
-        if missing:
-            raise BundleError(f"{manifest_path}: missing {', '.join(missing)}; export the bundle again")
-        if manifest["format"] != FORMAT:
+        if manifest.get("format") != FORMAT:
             raise BundleError(
-                f"{manifest_path}: bundle format {manifest['format']}, this version reads {FORMAT}; "
+                f"{manifest_path}: bundle format {shorten(manifest.get('format'))}, this version reads {FORMAT}; "
                 "export the checkpoint again with this version"
             )
         if "seal" in manifest and manifest["seal"] != seal_of(manifest):
             raise BundleError(f"{manifest_path} was changed since the export; export the bundle again")
-        wrong = _find_strange(manifest)
-        if wrong:
-            raise BundleError(f"{manifest_path}: {wrong} is not what an export writes; export the bundle again")
+        check_manifest(manifest, str(manifest_path))
         return cls(root, manifest)
 
     @property
@@ -108,23 +105,6 @@ def read_json(path: Path, error: type[MoedgeError] = BundleError) -> dict[str, A
     if not isinstance(document, dict):
         raise error(f"{path}: holds a JSON {type(document).__name__}, not an object")
     return document
-
-
-def _find_strange(manifest: dict[str, Any]) -> str | None:
-    """The first part that is of another kind than it must be for whoever reads a bundle."""
-    kinds = {"config": dict, "sizes": dict, "cache": list, "files": dict}
-    for name, kind in kinds.items():
-        if not isinstance(manifest[name], kind):
-            return name
-    if any(type(size) is not int or not 0 <= size < 2**63 for size in manifest["sizes"].values()):
-        return "sizes"
-    for name, entry in manifest["files"].items():
-        bytes_, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        if type(bytes_) is not int or not 0 <= bytes_ < 2**63 or not isinstance(digest, str):
-            return f"files.{name}"
-    optional = {name: manifest.get(name) for name in ("model", "quantization", "provenance")}
-    optional["config.rope"] = manifest["config"].get("rope")
-    return next((name for name, value in optional.items() if not isinstance(value, dict | None)), None)
 
 
 def seal_of(document: Mapping[str, Any]) -> str:

@@ -126,7 +126,7 @@ def narrower_weights(manifest: Mapping[str, Any], target: str | None = None) -> 
     export: of those nothing is promised.
     """
     manifest = _as_read(manifest, target)
-    quantization, sizes = manifest.get("quantization") or {}, manifest["sizes"]
+    quantization, sizes = manifest["quantization"], manifest["sizes"]
     have = quantization.get("weights")
     if have == "int4" and quantization.get("head") == "int4":
         have = _INT4_HEAD
@@ -191,7 +191,7 @@ def _laid_out_bytes(manifest: Mapping[str, Any], option: str, usual: str, *, wid
         plan = find_family(Checkpoint(Path(), {"model_type": config.family}, {})).plan_weights(config)
     except (ImportError, KeyError, TypeError, CheckpointError):
         return None
-    classes = (manifest.get("quantization") or {}).get("classes") or {}
+    classes = manifest["quantization"].get("classes") or {}
     if (classes.get("router") or {}).get("bfloat16_values"):  # as the checkpoint has them
         plan = [dataclasses.replace(weight, kept_as="bfloat16") if is_router(weight) else weight for weight in plan]
     weights, _, head = option.partition(" --head ")
@@ -206,7 +206,7 @@ def _laid_out_bytes(manifest: Mapping[str, Any], option: str, usual: str, *, wid
 def _narrower_sizes(manifest: Mapping[str, Any], option: str, head: str) -> Iterator[float]:
     """By class: as narrow already, or never quantized, stay; the embedding stops at int8, the head where not asked."""
     stop = {"int4": {"embedding": "uint8", "head": head}, _INT4_HEAD: {"embedding": "uint8"}}
-    classes = (manifest.get("quantization") or {}).get("classes") or {}
+    classes = manifest["quantization"].get("classes") or {}
     for name, count in manifest["sizes"].items():
         entry = classes.get(name) or {}
         bits = _BITS.get(str(entry.get("dtype")))

@@ -57,7 +57,7 @@ def verify_routes(bundle: Bundle, profiles: list[str], progress: Progress | None
     from .targets._routes import pick_layers, trace_canonical
 
     deep = Deep(of_layers=int(bundle.config["num_hidden_layers"]))
-    if not (bundle.config.get("moe") or {}).get("layers"):
+    if not bundle.config["moe"].get("layers"):
         deep.unchecked.append("routes: the model has no mixture of experts")
         return deep
     if holds_torch_graph(bundle):

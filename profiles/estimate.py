@@ -81,7 +81,7 @@ def estimate(
         "prefill_tokens_per_s": batch * prompt_tokens / (ttft["expected"] / 1e3),
         "decode_tokens_per_s": batch / seconds,
         "peak_memory_bytes": fit.total_bytes,
-        "bundle_bytes": sum(entry["bytes"] for entry in manifest["files"].values()) if "files" in manifest else None,
+        "bundle_bytes": sum(entry["bytes"] for entry in manifest["files"].values()) or None,
         "bytes_per_token": count,
         "bandwidth_bytes_per_s": count / seconds,
         "bandwidth_limit_bytes_per_s": device.bandwidth_bytes_per_s,
@@ -204,7 +204,7 @@ def _precisions(device: DeviceProfile, bits: int) -> tuple[str, str]:
 
 def _integer_bits(manifest: Mapping[str, Any]) -> int:
     """4 or 8 where the weights are integers, else 0."""
-    return {"int4": 4, "int8": 8}.get(str((manifest.get("quantization") or {}).get("weights")), 0)
+    return {"int4": 4, "int8": 8}.get(str(manifest["quantization"].get("weights")), 0)
 
 
 def _check_counts(shape: ModelShape, prompt_tokens: int, new_tokens: int, batch: int, length: int) -> None:
@@ -254,10 +254,10 @@ def _described(manifest: Mapping[str, Any], device: DeviceProfile) -> dict[str, 
     """What was predicted: schema, model, device, quantization, date and version."""
     from .. import __version__
 
-    quantization = manifest.get("quantization") or {}
-    model = manifest.get("model") or {}
+    quantization = manifest["quantization"]
+    model = manifest["model"]
     config = manifest["config"]
-    moe = config.get("moe") or {}
+    moe = config["moe"]
     return {
         "schema": SCHEMA,
         "model": str(model.get("name", "model")),

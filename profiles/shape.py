@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import BundleError, shorten
+from ..manifest import check_manifest
 from ..runtime import kernels
 
 # Tensor classes of the manifest's `sizes` that every decode step reads in full; `embedding` and `experts` it reads in
@@ -25,7 +25,6 @@ KV_CACHES = {"onnxruntime": ("fp32", "fp16", "int8")}
 # Whose kernels, where they are compiled, read codes of 6 bits, scales of either type and routers in bf16. Elsewhere
 # codes become 8-bit ones, at build or when the graph is loaded, scales what the target computes in, routers float32.
 _OWN_KERNELS = ("onnxruntime",)
-_MOST = 1 << 50  # bytes, parameters, tokens: more than any model's
 _MOST_BLOCK = 64  # channels of an int8 latent that share a scale
 
 
@@ -61,36 +60,10 @@ class ModelShape:
         """The shape in a `moedge.json`.
 
         Raises:
-            BundleError: a key that every bundle has is missing, or is not what it should be.
+            BundleError: a part is missing, or is not what an export writes.
         """
-        try:
-            _check_objects(manifest)
-            shape = _shape(manifest)
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as cause:
-            raise BundleError(f"moedge.json lacks or misstates {cause}; export the checkpoint again") from cause
-        shape.check()
-        return shape
-
-    def check(self) -> None:
-        """Raises BundleError where a size is none: a damaged manifest's, not an exporter's."""
-        sizes = {f"sizes.{name}": count for name, count in self.sizes.items()}
-        sizes |= {f"float16_scales of {name}": count for name, count in self.half_scales.items()}
-        sizes |= {f"bfloat16_values of {name}": count for name, count in self.half_routers.items()}
-        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        others = ("name", "sizes", "half_scales", "half_routers", "latent_attention")
-        counts = {name: value for name, value in fields.items() if name not in others}
-        for name, value in (counts | sizes).items():
-            least = 1 if name in ("vocab_size", "hidden_size", "layers", "max_positions") else 0
-            if type(value) is not int or not least <= value <= _MOST:
-                raise BundleError(
-                    f"moedge.json: {name} is {shorten(value)}, a whole number from {least} was expected; export the "
-                    "checkpoint again"
-                )
-        if self.experts_per_token > self.experts:
-            raise BundleError(
-                f"moedge.json: {self.experts_per_token} experts for each token, of {self.experts}; export the "
-                "checkpoint again"
-            )
+        check_manifest(manifest)
+        return _shape(manifest)
 
     def on(self, target: str) -> ModelShape:
         """The shape as a target's engine has it."""
@@ -158,7 +131,7 @@ def default_kv_cache(manifest: Mapping[str, Any]) -> str:
     fp16 beside integer weights, whose rounding is coarser by far; fp32 where weights are exact, and where onnxruntime's
     own ops run, which are slower with fp16.
     """
-    integers = (manifest.get("quantization") or {}).get("weights") in ("int4", "int8")
+    integers = manifest["quantization"].get("weights") in ("int4", "int8")
     return "fp16" if integers and kernels.library() is not None else "fp32"
 
 
@@ -198,30 +171,13 @@ def bytes_per_token(
     return round(weights + rows + shape.expert_bytes(batch) + cache)
 
 
-def _check_objects(manifest: Mapping[str, Any]) -> None:
-    """Raises TypeError where a part that has keys is no object."""
-    parts = {name: manifest.get(name) for name in ("model", "config", "quantization", "sizes")}
-    inner = (("config", "moe"), ("config", "attention"), ("quantization", "classes"))
-    parts |= {f"{name}.{key}": (part or {}).get(key) for name, key in inner if isinstance(part := parts[name], Mapping)}
-    for name, part in parts.items():
-        if part is not None and not isinstance(part, Mapping):
-            raise TypeError(f"{name} ({shorten(part)}, an object was expected)")
-    kinds = {"model": {"name": str, "family": str, "parameters": int, "active_parameters": int}}
-    kinds["quantization"] = {"weights": str, "group_size": int}
-    for name, keys in kinds.items():
-        for key, kind in keys.items():
-            value = (parts[name] or {}).get(key)
-            if not isinstance(value, (kind, type(None))):
-                raise TypeError(f"{name}.{key} ({shorten(value)})")
-
-
 def _shape(manifest: Mapping[str, Any]) -> ModelShape:
     config = manifest["config"]
-    moe = config.get("moe") or {}
+    moe = config["moe"]
     moe_layers = len(moe.get("layers", ()))
     parameters, per_row = _attention(config)
     return ModelShape(
-        name=str(manifest.get("model", {}).get("name", "model")),
+        name=str(manifest["model"]["name"]),
         sizes=dict(manifest["sizes"]),
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -247,13 +203,13 @@ def _shape(manifest: Mapping[str, Any]) -> ModelShape:
 
 def _halves(manifest: Mapping[str, Any], kind: str) -> dict[str, int]:
     """Bytes of one of the kinds that `moedge export` counts, by class; none in bundles of before."""
-    classes = (manifest.get("quantization") or {}).get("classes") or {}
+    classes = manifest["quantization"].get("classes") or {}
     return {name: entry[kind] for name, entry in classes.items() if entry.get(kind)}
 
 
 def _head_bits(manifest: Mapping[str, Any]) -> int:
     """Of the head's integers; a tied head is the embedding's table. 8 of quantized weights that say no more."""
-    quantization = manifest.get("quantization") or {}
+    quantization = manifest["quantization"]
     name = "embedding" if manifest["config"].get("tie_word_embeddings") else "head"
     entry = (quantization.get("classes") or {}).get(name)
     if entry is None:
@@ -270,7 +226,7 @@ def _attention(config: Mapping[str, Any]) -> tuple[int, int]:
         heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
         return hidden * dim * (2 * heads + 2 * kv_heads), 4 * heads * dim
     heads, rank, rope = attention["num_heads"], attention["kv_lora_rank"], attention["qk_rope_head_dim"]
-    nope, value, q_rank = attention["qk_nope_head_dim"], attention["v_head_dim"], attention["q_lora_rank"]
+    nope, value, q_rank = attention["qk_nope_head_dim"], attention["v_head_dim"], attention.get("q_lora_rank")
     query = heads * (nope + rope) * (q_rank or hidden) + (hidden * q_rank if q_rank else 0)
     parameters = query + hidden * (rank + rope) + heads * rank * (nope + value) + heads * value * hidden
     # Absorbed form (DeepSeek-V2, arXiv:2405.04434, 2.1): scores over latent and rope, then a sum of latents.

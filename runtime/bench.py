@@ -206,7 +206,7 @@ def _result(
     read = bytes_per_token(bundle.manifest, context, case.batch, element, info.backend)
     return {
         "schema": SCHEMA,
-        "model": bundle.manifest.get("model", {}).get("name", bundle.path.name),
+        "model": bundle.manifest["model"]["name"],
         "profile": info.profile,
         "backend": info.backend,
         "device": machine.name_of(info.compute_capability),
@@ -269,7 +269,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def _quantization(bundle: Bundle) -> dict[str, Any]:
-    found = bundle.manifest.get("quantization") or {}
+    found = bundle.manifest["quantization"]
     return {"weights": found.get("weights"), "group_size": found.get("group_size")}
 
 
@@ -277,8 +277,8 @@ def _circumstances(bundle: Bundle, backend_version: str) -> dict[str, Any]:
     """When, with which versions, on what machine and of what model."""
     from .. import __version__
 
-    model = bundle.manifest.get("model") or {}
-    moe = bundle.config.get("moe") or {}
+    model = bundle.manifest["model"]
+    moe = bundle.config["moe"]
     return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"moedge": __version__, "backend": backend_version},

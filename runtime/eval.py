@@ -299,7 +299,7 @@ def _open_reference(
                 f"--context {room}, or build it for more: moedge build {folder} --profile {other.profile} "
                 f"--max-seq-len {context}"
             )
-        yield Reference(str(other.bundle.manifest.get("model", {}).get("name", folder.name)), "bundle", other.logits)
+        yield Reference(str(other.bundle.manifest["model"]["name"]), "bundle", other.logits)
 
 
 def _check_vocabulary(engine: Engine, folder: Path, vocabulary: int) -> None:

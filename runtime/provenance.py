@@ -16,11 +16,11 @@ def describe_run(engine: Engine, kind: str, schema: int) -> dict[str, Any]:
     from .. import __version__
 
     manifest = engine.bundle.manifest
-    quantization = manifest.get("quantization") or {}
+    quantization = manifest["quantization"]
     return {
         "schema": schema,
         "kind": kind,
-        "model": str(manifest.get("model", {}).get("name", engine.bundle.path.name)),
+        "model": str(manifest["model"]["name"]),
         "profile": engine.profile,
         "backend": engine.info.backend,
         "device": machine.name_of(engine.info.compute_capability),

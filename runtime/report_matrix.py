@@ -98,8 +98,8 @@ def make_matrix(
     """
     rows = []
     for bundle in bundles:
-        quantization = bundle.manifest.get("quantization") or {}
-        name = str(bundle.manifest.get("model", {}).get("name", bundle.path.name))
+        quantization = bundle.manifest["quantization"]
+        name = str(bundle.manifest["model"]["name"])
         weights, group = quantization.get("weights"), quantization.get("group_size")
         for profile in dict.fromkeys(profiles):
             device = load_profile(profile)

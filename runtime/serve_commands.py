@@ -112,7 +112,7 @@ def serve_command(
             )
         )
         slots = slots or (engine.info.max_batch if engine.info.max_batch > 1 else _default_slots(engine))
-        model = name or str((engine.bundle.manifest.get("model") or {}).get("name") or engine.bundle.path.name)
+        model = name or str(engine.bundle.manifest["model"]["name"])
         settings = Settings(name=model, slots=slots, keys=keys, stream_interval=stream_interval / 1000, **options)
         if not keys and not _is_loopback(host):
             click.echo(f"warning: {host} can be reached by others and no API key is needed (--api-keys)", err=True)

@@ -130,7 +130,7 @@ def _checked_header(content: bytes, path: Path) -> tuple[dict[str, Any], int]:
 def _identity(bundle: Bundle, info: EngineInfo) -> dict[str, Any]:
     """What computed the rows: they mean nothing to other weights, and little to another graph."""
     return {
-        "model": str((bundle.manifest.get("model") or {}).get("name")),
+        "model": str(bundle.manifest["model"]["name"]),
         "profile": info.profile,
         "made_from": dict(info.made_from),
         "files": {name: entry["sha256"] for name, entry in info.files.items()},

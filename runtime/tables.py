@@ -50,15 +50,15 @@ def _over_repeats(spread: dict[str, dict[str, float]]) -> str:
 
 def model_table(document: dict[str, Any]) -> Table:
     """Model, gating, quantization and provenance of an inspected bundle."""
-    model, config, quantization = document["model"] or {}, document["config"], document["quantization"] or {}
+    model, config, quantization = document["model"], document["config"], document["quantization"]
     table = _plain(f"{model.get('name', document['bundle'])} ({model.get('family', 'unknown family')})")
-    table.add_row("parameters", f"{model.get('parameters', 0):,}, active {model.get('active_parameters', 0):,}")
-    attention = config.get("attention", {}).get("kind", "unknown")
-    layers = f"{config.get('num_hidden_layers')} of width {config.get('hidden_size')}, attention {attention}"
+    table.add_row("parameters", f"{model.get('parameters') or 0:,}, active {model.get('active_parameters') or 0:,}")
+    attention = config["attention"]["kind"]
+    layers = f"{config['num_hidden_layers']} of width {config['hidden_size']}, attention {attention}"
     table.add_row("layers", layers)
-    table.add_row("vocabulary, positions", f"{config.get('vocab_size'):,}, {config.get('max_position_embeddings'):,}")
-    moe = config.get("moe") or {}
-    if moe.get("layers"):
+    table.add_row("vocabulary, positions", f"{config['vocab_size']:,}, {config['max_position_embeddings']:,}")
+    moe = config["moe"]
+    if moe["layers"]:
         experts = f"{moe['num_experts']}, {moe['num_experts_per_tok']} for each token, in {len(moe['layers'])} layers"
         table.add_row("experts", experts)
     for gate in document["gating"] or []:
@@ -76,7 +76,7 @@ def sizes_table(document: dict[str, Any]) -> Table:
     table = Table(title="weights", title_justify="left")
     for name in ("class", "stored as", "error", "size", "share"):
         table.add_column(name, justify="left" if name in ("class", "stored as") else "right")
-    classes = (document["quantization"] or {}).get("classes") or {}
+    classes = document["quantization"].get("classes") or {}
     total = sum(document["sizes"].values())
     for name, count in document["sizes"].items():
         if not count:

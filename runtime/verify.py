@@ -92,7 +92,7 @@ def _check_engine(
 
 def _check_experts(bundle: Bundle, verdict: Verdict, progress: Progress | None) -> None:
     """Each expert of each MoE layer has its bytes, and they are more than one value over and over."""
-    moe = bundle.config.get("moe") or {}
+    moe = bundle.config["moe"]
     layers, count = moe.get("layers", []), moe.get("num_experts", 0)
     if not layers or not bundle.file(MODEL).is_file() or not bundle.file(WEIGHTS).is_file():
         return

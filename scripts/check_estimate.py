@@ -125,6 +125,7 @@ def plan_manifest(name: str, config: dict[str, Any]) -> dict[str, Any]:
         "quantization": {"weights": "int4", "group_size": 128},
         "sizes": layout.sizes_by_role(),
         "cache": [{"name": entry, "width": width} for entry, width in parsed.cache_entries()],
+        "files": {},
     }
 
 

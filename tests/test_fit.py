@@ -144,14 +144,14 @@ def test_sizes_for_a_reader() -> None:
 @pytest.mark.parametrize(
     ("place", "value", "told"),
     [
-        (("model",), True, "lacks or misstates model (True, an object was expected); export the checkpoint again"),
-        (("model", "family"), float("nan"), "lacks or misstates model.family (nan); export"),
-        (("config",), [], "lacks or misstates config ([], an object was expected)"),
-        (("sizes", "experts"), 10**400, "sizes.experts is a number of more than 20 digits, a whole number from 0 was"),
-        (("config", "vocab_size"), 0, "vocab_size is 0, a whole number from 1 was expected; export the checkpoint"),
-        (("config", "moe", "intermediate_size"), float("nan"), "expert_width is nan, a whole number from 0 was"),
-        (("config", "moe", "num_experts_per_tok"), 10**15, "1000000000000000 experts for each token, of 64; export"),
-        (("config", "attention"), "gqa", "lacks or misstates config.attention ('gqa', an object was expected)"),
+        (("model",), True, "model is True, an object was expected; export the checkpoint again"),
+        (("model", "family"), float("nan"), "model.family is nan, a text was expected; export"),
+        (("config",), [], "config is a list, an object was expected"),
+        (("sizes", "experts"), 10**400, "sizes.experts is a number of more than 20 digits, a whole number from 0 to"),
+        (("config", "vocab_size"), 0, "config.vocab_size is 0, a whole number from 1 to 2147483647 was expected"),
+        (("config", "moe", "intermediate_size"), float("nan"), "config.moe.intermediate_size is nan, a whole number"),
+        (("config", "moe", "num_experts_per_tok"), 65, "65 experts for each token, of 64; export the checkpoint again"),
+        (("config", "attention"), "gqa", "config.attention is 'gqa', an object was expected"),
     ],
 )
 def test_a_manifest_that_is_damaged(place: tuple[str, ...], value: object, told: str) -> None:
@@ -170,7 +170,7 @@ def test_manifest_that_lacks_a_key() -> None:
     del manifest["config"]["hidden_size"]
     with pytest.raises(BundleError) as raised:
         check_fit(manifest, load_profile("cpu"))
-    assert str(raised.value) == "moedge.json lacks or misstates 'hidden_size'; export the checkpoint again"
+    assert str(raised.value) == "moedge.json: config.hidden_size is missing; export the checkpoint again"
 
 
 CHANGES = {"fewer bits": "b", "shorter context": "c", "smaller batch": "n"}

@@ -127,7 +127,7 @@ def refuse_chunks(request: BuildRequest) -> None:
 
 
 def is_load_aware(bundle: Bundle) -> bool:
-    return bool(((bundle.config.get("moe") or {}).get("gate") or {}).get("base"))
+    return bool((bundle.config["moe"].get("gate") or {}).get("base"))
 
 
 def check_one_sequence(max_batch: int) -> None:

@@ -130,7 +130,7 @@ def count_lanes(request: BuildRequest) -> int:
     if is_load_aware(request.bundle):
         check_one_sequence(request.max_batch)
         return 1
-    if request.bundle.config.get("rope", {}).get("kind", "fixed") != "fixed":
+    if (request.bundle.config.get("rope") or {}).get("kind", "fixed") != "fixed":
         # Its frequencies follow the longest position of a run, which must be one sequence's.
         if request.max_batch > 1:
             raise BuildError(
