@@ -97,6 +97,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET; of its answer uvicorn, whose scope stays as it was, sends no body
+            scope = {**scope, "method": "GET"}
 
         begun = False
 
