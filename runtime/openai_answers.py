@@ -29,6 +29,7 @@ class Answer:
     prompt_tokens: int  # of all prompts together, each once
     tokenizer: Tokenizer
     echo: list[str] = field(default_factory=list)  # what stands before each text
+    tells_usage: bool = False  # in a stream: its pieces have `usage`, null but in one more at the end
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)  # characters of the tokens that a stream has told of
@@ -55,10 +56,10 @@ class Answer:
                 choice["text"] = (self.echo[place] if self.echo else "") + text
             choices.append({**choice, "finish_reason": finish_reason(job)})
         kind = "chat.completion" if self.chat else "text_completion"
-        return self._document(kind, choices, self.usage())
+        return {**self._document(kind, choices), "usage": self.usage()}
 
-    def piece(self, place: int, text: str, sent: int, tokens: int, done: bool, usage: bool) -> dict[str, Any]:
-        """A piece of a stream: what came of one text since `sent` tokens; `usage` adds the counts."""
+    def piece(self, place: int, text: str, sent: int, tokens: int, done: bool) -> dict[str, Any]:
+        """A piece of a stream: what came of one text since `sent` tokens."""
         job = self.jobs[place]
         choice = self._choice(place, job, sent, tokens)
         if self.chat:
@@ -66,15 +67,15 @@ class Answer:
         else:
             choice["text"] = text
         choice["finish_reason"] = finish_reason(job) if done else None
-        return self._piece([choice], self.usage() if usage else None)
+        return self._piece([choice])
 
-    def event(self, place: int, text: str, sent: int, tokens: int, done: bool, usage: bool) -> bytes:
+    def event(self, place: int, text: str, sent: int, tokens: int, done: bool) -> bytes:
         """`piece` as an event. Of most pieces only the text differs: the rest is written out once for each job."""
-        if done or usage or not text or self.jobs[place].request.logprobs is not None:
-            return sse(self.piece(place, text, sent, tokens, done, usage))
+        if done or not text or self.jobs[place].request.logprobs is not None:
+            return sse(self.piece(place, text, sent, tokens, done))
         if place not in self._frames:
             mark = uuid.uuid4().hex
-            before, _, after = sse(self.piece(place, mark, sent, tokens, False, False)).partition(f'"{mark}"'.encode())
+            before, _, after = sse(self.piece(place, mark, sent, tokens, False)).partition(f'"{mark}"'.encode())
             self._frames[place] = before, after
         before, after = self._frames[place]
         return before + _encode(text).encode() + after
@@ -83,20 +84,21 @@ class Answer:
         """What a stream begins with for each text: the role in a chat, the echo of a prompt."""
         if self.chat:
             choice = {"index": place, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
-            return self._piece([{**choice, "finish_reason": None}], None)
+            return self._piece([{**choice, "finish_reason": None}])
         if self.echo:
             choice = {"index": place, "text": self.echo[place], "logprobs": None, "finish_reason": None}
-            return self._piece([choice], None)
+            return self._piece([choice])
         return None
 
     def closing(self) -> dict[str, Any]:
         """The last piece for who asked for usage: it has no choices."""
-        return self._piece([], self.usage())
+        return {**self._piece([]), "usage": self.usage()}
 
-    def _piece(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
-        return self._document("chat.completion.chunk" if self.chat else "text_completion", choices, usage)
+    def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        document = self._document("chat.completion.chunk" if self.chat else "text_completion", choices)
+        return {**document, "usage": None} if self.tells_usage else document
 
-    def _document(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
+    def _document(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         prefix = "chatcmpl" if self.chat else "cmpl"
         return {
             "id": f"{prefix}-{self.id}",
@@ -104,7 +106,6 @@ class Answer:
             "created": self.created,
             "model": self.model,
             "choices": choices,
-            "usage": usage,
         }
 
     def _choice(self, place: int, job: Job, first: int, last: int) -> dict[str, Any]:

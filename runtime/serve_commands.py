@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..bundle import Bundle
 from ..errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class _Span(click.FloatRange):
 
 
 SLOTS = 4  # where the engine steps one text at a time
+STREAM_INTERVAL = 0.04  # seconds between two writes to a stream, where more than a few run
 
 
 @click.command("serve")
@@ -61,7 +63,7 @@ SLOTS = 4  # where the engine steps one text at a time
 @click.option(
     "--stream-interval",
     type=_Span(0, 10_000),
-    default=40.0,
+    default=1000 * STREAM_INTERVAL,
     show_default=True,
     metavar="MS",
     help="Where more than 4 texts stream, tokens go out so often, together; 0: each as it comes.",
@@ -90,6 +92,7 @@ def serve_command(
 
     /v1/chat/completions, /v1/completions and /v1/models; /healthz, /readyz and /metrics. SIGTERM lets texts end.
     """
+    opened = Bundle.open(bundle)  # a wrong path is told before an extra that is missing
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, purpose="serve")
     from .engine import PREFIX_BYTES, load
@@ -102,7 +105,7 @@ def serve_command(
         listener = stack.enter_context(_listen(host, port))
         engine = stack.enter_context(
             load(
-                bundle,
+                opened,
                 profile,
                 threads=threads,
                 max_seq_len=max_seq_len,

@@ -32,6 +32,7 @@ from .openai_answers import Answer, error_document
 from .openai_types import FORMS, ChatRequest, CompletionRequest, unsupported
 from .requests import ContextFull, TextRequest, make_request
 from .scheduler import Busy, Scheduler
+from .serve_commands import SLOTS, STREAM_INTERVAL
 from .server_audit import AuditLog
 from .server_guard import Guard, Keys, Limits
 from .server_metrics import Metrics
@@ -50,14 +51,14 @@ class Settings:
     """How a server behaves; sizes in bytes, times in seconds."""
 
     name: str  # the model's, to clients
-    slots: int = 4
+    slots: int = SLOTS
     queue: int = 64
     max_body: int = 4 << 20
     body_seconds: float = 30.0
     all_bodies: int = 64 << 20  # of all requests that are being read or taken in
     header_seconds: float = 10.0
     write_seconds: float = 30.0  # for a client to take 32 KiB, or what there is
-    stream_interval: float = 0.04  # between two writes to a stream, where more than a few run
+    stream_interval: float = STREAM_INTERVAL
     connections: int = 900
     max_prompt_tokens: int | None = None  # None: what the context has room for
     max_new_tokens: int | None = None  # None: likewise; more is cut to it
@@ -275,15 +276,15 @@ def _add_texts(app: FastAPI, service: Service) -> None:
             places.close()
             raise
         chat = isinstance(body, ChatRequest)
-        found = Answer(chat, service.settings.name, run.jobs, total, service.engine.tokenizer, echo)
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        found = Answer(chat, service.settings.name, run.jobs, total, service.engine.tokenizer, echo, usage)
         places.callback(service.audit, key, request.url.path, found)
         places.callback(run.cancel)
         try:
             if not body.stream:
                 return JSONResponse(found.whole(await unless_gone(request.receive, run.rest())))
             first = await unless_gone(request.receive, run.next())
-            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            return EventStream(run, found, first, usage, places.pop_all())
+            return EventStream(run, found, first, places.pop_all())
         finally:
             places.close()
 

@@ -25,10 +25,9 @@ class EventStream(StreamingResponse):
         run: Run,
         answer: Answer,
         first: list[tuple[int, Update]],
-        usage: bool,
         places: contextlib.ExitStack,
     ) -> None:
-        super().__init__(_events(run, answer, first, usage), media_type="text/event-stream", headers=_HEADERS)
+        super().__init__(_events(run, answer, first), media_type="text/event-stream", headers=_HEADERS)
         self._places = places
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -37,7 +36,7 @@ class EventStream(StreamingResponse):
             await unless_gone(receive, self.stream_response(send))
 
 
-async def _events(run: Run, answer: Answer, first: list[tuple[int, Update]], usage: bool) -> AsyncIterator[bytes]:
+async def _events(run: Run, answer: Answer, first: list[tuple[int, Update]]) -> AsyncIterator[bytes]:
     """Chunks of whole events, one event for each update: all that came while the last was being written go as one."""
     sent = [0] * len(run.jobs)
     openings = [answer.opening(place) for place in range(len(run.jobs))]
@@ -47,8 +46,7 @@ async def _events(run: Run, answer: Answer, first: list[tuple[int, Update]], usa
         while came:
             for place, update in came:
                 left -= update.done
-                last = update.done and not left and not usage
-                chunk += answer.event(place, update.text, sent[place], update.tokens, update.done, last)
+                chunk += answer.event(place, update.text, sent[place], update.tokens, update.done)
                 sent[place] = update.tokens
                 if len(chunk) >= _MOST:
                     yield bytes(chunk)
@@ -57,7 +55,7 @@ async def _events(run: Run, answer: Answer, first: list[tuple[int, Update]], usa
                 yield bytes(chunk)
                 chunk.clear()
             came = await run.next()
-        if usage:
+        if answer.tells_usage:
             chunk += sse(answer.closing())
     except Refusal as refusal:
         chunk += sse(error_document(str(refusal), "server_error", refusal.code))

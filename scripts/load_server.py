@@ -100,7 +100,9 @@ class Load:
         self.wrong: list[str] = []
 
     def body(self, place: int, **options: Any) -> bytes:
-        """A request for the text of a prompt."""
+        """A request for the text of a prompt; a stream ends with its count of tokens."""
+        if options.get("stream"):
+            options["stream_options"] = {"include_usage": True}
         ask = {"model": self.server.model, "prompt": self.prompts[place], "max_tokens": new_tokens(place)}
         return json.dumps({**ask, "temperature": 0, **options}).encode()
 

@@ -16,6 +16,7 @@ from moedge.runtime.engine import Engine
 from moedge.runtime.server import Server, Service, Settings
 
 NAME = "tiny"
+STREAM: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 class Serving:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fake_engine
 import pytest
-from serving import NAME, serving
+from serving import NAME, STREAM, serving
 
 openai = pytest.importorskip("openai")
 
@@ -61,7 +61,7 @@ def test_errors_are_the_clients_own_classes(server, client, monkeypatch):
         client.completions.create(**ASK, logit_bias=NO_END)
     assert caught.value.status_code == 503 and caught.value.code == "engine_error"
     with pytest.raises(openai.APIError, match="no memory"):
-        list(client.completions.create(**ASK, logit_bias=NO_END, stream=True))
+        list(client.completions.create(**ASK, logit_bias=NO_END, **STREAM))
 
 
 def test_a_client_that_waits_no_longer(server, client, monkeypatch):
@@ -99,8 +99,7 @@ def test_many_texts_by_asyncio(server, engine):
         given = {**ASK, "prompt": prompts[place], "temperature": 0}
         if place % 2:
             return (await client.completions.create(**given)).choices[0].text
-        options = {"stream": True, "stream_options": {"include_usage": True}}
-        pieces = [piece async for piece in await client.completions.create(**given, **options)]
+        pieces = [piece async for piece in await client.completions.create(**given, **STREAM)]
         assert pieces[-1].usage.completion_tokens == len(want[place].tokens)
         return "".join(choice.text for piece in pieces for choice in piece.choices)
 
@@ -139,7 +138,7 @@ def test_samples_with_log_probabilities_in_a_stream(client, engine):
     """`n`, `seed`, `logprobs` and `stream_options` together; the pieces are those of the texts one by one."""
     options = {"temperature": 1.0, "seed": 11}
     given = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, **options}
-    more = {"logprobs": True, "top_logprobs": 2, "stream": True, "stream_options": {"include_usage": True}, "n": 3}
+    more = {"logprobs": True, "top_logprobs": 2, **STREAM, "n": 3}
     pieces = list(client.chat.completions.create(**given, **more))
     assert pieces[-1].choices == [] and pieces[-1].usage.prompt_tokens_details.cached_tokens >= 0
     made = 0
@@ -165,7 +164,7 @@ def test_while_texts_end_nobody_else_is_taken_in(engine):
         scheduler = server.service.scheduler
         step = scheduler._step
         scheduler._step = lambda work: (time.sleep(0.03), step(work))[1]
-        stream = iter(client.completions.create(**{**ASK, "max_tokens": 60}, logit_bias=NO_END, stream=True))
+        stream = iter(client.completions.create(**{**ASK, "max_tokens": 60}, logit_bias=NO_END, **STREAM))
         pieces = [next(stream)]
         server.uvicorn.should_exit = True
         refused = False
@@ -177,7 +176,7 @@ def test_while_texts_end_nobody_else_is_taken_in(engine):
                 assert getattr(error, "status_code", 503) == 503
         assert refused and scheduler.running, "refused while the stream goes on"
         pieces += list(stream)
-        assert pieces[-1].choices[0].finish_reason == "length" and pieces[-1].usage.completion_tokens == 60
+        assert pieces[-2].choices[0].finish_reason == "length" and pieces[-1].usage.completion_tokens == 60
 
 
 def test_what_is_not_over_at_the_end_ends_with_what_it_has(engine, caplog):
@@ -187,7 +186,7 @@ def test_what_is_not_over_at_the_end_ends_with_what_it_has(engine, caplog):
         server.uvicorn.config.timeout_graceful_shutdown = 1
         step = server.service.scheduler._step
         server.service.scheduler._step = lambda work: (time.sleep(0.03), step(work))[1]
-        stream = iter(client.completions.create(**asked, stream=True))
+        stream = iter(client.completions.create(**asked, **STREAM))
         pieces = [next(stream)]
         whole = pool.submit(client.completions.create, **asked)
         while server.service.scheduler.running < 2:
@@ -203,7 +202,7 @@ def test_what_is_not_over_at_the_end_ends_with_what_it_has(engine, caplog):
             pieces += list(stream)
             assert late.recv(100).startswith(b"HTTP/1.1 503 ")
         made = pieces[-1].usage.completion_tokens
-        assert pieces[-1].choices[0].finish_reason == "length" and 1 <= made < 1000
+        assert pieces[-2].choices[0].finish_reason == "length" and 1 <= made < 1000
         choice = whole.result().choices[0]
         assert choice.finish_reason == "length" and choice.text
         with pytest.raises(openai.InternalServerError, match="the server is closing") as refused:

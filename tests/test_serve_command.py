@@ -15,12 +15,13 @@ import fake_engine
 import httpx
 import pytest
 from click.testing import CliRunner
-from serving import NAME, serving
+from serving import NAME, STREAM, serving
 
 openai = pytest.importorskip("openai")
 
+from moedge.errors import BundleError, DependencyError  # noqa: E402
 from moedge.runtime.engine import load  # noqa: E402
-from moedge.runtime.serve_commands import serve_command  # noqa: E402
+from moedge.runtime.serve_commands import STREAM_INTERVAL, serve_command  # noqa: E402
 
 ENDLESS = {"max_tokens": 60, "logit_bias": {str(fake_engine.EOS): -100}}
 
@@ -55,11 +56,11 @@ def test_the_command_ends_cleanly_at_sigterm_and_lets_texts_end(engine):
     try:
         assert line.startswith(f"{NAME} on http://127.0.0.1:") and line.endswith("/v1 (cpu, 2 slots)\n"), line
         with openai.OpenAI(base_url=line.split()[2], api_key="none", max_retries=0, timeout=30) as client:
-            stream = iter(client.completions.create(model=NAME, prompt="a", stream=True, **ENDLESS))
+            stream = iter(client.completions.create(model=NAME, prompt="a", **STREAM, **ENDLESS))
             pieces = [next(stream)]
             process.send_signal(signal.SIGTERM)
             pieces += list(stream)
-            assert pieces[-1].usage.completion_tokens == 60 and pieces[-1].choices[0].finish_reason == "length"
+            assert pieces[-1].usage.completion_tokens == 60 and pieces[-2].choices[0].finish_reason == "length"
         assert process.wait(timeout=20) == 0
     finally:
         process.kill()
@@ -139,6 +140,22 @@ def test_times_are_finite(option):
     for value in ("nan", "inf"):
         result = CliRunner().invoke(serve_command, ["bundle", option, value])
         assert result.exit_code == 2 and ("is not a finite number" in result.output or "in the range" in result.output)
+
+
+def test_the_interval_between_writes_is_said_once(engine):
+    (option,) = [option for option in serve_command.params if option.name == "stream_interval"]
+    assert option.default == 1000 * STREAM_INTERVAL and f"within {1000 * STREAM_INTERVAL:g} ms" in PAGE
+    with serving(engine) as server:
+        assert server.service.mailbox.interval == STREAM_INTERVAL
+
+
+def test_a_wrong_path_is_told_before_a_missing_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(BundleError, match="nothing: no such folder; make a bundle with: moedge export"):
+        CliRunner().invoke(serve_command, [str(tmp_path / "nothing")], catch_exceptions=False)
+    bundle = fake_engine.write_bundle(tmp_path / "bundle")
+    with pytest.raises(DependencyError, match=r"fastapi is not installed \(needed to serve\); install it: pip install"):
+        CliRunner().invoke(serve_command, [str(bundle)], catch_exceptions=False)
 
 
 def test_the_server_is_not_imported_before_it_is_needed():

@@ -12,7 +12,7 @@ import fake_engine
 import httpx
 import numpy as np
 import pytest
-from serving import NAME, serving
+from serving import NAME, STREAM, serving
 
 openai = pytest.importorskip("openai")
 
@@ -95,9 +95,10 @@ def test_streams_with_usage_at_the_end(client, engine):
     assert "".join(piece.choices[0].text for piece in pieces[:-1]) == "".join(want)
     assert [piece.choices[0].finish_reason for piece in pieces[:-1]][-1] == want.finish_reason
     assert pieces[-1].choices == [] and pieces[-1].usage.completion_tokens == len(want.tokens)
-    assert all(piece.usage is None for piece in pieces[:-1])
+    assert all(piece.usage is None and "usage" in piece.model_fields_set for piece in pieces[:-1])
     plain = list(client.completions.create(**ask))
-    assert plain[-1].choices[0].finish_reason == want.finish_reason and plain[-1].usage.prompt_tokens == 5
+    assert plain[-1].choices[0].finish_reason == want.finish_reason and len(plain) == len(pieces) - 1
+    assert not any("usage" in piece.model_fields_set for piece in plain)
     messages = [{"role": "user", "content": "hi"}]
     chat = list(client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, stream=True, n=2))
     for place in (0, 1):
@@ -359,6 +360,11 @@ def test_limits(engine):
 def test_health_and_metrics(server, client):
     client.completions.create(model=NAME, prompt="same beginning", max_tokens=5)
     client.completions.create(model=NAME, prompt="same beginning", max_tokens=5)
+    for path in ("healthz", "readyz", "metrics", "v1/models", f"v1/models/{NAME}", "v1/models/none", "openapi.json"):
+        head, got = server.http.head(f"/{path}"), server.http.get(f"/{path}")
+        assert (head.status_code, head.headers["content-type"]) == (got.status_code, got.headers["content-type"])
+        assert head.content == b"" and int(head.headers["content-length"]) > 0
+    assert server.http.head("/v1/completions").status_code == 405
     assert server.http.get("/healthz").json() == {"status": "ok"}
     assert server.http.get("/readyz").json() == {"status": "ready"}
     text = server.http.get("/metrics").text
@@ -420,13 +426,14 @@ def test_many_streams_are_written_together_with_an_event_for_each_token(engine, 
     from load_client import connected
 
     prompts = [[first, 7] for first in range(8)]
-    options = {"logit_bias": {**{str(token): -100 for token in range(128, 300)}, "65": 3.0}, "temperature": 0}
+    bias = {**{str(token): -100 for token in range(128, 300)}, "65": 3.0}
+    options = {"max_tokens": 50, "temperature": 0, "logit_bias": bias, **STREAM}
     bias = {int(token): value for token, value in options["logit_bias"].items()}
     want = [alone(engine, prompt, max_new_tokens=50, logit_bias=bias, temperature=0) for prompt in prompts]
 
     async def crowd(port):
         async with connected(port, len(prompts)) as clients:
-            asks = [{"model": NAME, "prompt": prompt, "max_tokens": 50, "stream": True} | options for prompt in prompts]
+            asks = [{"model": NAME, "prompt": prompt, **options} for prompt in prompts]
             bodies = [json.dumps(ask).encode() for ask in asks]
             posts = [client.post("/v1/completions", body) for client, body in zip(clients, bodies, strict=True)]
             return await asyncio.gather(*posts)
@@ -437,7 +444,7 @@ def test_many_streams_are_written_together_with_an_event_for_each_token(engine, 
         server.settle()
     assert [answer.text for answer in answers] == want
     for answer in answers:
-        assert len(answer.events) == answer.tokens == 50
+        assert len(answer.events) == answer.tokens + 1 == 51
         chunks = [line for line in answer.body.split(b"\n") if line.endswith(b"\r")]
         assert len(chunks) < 50
 
@@ -446,11 +453,11 @@ def test_many_streams_are_written_together_with_an_event_for_each_token(engine, 
 def test_an_event_is_what_its_document_says(engine, chat):
     """Written from a frame, but equal to the document written whole, which the official client's types read."""
     jobs = [Job(make_request(engine, [1]), TextWriter(make_request(engine, [1]), None, frozenset()), print, 0, 1.0)]
-    answer = Answer(chat, NAME, jobs, 1, engine.tokenizer)
+    answer = Answer(chat, NAME, jobs, 1, engine.tokenizer, tells_usage=chat)
     kind = openai.types.chat.ChatCompletionChunk if chat else openai.types.Completion
     for text in ("a", 'quote " and \\ and \n', "\u00e9\u20ac\U0001f600", "\ud800", "data: [DONE]\n\n", "\x00\x7f"):
-        event = answer.event(0, text, 0, 1, False, False)
-        assert event == sse(answer.piece(0, text, 0, 1, False, False)) and event.count(b"\n\n") == 1
+        event = answer.event(0, text, 0, 1, False)
+        assert event == sse(answer.piece(0, text, 0, 1, False)) and event.count(b"\n\n") == 1
         document = json.loads(event.removeprefix(b"data: "))
         assert kind.construct(**document).model_dump(exclude_unset=True) == document
         choice = document["choices"][0]
