@@ -3,7 +3,8 @@
 Builds an engine for this GPU with each backend that is installed (TensorRT for RTX, TensorRT, onnxruntime on CUDA),
 compares its logits with the canonical graph's on onnxruntime's CPU, measures its rates, and writes docs/gpu-check.md:
 the figures, or the refusal in the words of whatever refused. With no bundle given, random ones of three shapes are
-made: latent attention, grouped attention, and grouped attention cut into engines by layers.
+made: latent attention, grouped attention, and grouped attention cut into engines by layers. Without a GPU it writes
+nothing and exits with 1.
 """
 
 from __future__ import annotations
@@ -83,6 +84,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="what is written (default: docs/gpu-check.md)")
     parser.add_argument("--weights", default="int4", help="of the random bundles (default: int4)")
     arguments = parser.parse_args()
+    if not machine.gpus():
+        wanted = "a CUDA device that the NVIDIA driver (libcuda) shows"
+        print(f"error: no GPU here: {wanted} was looked for; nothing was run or written", file=sys.stderr)
+        return 1
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="moedge-gpu-") as scratch:
         for title, bundle, cut in _bundles(arguments.bundles, Path(scratch), arguments.weights):
@@ -118,10 +123,10 @@ def _small_bound(bundle: Bundle) -> int:
 
 def _attempt(title: str, bundle: Bundle, backend: str, cut: bool) -> dict[str, Any]:
     """One engine built and run; whatever refuses is quoted."""
-    result: dict[str, Any] = {"title": title, "backend": backend, "passed": False, "stage": "finding a GPU"}
+    result: dict[str, Any] = {"title": title, "backend": backend, "passed": False, "stage": "building"}
     try:
         device = this_gpu()
-        result |= {"gpu": device.title, "stage": "building"}
+        result["gpu"] = device.title
         max_memory = _small_bound(bundle) if cut else None
         with console_progress() as progress:
             folder = build(
@@ -139,13 +144,9 @@ def _attempt(title: str, bundle: Bundle, backend: str, cut: bool) -> dict[str, A
 
 
 def this_gpu() -> DeviceProfile:
-    """The shipped profile of the first GPU's compute capability under this GPU's name and memory; without a GPU that
-    the driver shows, the RTX 4090's, so that the refusal comes from the device's own libraries."""
-    gpus = machine.gpus()
+    """The shipped profile of the first GPU's compute capability under this GPU's name and memory."""
     profiles = [load_profile(name) for name in list_profiles()]
-    if not gpus:
-        return dataclasses.replace(load_profile("rtx4090"), name="this-gpu", title="none that a driver shows")
-    gpu = gpus[0]
+    gpu = machine.gpus()[0]
     alike = [profile for profile in profiles if profile.compute_capability == gpu.compute_capability]
     return dataclasses.replace(
         (alike or [load_profile("rtx4090")])[0],
@@ -159,8 +160,7 @@ def this_gpu() -> DeviceProfile:
 def measure(bundle: Bundle, profile: str) -> dict[str, Any]:
     """Parity of a chunk and of steps with the canonical graph, and tokens per second of both."""
     info = read_engine(bundle, profile)
-    if machine.gpus():
-        check_engine(bundle, info)
+    check_engine(bundle, info)
     session = backend_module(info.backend).open_session(bundle, info, SessionOptions())
     try:
         ids = np.random.default_rng(0).integers(0, info.vocab_size, 32)

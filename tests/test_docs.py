@@ -72,3 +72,16 @@ def test_the_page_on_quantization_is_made_from_its_measurements(monkeypatch: pyt
     assert [met for _, met in bench_quantization.check_bars(document["results"])] == [True] * 3
     worse = [{**result, "bits_per_byte": 1 + (result["weights"] != "fp32")} for result in document["results"]]
     assert [met for _, met in bench_quantization.check_bars(worse)] == [False] * 3
+
+
+def test_checking_a_gpu_where_there_is_none_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import check_gpu
+
+    monkeypatch.setattr(check_gpu.machine, "gpus", list)
+    monkeypatch.setattr(sys, "argv", ["check_gpu.py", "--out", str(tmp_path / "page.md")])
+    assert check_gpu.main() == 1 and not list(tmp_path.iterdir())
+    looked = "a CUDA device that the NVIDIA driver (libcuda) shows was looked for"
+    assert capsys.readouterr().err == f"error: no GPU here: {looked}; nothing was run or written\n"
