@@ -22,6 +22,7 @@ from synthetic_checkpoint import read_shape
 
 import moedge
 from moedge.export.options import HEAD, HEAD_CHOICES
+from moedge.export.quantization import gptq
 from moedge.profiles.shape import bytes_per_token
 from moedge.progress import console_progress
 from moedge.runtime.eval import evaluate
@@ -220,6 +221,20 @@ def _change(result: dict[str, Any], results: list[dict[str, Any]]) -> float:
     return float(result["bits_per_byte"] / plain - 1)
 
 
+def _about_calibration() -> list[str]:
+    """What gptq reads, from its own constants."""
+    most = gptq.SEQUENCES * gptq.LENGTH
+    return [
+        "gptq alone reads a text, `--calibration FILE`, and is refused without one; rtn and hqq need none. It takes",
+        f"the file's first {most:,} tokens, in pieces of {gptq.LENGTH}; what follows is not read. An expert that",
+        f"gets fewer than {gptq.MIN_TOKENS} of them is quantized by hqq: `moedge inspect --json` lists those under",
+        "`provenance.notes`. Good is plain UTF-8 text like what the model will read and write, in its languages, kinds",
+        "and formats (of a chat model with the chat template's marks): short pieces out of many documents rather than",
+        "one long one, and nothing of what the result is judged by. The rows below were made with",
+        f"{PIECES} pieces of {PIECE_BYTES:,} bytes out of the standard library's files, held-out ones left out.",
+    ]
+
+
 def make_page(document: dict[str, Any]) -> str:
     """docs/quantization.md."""
     results = document["results"]
@@ -230,8 +245,9 @@ def make_page(document: dict[str, Any]) -> str:
         "kernels round activations to 8 bits; the change is against fp32, and so are the divergence (of the next",
         "token's probabilities, in nats: the mean) and the share of tokens with the same most likely next one. The",
         "error is that of the experts' weights, root mean square over root mean square. The embedding is int8 in all",
-        f"but fp32; the head is {HEAD} where weights are int4. `moedge export --algorithm` takes rtn, hqq or gptq,",
-        "which reads `--calibration FILE`.",
+        f"but fp32; the head is {HEAD} where weights are int4. `moedge export --algorithm` takes rtn, hqq or gptq.",
+        "",
+        *_about_calibration(),
         "",
         "| weights | bits per byte | change | KL divergence | same token | error | size |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
