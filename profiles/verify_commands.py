@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -59,21 +59,35 @@ def _print(verdict: Verdict, routes: Deep | None) -> None:
         told = "runs here" if state["runs_here"] else "" if state["reason"] in verdict.faults else state["reason"]
         sound = "ok" if state["runs_here"] else "files ok" if state["ok"] else "damaged"
         click.echo(f"engine {profile}: " + "; ".join(filter(None, [sound, told])))
-    for profile, found in (routes.engines if routes else {}).items():
-        for line in _describe_routes(found):
-            click.echo(f"routes of {profile}: {line}")
+    for line in _describe_deep(routes) if routes else []:
+        click.echo(line)
     for line in verdict.unchecked:
         click.echo(f"not checked: {line}")
     for line in verdict.faults:
         click.echo(f"fault: {line}")
 
 
-def _describe_routes(found: dict[str, Any]) -> list[str]:
-    """What was followed, and how the experts run, where several layers do alike once."""
-    layers = found["layers"]
-    if not layers:
+def _describe_deep(routes: Deep) -> list[str]:
+    """What was compared, how much of it, and what came of it; how experts run, where several layers do alike once."""
+    if not routes.engines:
         return []
-    elsewhere, near = (sum(each[key] for each in layers) for key in ("tokens_elsewhere", "near_ties"))
-    rounding = f"tokens that rounding sent elsewhere {elsewhere}, near ties {near}"
-    lines = [f"{len(layers)} layers by {found['how']}; {rounding}"]
-    return lines + [f"experts: {text}" for text in dict.fromkeys(each["experts"] for each in layers) if text]
+    lines = [
+        f"routes: {routes.tokens} random tokens through {routes.layers} of {routes.of_layers} layers of the canonical "
+        "graph and of each engine; compared is which experts a gate chooses"
+    ]
+    for profile, found in routes.engines.items():
+        layers = found["layers"]
+        if not layers:
+            continue
+        last = layers[-1]
+        alike = f"layer {last['layer']} differs" if last["fault"] else "all alike"
+        elsewhere, near = (sum(each[key] for each in layers) for key in ("tokens_elsewhere", "near_ties"))
+        told = [
+            f"{routes.tokens * len(layers)} choices in {len(layers)} layers, by {found['how']}, compared with the "
+            f"gate's reference {last['compared']}: {alike}, {near} near ties; {elsewhere} tokens elsewhere than in the "
+            "canonical graph, by rounding before the router"
+        ]
+        told += [f"experts computed: {text}" for text in dict.fromkeys(each["experts"] for each in layers) if text]
+        lines += [f"routes of {profile}: {line}" for line in told]
+    good = "each engine takes the model's routes" if not routes.faults else "not every engine takes the model's routes"
+    return [*lines, f"routes: {good}"]

@@ -72,7 +72,10 @@ def edit_engine(bundle: Path, profile: str, edit: Callable[[onnx.ModelProto], No
 def test_a_sound_engine_passes_and_says_what_was_compared(bundle: Path) -> None:
     result = run_deep(bundle)
     assert result.exit_code == 0, result.output
-    assert "routes of cpu: 2 layers by its own session; tokens that rounding sent elsewhere " in result.stdout
+    assert "routes: 24 random tokens through 3 of 3 layers of the canonical graph and of each engine" in result.stdout
+    told = "48 choices in 2 layers, by its own session, compared with the gate's reference on its own logits: all alike"
+    assert f"routes of cpu: {told}, " in result.stdout
+    assert "routes: each engine takes the model's routes" in result.stdout
     document = json.loads(run_deep(bundle, "--json").stdout)
     deep = document["deep"]
     assert (deep["tokens"], deep["layers"], deep["of_layers"], document["ok"]) == (24, 3, 3, True)
