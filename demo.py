@@ -23,6 +23,8 @@ PROMPT = "def __init__(self"
 WEIGHTS = ("int4", "int8")
 ENGINES = ("cpu", "rtx4090", "a100-80gb", "jetson-agx-orin-64gb")
 PROMPT_TOKENS, NEW_TOKENS, REPEAT = 256, 64, 5
+# What a run took on two cores, and its folder: tests compare the latter.
+SECONDS, MIB = 20, 76
 
 
 @click.command("demo")
@@ -42,12 +44,14 @@ def demo_command(output: Path) -> None:
     """
     began = time.monotonic()
     check_sample()
+    click.echo(f"The path of a model in {output}: about {SECONDS} s on two free cores, {MIB} MiB of disk")
     bundles = {weights: export_sample(output / f"sample-{weights}", weights) for weights in WEIGHTS}
     build_engines(bundles["int4"], ENGINES)
     build_engines(bundles["int8"], ("cpu",))
     generate_text(bundles["int4"])
     report = write_latency_report(bundles, output)
-    heading(f"Done in {time.monotonic() - began:.0f} s")
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 2**20
+    heading(f"Done in {time.monotonic() - began:.0f} s, {size:.0f} MiB in {output}")
     click.echo(f"report:  {report}")
     click.echo(f"bundles: {', '.join(str(bundle.path) for bundle in bundles.values())}")
     options = '-p "def read(self" -n 100 --temperature 0.7'
@@ -126,9 +130,10 @@ def generate_text(bundle: Bundle) -> None:
     heading("Generate on this machine (cpu engine)")
     with load(bundle, "cpu") as engine:
         click.echo(PROMPT, nl=False)
-        for piece in engine.generate(PROMPT, max_new_tokens=100, temperature=0.7, top_p=0.95, seed=1):
+        generation = engine.generate(PROMPT, max_new_tokens=100, temperature=0.7, top_p=0.95, seed=1)
+        for piece in generation:
             click.echo(piece, nl=False)
-    click.echo()
+    click.echo(f"\n{len(generation.tokens)} tokens: {generation.seconds:.1f} s")
 
 
 def bench_alone(bundle: Bundle, progress: Progress) -> dict[str, Any]:

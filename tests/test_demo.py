@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moedge.bundle import Bundle, check_files
-from moedge.demo import ENGINES, NEW_TOKENS, PROMPT, SAMPLE
+from moedge.demo import ENGINES, MIB, NEW_TOKENS, PROMPT, SAMPLE, SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,15 @@ def test_report_tells_measured_from_predicted(demo: tuple[Path, str]) -> None:
     assert all(result["new_tokens"] == NEW_TOKENS for result in results)
     assert printed.count("measured") >= 2 and printed.count("predicted") >= 3
     assert "predicted" in (output / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_what_it_takes_is_said_at_the_beginning(demo: tuple[Path, str]) -> None:
+    output, printed = demo
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 2**20
+    assert size == pytest.approx(MIB, rel=0.2)
+    first, last = f"about {SECONDS} s on two free cores, {MIB} MiB of disk", f" s, {size:.0f} MiB in {output}"
+    assert first in printed.splitlines()[0] and re.search(rf"== Done in \d+{last}", printed)
 
 
 @pytest.mark.slow
