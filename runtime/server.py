@@ -360,9 +360,12 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         place = ".".join(path)
         return _error(400, f"{place}: {text}" if place else text, param=place or None)
 
-    async def http(_: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _error(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        text = str(error.detail)
+        if error.status_code == 404:
+            text = f"there is nothing at {request.url.path}; see /openapi.json"
+        return _error(error.status_code, text, headers=dict(error.headers or {}))
 
     async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=_GONE)

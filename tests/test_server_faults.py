@@ -159,6 +159,8 @@ def test_other_types_methods_and_places(server):
     for method, path, status in (("GET", "completions", 405), ("DELETE", "models", 405), ("POST", "nothing", 404)):
         answer = server.http.request(method, f"/v1/{path}")
         assert answer.status_code == status and answer.json()["error"]["message"]
+    told = server.http.get("/v1/nothing").json()["error"]["message"]
+    assert told == "there is nothing at /v1/nothing; see /openapi.json"
     assert server.http.get(f"/v1/models/{'%2e%2e%2f' * 20}etc").status_code == 404
     assert server.http.get("/v1/models/%ff%fe").status_code == 404
 
