@@ -139,6 +139,7 @@ def _inspection(bundle: Bundle) -> dict[str, Any]:
                 "compute_capability": info.compute_capability,
                 "precision": info.precision,
                 "kernels": kernels.describe(info.session),
+                "why_not_own_kernels": kernels.why_not() if info.session.get("own_kernels") else None,
                 "max_batch": info.max_batch,
                 "max_seq_len": info.max_seq_len,
                 "bytes": info.bytes,

@@ -118,8 +118,8 @@ def _note(engine: dict[str, Any]) -> str:
     """Why an engine does not run here, or what computes it, where there is a choice."""
     if not engine["runs_here"]:
         return str(engine["reason"])
-    made_by = engine.get("kernels")
-    return f"{engine['profile']}: its kernels here are {made_by}" if made_by else ""
+    made_by, why = engine.get("kernels"), engine.get("why_not_own_kernels")
+    return f"{engine['profile']}: its kernels here are {made_by}{f' ({why})' if why else ''}" if made_by else ""
 
 
 def size(count: float) -> str:

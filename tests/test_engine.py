@@ -296,10 +296,19 @@ def test_inspect_command(fake_bundle, tmp_path):
     kernels = document["engines"][0]["kernels"]
     text = CliRunner().invoke(inspect_command, [str(fake_bundle)]).stdout
     assert (f"cpu: its kernels here are {kernels}" in text) == (kernels is not None)
+    assert document["engines"][0]["why_not_own_kernels"] is None  # it has no graph for them
     bare = tmp_path / "bare"
     shutil.copytree(fake_bundle, bare, ignore=shutil.ignore_patterns("engines"))
     text = CliRunner().invoke(inspect_command, [str(bare)]).stdout
     assert "experts" in text and "moedge.SigmoidTopKGate" in text and "moedge build" in text
+
+
+def test_inspect_says_why_own_kernels_do_not_run(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEDGE_KERNELS", "stock")
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = CliRunner().invoke(inspect_command, [str(tiny_bundle)]).stdout
+    told = "cpu: its kernels here are onnxruntime (MOEDGE_KERNELS is 'stock'; unset it)"
+    assert told in " ".join(shown.split())
 
 
 def test_load_is_public(fake_bundle):
