@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,16 @@ def test_every_command_says_what_is_wrong(
     for name, *options in COMMANDS:
         result = CliRunner().invoke(main, [name, str(tmp_path), *options], standalone_mode=False)
         assert isinstance(result.exception, moedge.BundleError) and str(result.exception) == text, name
+
+
+def test_a_size_that_the_graph_has_not_is_told_at_build(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    whole = json.loads((bundle / "moedge.json").read_text())
+    (bundle / "moedge.json").write_text(json.dumps(edited(whole, ("config", "vocab_size"), 2**31 - 1)))
+    with pytest.raises(moedge.BundleError) as caught:
+        moedge.build(bundle, "jetson-thor", max_seq_len=64)
+    told = "cannot be loaded (it has 320 tokens, moedge.json says 2147483647); export the bundle again"
+    assert str(caught.value) == f"{bundle / 'model.onnx'}: {told}"
 
 
 def places(part: Any, above: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

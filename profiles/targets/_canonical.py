@@ -67,7 +67,11 @@ def load_canonical(bundle: Bundle) -> tuple[ir.Model, MoEConfig]:
         BundleError: not readable, or not what onnx and the schemas of moedge's ops allow.
     """
     with _loading(bundle):
-        return ir.load(bundle.file(MODEL)), moe_config_from_json(bundle.config)
+        model, config = ir.load(bundle.file(MODEL)), moe_config_from_json(bundle.config)
+        shape = model.graph.outputs[0].shape
+        if shape is not None and shape[-1] != config.vocab_size:
+            raise ValueError(f"it has {shape[-1]} tokens, moedge.json says {config.vocab_size}")
+        return model, config
 
 
 def load_torch_graph(bundle: Bundle) -> ir.Model:

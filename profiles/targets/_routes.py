@@ -383,7 +383,7 @@ def find_strays(profile: Path, provider: str) -> list[str]:
 def trace_network(bundle: Bundle, info: EngineInfo, tokens: Array, layers: int) -> Traced:
     """Routes of a TensorRT engine's network on onnxruntime: that in its folder, or its first layers lowered again."""
     parts = [Part(int(entry["layers"][0]), int(entry["layers"][1]), info.layers) for entry in info.session["parts"]]
-    small = bundle.manifest["model"]["parameters"] <= MOST_PARAMETERS_HALF
+    small = (bundle.manifest["model"].get("parameters") or 0) <= MOST_PARAMETERS_HALF
     folder = bundle.engine_dir(info.profile)
     if small and all((folder / part.model).is_file() for part in parts):
         try:

@@ -254,7 +254,7 @@ def measure_half(
     """
     import onnxruntime as ort
 
-    if bundle.manifest["model"]["parameters"] > MOST_PARAMETERS_HALF:
+    if (bundle.manifest["model"].get("parameters") or 0) > MOST_PARAMETERS_HALF:
         return None
     config = bundle.config
     view = View(int(config["num_hidden_layers"]), 0, int(config["moe"]["num_experts"]), 0, int(config["vocab_size"]))
