@@ -23,8 +23,7 @@ PROMPT = "def __init__(self"
 WEIGHTS = ("int4", "int8")
 ENGINES = ("cpu", "rtx4090", "a100-80gb", "jetson-agx-orin-64gb")
 PROMPT_TOKENS, NEW_TOKENS, REPEAT = 256, 64, 5
-# What a run took on two cores, and its folder: tests compare the latter.
-SECONDS, MIB = 20, 76
+SECONDS, MIB = 20, 76  # what a run took on two cores, and its folder
 
 
 @click.command("demo")
@@ -44,7 +43,7 @@ def demo_command(output: Path) -> None:
     """
     began = time.monotonic()
     check_sample()
-    click.echo(f"The path of a model in {output}: about {SECONDS} s on two free cores, {MIB} MiB of disk")
+    click.echo(f"{output}: about {SECONDS} s on two free cores, {MIB} MiB of disk")
     bundles = {weights: export_sample(output / f"sample-{weights}", weights) for weights in WEIGHTS}
     build_engines(bundles["int4"], ENGINES)
     build_engines(bundles["int8"], ("cpu",))

@@ -9,54 +9,41 @@ from .errors import BundleError, shorten
 
 # A kind is a type, a range of whole numbers, a tuple of texts, [kind of each item] or {key: kind}. "*" stands for every
 # key; one that ends with "?" may be null, or not there.
-_BYTES = range((1 << 50) + 1)  # and parameters, tokens: more than any model's
-_COUNT, _WIDTH, _LAYERS = range(1, 1 << 31), range(1 << 31), range(1, 1 << 12)
+_SIZE = range((1 << 50) + 1)  # more bytes, parameters, tokens than any model's
+_COUNT, _LAYERS = range(1, 1 << 31), range(1, 1 << 12)
 _GATE: dict[str, Any] = {"op": str, "attributes": {"*": float}}
 _GATE["base?"] = _GATE["over?"] = _GATE
-_LATENT = ("num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_ATTENTION: dict[str, dict[str, Any]] = {
-    "mla": {"q_lora_rank?": _COUNT, "scale?": float, **dict.fromkeys(_LATENT, _COUNT)},
-    "gqa": {"num_heads?": _COUNT, "scale?": float, "windows?": [_WIDTH], "clip?": float},
+
+
+def _of(kind: Any, names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), kind)
+
+
+_ATTENTION = {
+    "mla": _of(_COUNT, "num_heads q_lora_rank? kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"),
+    "gqa": {"windows?": [_SIZE]},
     "torch": {},
 }
-_HEADS = {"num_key_value_heads": _COUNT, "head_dim": _COUNT}
-_MOE = {
-    "layers": [_WIDTH],
-    "num_experts": _COUNT,
-    "num_experts_per_tok": _COUNT,
-    "intermediate_size": _WIDTH,
-    "shared_intermediate_size?": _WIDTH,
-    "gate?": _GATE,
-}
-_CLASS = {
-    "dtype": str,
-    "group_size?": _WIDTH,
-    "relative_error?": float,
-    "float16_scales?": _BYTES,
-    "bfloat16_values?": _BYTES,
-}
+_HEADS = _of(_COUNT, "num_key_value_heads head_dim")
+_MOE = _of(_COUNT, "num_experts num_experts_per_tok") | _of(_SIZE, "intermediate_size shared_intermediate_size?")
+_CLASS = {"dtype": str, "relative_error?": float} | _of(_SIZE, "group_size? float16_scales? bfloat16_values?")
 _MANIFEST = {
-    "model": {"name": str, "family?": str, "parameters?": _BYTES, "active_parameters?": _BYTES},
+    "model": {"name": str, "family?": str} | _of(_SIZE, "parameters? active_parameters?"),
     "config": {
+        **_of(_COUNT, "vocab_size hidden_size max_position_embeddings"),
+        **_of(_SIZE, "intermediate_size num_attention_heads"),
         "family?": str,
-        "vocab_size": _COUNT,
-        "hidden_size": _COUNT,
-        "intermediate_size": _WIDTH,
         "num_hidden_layers": _LAYERS,
-        "max_position_embeddings": _COUNT,
-        "num_attention_heads": _WIDTH,
-        "rms_norm_eps?": float,
         "attention": {"kind": tuple(_ATTENTION)},
-        "rope?": {"dim": _COUNT, "inv_freq": [float], "kind?": str, "long_inv_freq?": [float]},
-        "moe": _MOE,
-        "notes?": [str],
+        "rope?": {"kind?": str},
+        "moe": {"layers": [_SIZE], "gate?": _GATE, **_MOE},
     },
     "gating?": [_GATE],
-    "quantization": {"weights": str, "group_size?": _WIDTH, "algorithm?": str, "classes?": {"*": _CLASS}},
-    "sizes": {"*": _BYTES},
+    "quantization": {"weights": str, "group_size?": _SIZE, "algorithm?": str, "classes?": {"*": _CLASS}},
+    "sizes": {"*": _SIZE},
     "cache": [{"name": str, "width": _COUNT}],
     "provenance?": {},
-    "files": {"*": {"bytes": _BYTES, "sha256": str}},
+    "files": {"*": {"bytes": _SIZE, "sha256": str}},
 }
 _WORDS = {dict: "an object", list: "a list", str: "a text", float: "a number", bool: "true or false"}
 

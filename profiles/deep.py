@@ -42,7 +42,7 @@ class Deep:
     unchecked: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "layers": self.layers, "of_layers": self.of_layers, "engines": self.engines}
+        return {name: value for name, value in vars(self).items() if name not in ("faults", "unchecked")}
 
 
 def verify_routes(bundle: Bundle, profiles: list[str], progress: Progress | None = None) -> Deep:

@@ -15,7 +15,7 @@ from .device import DeviceProfile
 from .fit import PREFILL_CHUNK, check_fit
 from .roofline import ENDS, GPU, JETSON, Pass, Roofline, Work
 from .roofline_cpu import load_fit
-from .shape import KV_CACHES, READ_IN_FULL, ModelShape, cache_element_bytes
+from .shape import KV_CACHES, READ_IN_FULL, ModelShape, cache_element_bytes, describe_model
 from .shape import bytes_per_token as bytes_per_token
 
 SCHEMA = 1
@@ -255,12 +255,9 @@ def _described(manifest: Mapping[str, Any], device: DeviceProfile) -> dict[str, 
     from .. import __version__
 
     quantization = manifest["quantization"]
-    model = manifest["model"]
-    config = manifest["config"]
-    moe = config["moe"]
     return {
         "schema": SCHEMA,
-        "model": str(model.get("name", "model")),
+        "model": manifest["model"]["name"],
         "profile": device.name,
         "backend": device.target,
         "device": device.title,
@@ -268,12 +265,5 @@ def _described(manifest: Mapping[str, Any], device: DeviceProfile) -> dict[str, 
         "group_size": quantization.get("group_size"),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"moedge": __version__},
-        "model_info": {
-            "family": model.get("family"),
-            "parameters": model.get("parameters"),
-            "active_parameters": model.get("active_parameters"),
-            "layers": config["num_hidden_layers"],
-            "experts": moe.get("num_experts"),
-            "experts_per_token": moe.get("num_experts_per_tok"),
-        },
+        "model_info": describe_model(manifest),
     }

@@ -171,6 +171,17 @@ def bytes_per_token(
     return round(weights + rows + shape.expert_bytes(batch) + cache)
 
 
+def describe_model(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result of `moedge bench` or `estimate` says of the model."""
+    config, moe = manifest["config"], manifest["config"]["moe"]
+    return {
+        **{key: manifest["model"].get(key) for key in ("family", "parameters", "active_parameters")},
+        "layers": config["num_hidden_layers"],
+        "experts": moe["num_experts"],
+        "experts_per_token": moe["num_experts_per_tok"],
+    }
+
+
 def _shape(manifest: Mapping[str, Any]) -> ModelShape:
     config = manifest["config"]
     moe = config["moe"]

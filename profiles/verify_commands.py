@@ -68,7 +68,7 @@ def _print(verdict: Verdict, routes: Deep | None) -> None:
 
 
 def _describe_deep(routes: Deep) -> list[str]:
-    """What was compared, how much of it, and what came of it; how experts run, where several layers do alike once."""
+    """What was compared, how much, and what came of it; how experts run, where several layers do alike once."""
     if not routes.engines:
         return []
     lines = [
@@ -82,12 +82,12 @@ def _describe_deep(routes: Deep) -> list[str]:
         last = layers[-1]
         alike = f"layer {last['layer']} differs" if last["fault"] else "all alike"
         elsewhere, near = (sum(each[key] for each in layers) for key in ("tokens_elsewhere", "near_ties"))
-        told = [
-            f"{routes.tokens * len(layers)} choices in {len(layers)} layers, by {found['how']}, compared with the "
-            f"gate's reference {last['compared']}: {alike}, {near} near ties; {elsewhere} tokens elsewhere than in the "
-            "canonical graph, by rounding before the router"
-        ]
-        told += [f"experts computed: {text}" for text in dict.fromkeys(each["experts"] for each in layers) if text]
-        lines += [f"routes of {profile}: {line}" for line in told]
+        lines.append(
+            f"routes of {profile}: {routes.tokens * len(layers)} choices in {len(layers)} layers, by {found['how']}, "
+            f"compared with the gate's reference {last['compared']}: {alike}, {near} near ties; {elsewhere} tokens "
+            "elsewhere than in the canonical graph, by rounding before the router"
+        )
+        texts = dict.fromkeys(each["experts"] for each in layers)
+        lines += [f"experts of {profile}: {text}" for text in texts if text]
     good = "each engine takes the model's routes" if not routes.faults else "not every engine takes the model's routes"
     return [*lines, f"routes: {good}"]

@@ -23,7 +23,7 @@ import numpy as np
 from ..bundle import Bundle, Progress
 from ..errors import ProfileError
 from ..profiles.device import load_profile, user_profiles_folder
-from ..profiles.shape import ModelShape, bytes_per_token
+from ..profiles.shape import ModelShape, bytes_per_token, describe_model
 from . import kernels, machine
 from .bench_runs import Case, Samples, check_fits, measure
 from .energy import open_meter, process_gpu_memory
@@ -277,19 +277,10 @@ def _circumstances(bundle: Bundle, backend_version: str) -> dict[str, Any]:
     """When, with which versions, on what machine and of what model."""
     from .. import __version__
 
-    model = bundle.manifest["model"]
-    moe = bundle.config["moe"]
     return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"moedge": __version__, "backend": backend_version},
-        "model_info": {
-            "family": model.get("family"),
-            "parameters": model.get("parameters"),
-            "active_parameters": model.get("active_parameters"),
-            "layers": bundle.config.get("num_hidden_layers"),
-            "experts": moe.get("num_experts"),
-            "experts_per_token": moe.get("num_experts_per_tok"),
-        },
+        "model_info": describe_model(bundle.manifest),
         "machine": machine.describe(),
     }
 

@@ -23,6 +23,7 @@ _PROFILE = click.option("--profile", metavar="NAME", help="Engine. [default: the
 _THREADS = click.option("--threads", type=click.IntRange(1), help="Threads that compute. [default: physical cores]")
 
 NEW_TOKENS = 128
+_SHOWN = "profile status backend backend_version compute_capability precision max_batch max_seq_len bytes".split()
 
 
 @click.command("generate")
@@ -132,17 +133,9 @@ def _inspection(bundle: Bundle) -> dict[str, Any]:
             continue
         engines.append(
             {
-                "profile": profile,
-                "status": info.status,
-                "backend": info.backend,
-                "backend_version": info.backend_version,
-                "compute_capability": info.compute_capability,
-                "precision": info.precision,
+                **{name: getattr(info, name) for name in _SHOWN},
                 "kernels": kernels.describe(info.session),
                 "why_not_own_kernels": kernels.why_not() if info.session.get("own_kernels") else None,
-                "max_batch": info.max_batch,
-                "max_seq_len": info.max_seq_len,
-                "bytes": info.bytes,
                 "runs_here": reason is None,
                 "reason": reason,
             }

@@ -97,7 +97,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":  # as GET; of its answer uvicorn, whose scope stays as it was, sends no body
+        if scope["method"] == "HEAD":  # as GET; uvicorn, whose scope stays, sends no body
             scope = {**scope, "method": "GET"}
 
         begun = False

@@ -30,15 +30,7 @@ class Verdict:
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "ok": not self.faults,
-            "faults": self.faults,
-            "unchecked": self.unchecked,
-            "files": self.files,
-            "bytes": self.bytes,
-            "experts": self.experts,
-            "engines": self.engines,
-        }
+        return {"ok": not self.faults, **vars(self)}
 
     def raise_for_faults(self) -> None:
         """Raise the one fault as a BundleError, or how many there are and the first."""

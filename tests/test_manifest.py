@@ -35,7 +35,7 @@ WORST = [
     ("config.rope", "x", "config.rope is 'x', an object was expected"),
     ("config.moe.layers", 3, "config.moe.layers is 3, a list was expected"),
     ("config.moe.layers", [2, 1], "config.moe.layers are not layers of 3 in their order"),
-    ("config.moe.layers", [1, [2]], "config.moe.layers.1 is a list, a whole number from 0 to 2147483647 was expected"),
+    ("config.moe.layers", [1, [2]], "config.moe.layers.1 is a list, a whole number from 0 to 1125899906842624 was"),
     ("config.moe.num_experts", 1, "2 experts for each token, of 1"),
     ("gating", [{"op": "x"}], "gating.0.attributes is missing"),
     ("gating.0.attributes.top_k", "x", "gating.0.attributes.top_k is 'x', a number was expected"),
