@@ -259,13 +259,6 @@ uint64_t run_grouped_one(const Kernels* kernels, Element element, int64_t width,
   return found;
 }
 
-// The codes of `made`, of 8 bits, by heads of so many rows.
-HeadMatrices of_codes(const Matrix& made, int64_t rows) {
-  int shift = 0;
-  while (int64_t{1} << shift < made.group) ++shift;
-  return {nullptr, {made.codes, static_cast<const float*>(made.scales), made.zero_points, rows, made.width, shift}, rows, made.width};
-}
-
 // `group`: of the codes of k_up and v_up, with zero points in k_up's; 0: floats.
 uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, int64_t rope, int64_t first,
                         int64_t group) {
@@ -285,15 +278,12 @@ uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, i
   l.latent = latent;
   l.k_rope = k_rope;
   l.rotation = {cos, sin, rope / 2, true};
-  l.k_up = {k_up, {}, nope, rank};
-  l.v_up = {v_up, {}, size, rank};
+  l.products = kernels;
   const int64_t of_group = group ? group : rank;
   const Matrix k_codes = matrices(heads, nope, rank, of_group, 8, true);
   const Matrix v_codes = matrices(heads, size, rank, of_group, 8, false);
-  if (group) {
-    l.k_up = of_codes(k_codes, nope);
-    l.v_up = of_codes(v_codes, size);
-  }
+  l.k_up = {k_codes, group ? nullptr : k_up};
+  l.v_up = {v_codes, group ? nullptr : v_up};
   l.nope = nope;
   l.rope = rope;
   l.rank = rank;
@@ -314,6 +304,8 @@ uint64_t attention_digest(const Kernels* kernels) {
       all = all * 31 + run_grouped_one(kernels, element, 21, 50, first);
       all = all * 31 + run_latent_one(kernels, element, 64, 16, first, 0);
       all = all * 31 + run_latent_one(kernels, element, 64, 16, first, 32);
+      all = all * 31 + run_latent_one(kernels, element, 48, 16, first, 16);
+      all = all * 31 + run_latent_one(kernels, element, 256, 16, first, 64);
       all = all * 31 + run_latent_one(kernels, element, 26, 6, first, 0);
     }
   return all;

@@ -234,8 +234,32 @@ def grouped_reference(case: Grouped, run: Run) -> Array:
     return np.concatenate([*y, rest])
 
 
+def rounded(x: Array) -> Array:
+    """What is left of [..., group] in int8, a scale a group, in float64."""
+    scales = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-30)) / np.float32(127)
+    found: Array = np.rint(x * (np.float32(1) / scales)) * scales.astype(np.float64)
+    return found
+
+
+def absorb_codes(constants: dict[str, Array | None], q: Float) -> Array:
+    """q [S, n, nope] k_up by codes: a group's scales go into the query, which is rounded."""
+    scales = constants["k_scales"]
+    assert scales is not None
+    folded = rounded(q[:, :, None] * scales.swapaxes(1, 2))  # [S, n, groups, nope]
+    codes = np.rint(dequantized(constants, "k").reshape(*scales.shape, -1) / scales[..., None])
+    return np.einsum("sngk,nkgr->sngr", folded, codes.astype(np.float64)).reshape(*q.shape[:2], -1)
+
+
+def expand_codes(constants: dict[str, Array | None], mixed: Array) -> Array:
+    """mixed [S, n, rank] v_up by codes, rounded before it."""
+    scales = constants["v_scales"]
+    assert scales is not None
+    parts = rounded(mixed.astype(np.float32).reshape(*mixed.shape[:2], scales.shape[-1], -1))
+    return np.einsum("snr,nvr->snv", parts.reshape(mixed.shape), dequantized(constants, "v"))
+
+
 def latent_reference(case: Latent, run: Run) -> Array:
-    """y [S, n v]: keys and values expanded from the latent, which the op never does."""
+    """y [S, n v]: keys and values expanded from the latent, which the op never does, but for the codes' rounding."""
     y, start = [], 0
     k_up, v_up = (dequantized(run.constants, name) for name in ("k", "v"))
     for length, size, caches in zip(run.lengths, run.sizes, run.caches, strict=True):
@@ -261,6 +285,12 @@ def latent_reference(case: Latent, run: Run) -> Array:
             caches[0][length : length + size] = rows
             known = caches[0][: length + size].astype(np.float64)
         latent, rope = known[:, : case.rank], known[:, case.rank :]
+        if case.group:
+            q = np.concatenate([absorb_codes(run.constants, q[..., : case.nope]), q_rope], -1)
+            keys, values = (np.repeat(part[:, None], case.heads, axis=1) for part in (known, latent))
+            mixed = attend(q, keys, values, length, 0, case.scale, None)
+            y.append(expand_codes(run.constants, mixed).reshape(size, -1))
+            continue
         keys = np.einsum("tr,ndr->tnd", latent, k_up)
         keys = np.concatenate([keys, np.repeat(rope[:, None], case.heads, axis=1)], -1)
         values = np.einsum("tr,nvr->tnv", latent, v_up)

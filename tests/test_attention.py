@@ -88,12 +88,21 @@ def test_equal_to_numpy_and_to_the_bit_on_every_path(
             found = run_model(open_case(case, own, library, threads), own)
             if first is None:
                 first = found, own
-                assert np.abs(found - y).max() < (2e-4 if case.kind == "int8" else 4e-6) * spread(y)
+                check_result(case, np.abs(found - y) / spread(y))
                 check_caches(case, own, wanted)
             np.testing.assert_array_equal(found, first[0])
             for lane, same in zip(own.caches, first[1].caches, strict=True):
                 for cache, other in zip(lane, same, strict=True):
                     np.testing.assert_array_equal(cache, other)
+
+
+def check_result(case: Grouped | Latent, apart: np.ndarray) -> None:
+    """By codes a word that lies between two integers may be rounded to the other one, in few of the heads."""
+    exact = 2e-4 if case.kind == "int8" else 4e-6
+    if isinstance(case, Grouped) or not case.group:
+        assert apart.max() < exact
+    else:
+        assert np.quantile(apart, 0.75) < (2e-3 if case.kind == "int8" else exact) and apart.max() < 5e-3
 
 
 def check_caches(case: Grouped | Latent, run: Run, wanted: Run) -> None:
@@ -140,17 +149,27 @@ def test_one_lane_needs_no_sizes(library: Path) -> None:
         np.testing.assert_array_equal(run_model(short, run.copy()), run_model(open_case(case, run, library), run))
 
 
-@pytest.mark.parametrize("zero_points", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 130])
-def test_codes_of_heads_give_the_bits_of_their_floats(rows: int, zero_points: bool, library: Path) -> None:
-    case = Latent(3, 20, 8, 128, 83, group=32, zero_points=zero_points)
-    run = make_run(case, [70], [rows], np.random.default_rng(rows))
-    floats = run.copy()
-    floats.constants = dict.fromkeys(run.constants) | {
-        f"{name}_up": dequantized(run.constants, name) for name in ("k", "v")
-    }
-    expected = run_model(open_case(case, floats, library), floats)
-    np.testing.assert_array_equal(run_model(open_case(case, run, library), run), expected)
+@pytest.mark.parametrize("group", [16, 32, 128])
+def test_codes_of_heads_are_multiplied_as_integers(group: int, library: Path) -> None:
+    """Near to what their floats give; what moves codes and zero points alike changes no bit, whatever the rows."""
+    for rows in (1, 3, 9, 130):
+        case = Latent(3, 20, 8, 128, 83, group=group)
+        run = make_run(case, [70], [rows], np.random.default_rng(rows))
+        y = run_model(open_case(case, run.copy(), library), run.copy())
+        moved = run.copy()
+        moved.constants = dict(run.constants)
+        for name in ("k", "v"):
+            codes = run.constants[f"{name}_up"]
+            assert codes is not None
+            moved.constants[f"{name}_up"] = codes + np.uint8(20)
+            moved.constants[f"{name}_zeros"] = np.full((3, codes.shape[1], 128 // group), 148, np.uint8)
+        np.testing.assert_array_equal(run_model(open_case(case, moved, library), moved), y)
+        floats = run.copy()
+        floats.constants = dict.fromkeys(run.constants) | {
+            f"{name}_up": dequantized(run.constants, name) for name in ("k", "v")
+        }
+        expected = run_model(open_case(case, floats, library), floats)
+        assert 1e-5 < spread(y - expected) / spread(expected) < 0.02
 
 
 def test_codes_without_what_belongs_to_them_are_refused(library: Path) -> None:

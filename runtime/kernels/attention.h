@@ -50,22 +50,6 @@ struct Part {
   }
 };
 
-// A matrix [rows, width] of one head in codes of 8 bits; 2^shift of a row share a scale and a zero point (null: 128).
-// A value is (code - zero point) * scale, rounded once.
-struct HeadCodes {
-  const uint8_t* codes;
-  const float* scales;         // [rows, groups]
-  const uint8_t* zero_points;  // likewise
-  int64_t rows, width;
-  int shift;
-
-  int64_t groups() const { return width >> shift; }
-  HeadCodes from(int64_t row) const {
-    const uint8_t* points = zero_points ? zero_points + row * groups() : nullptr;
-    return {codes + row * width, scales + row * groups(), points, rows - row, width, shift};
-  }
-};
-
 struct AttentionKernels {
   // fp16 or int8 -> fp32, exact.
   void (*widen)(Element element, const void* from, int64_t count, float* to);
@@ -93,13 +77,6 @@ struct AttentionKernels {
   void (*soften)(float* scores, int64_t count, int64_t from, int64_t to, float scale, float* largest, float* sum);
   // Rows of `part` joined to those of `into`. A row whose sum is 0 holds nothing.
   void (*merge)(const Part& into, const Part& part, int64_t rows);
-  // What codes stand for, [rows, width].
-  void (*dequantize)(const HeadCodes& matrix, float* to);
-  // c [rows, width] = a [rows, matrix.rows] by the matrix, as `multiply` gives it. Groups are of whole vectors.
-  void (*absorb)(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& matrix, float* c, int64_t c_stride);
-  // c [rows, matrix.rows] = a [rows, width] by the transposed matrix, likewise; at most kFewRows rows, as many columns
-  // are written as a multiple of kVector.
-  void (*expand)(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& matrix, float* c, int64_t c_stride);
 };
 
 const AttentionKernels* attention_kernels(const Kernels* kernels);  // of the same instruction set
@@ -175,24 +152,19 @@ struct GroupedAttention {
 size_t grouped_scratch(const GroupedAttention& attention);
 void run_grouped(const GroupedAttention& attention, void* scratch, const Parallel& parallel);
 
-// Matrices of all heads, [heads, rows, width]: floats, or codes.
+// Matrices of all heads, [heads, rows, width]: codes of 8 bits, or floats.
 struct HeadMatrices {
+  Matrix codes;         // those of the first head; of floats its sizes alone
   const float* floats;  // null: codes
-  HeadCodes codes;      // those of the first head
-  int64_t rows, width;
 
-  const float* floats_at(int64_t head) const { return floats + head * rows * width; }
-  HeadCodes codes_at(int64_t head, int64_t first, int64_t count) const {
-    HeadCodes part = codes.from(head * rows + first);
-    part.rows = count;
-    return part;
-  }
+  const float* floats_at(int64_t head) const { return floats + head * codes.rows * codes.width; }
 };
 
 // q [tokens, heads * (nope + rope)], latent [tokens, rank], before its norm if it has one, and k_rope [tokens, rope], k_up
 // [heads, nope, rank], v_up [heads, value_size, rank] -> y [tokens, heads * value_size].
 struct LatentAttention {
   Attention core;
+  const Kernels* products;
   const float* q;
   const float* latent;
   const float* k_rope;

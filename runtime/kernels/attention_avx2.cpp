@@ -8,8 +8,7 @@ namespace {
 
 struct Wide256 {
   static constexpr int64_t lanes = 8;
-  static constexpr int alone = 8, few = 2, wide = 4, rows = 4, slim = 2, sums = 8, across = 1;
-  static constexpr float raised = 0.0f;
+  static constexpr int alone = 8, few = 2, wide = 4, rows = 4, slim = 2, across = 1;
   using Float = __m256;
 
   static Float floats(float value) { return _mm256_set1_ps(value); }
@@ -30,13 +29,6 @@ struct Wide256 {
   }
   static Float load_bytes(const int8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-  }
-  static Float load_codes(const uint8_t* from) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-  }
-  static Float byte_of(Float words, int byte) {
-    const __m256i shifted = _mm256_srli_epi32(_mm256_castps_si256(words), 8 * byte);
-    return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(0xff)));
   }
   static void store_half(uint16_t* to, Float value) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));

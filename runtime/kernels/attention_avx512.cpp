@@ -8,8 +8,7 @@ namespace {
 
 struct Wide512 {
   static constexpr int64_t lanes = 16;
-  static constexpr int alone = 8, few = 4, wide = 4, rows = 8, slim = 2, sums = 16, across = 1;
-  static constexpr float raised = 8388608.0f;
+  static constexpr int alone = 8, few = 4, wide = 4, rows = 8, slim = 2, across = 1;
   using Float = __m512;
 
   static Float floats(float value) { return _mm512_set1_ps(value); }
@@ -30,18 +29,6 @@ struct Wide512 {
   }
   static Float load_bytes(const int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-  }
-  static Float load_codes(const uint8_t* from) {
-    const __m512i codes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    return raise(codes, _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-  }
-  static Float byte_of(Float words, int byte) {
-    return raise(_mm512_castps_si512(words), _mm512_add_epi32(_mm512_set4_epi32(12, 8, 4, 0), _mm512_set1_epi32(byte)));
-  }
-  // The bytes at `places` of each 128 bits become the low ones of 2^23.
-  static Float raise(__m512i bytes, __m512i places) {
-    const __m512i high = _mm512_set1_epi32(0x4b000000);
-    return _mm512_castsi512_ps(_mm512_mask_shuffle_epi8(high, 0x1111111111111111u, bytes, places));
   }
   static void store_half(uint16_t* to, Float value) {
     const __m256i halves = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -5,13 +5,10 @@
 //          alone            vectors of a tile of a product of one row
 //          few, wide        rows and vectors of one of up to twice as many rows
 //          rows, slim       of one of more: its sums stay in registers
-//          sums             vectors of sums that leave room for the others in registers
 //          across           vectors of rows that share a pass over keys
 //          Float            a vector of floats
 //          larger, smaller  a if it is larger (smaller) than b, else b: of a NaN in b, b
 //          power            2^n for what adding kRound made of n
-//          raised           what load_codes (unsigned) and the bytes of byte_of are more than the codes
-//          byte_of          one byte of each 32 bits, a constant `raised` more, as floats
 //          load_half, load_bytes (signed), store_half, transpose (a square of vectors, in place)
 
 #pragma once
@@ -25,7 +22,6 @@ namespace {
 
 using moedge::divide_up;
 using moedge::Element;
-using moedge::HeadCodes;
 using moedge::kAhead;
 using moedge::kFewRows;
 using moedge::kPanelKeys;
@@ -54,47 +50,15 @@ inline typename S::Float load_any(const uint16_t* from) { return S::load_half(fr
 template <class S>
 inline typename S::Float load_any(const int8_t* from) { return S::load_bytes(from); }
 
-inline float zero_point(const HeadCodes& m, int64_t group) {
-  return m.zero_points ? static_cast<float>(m.zero_points[group]) : 128.0f;
-}
-
-// A matrix that is read by whole vectors: of floats, of a cache's halves or bytes; `Codes`: of codes with scales. What
-// `row` gives stands for one row from some column on: of codes as far as a group goes.
+// A matrix that is read by whole vectors: of floats, or of a cache's halves or bytes.
 template <class S, typename T>
 struct Stored {
   using Element = T;
   const T* from;
   int64_t stride;
 
-  struct Row {
-    const T* from;
-    typename S::Float load(int64_t column) const { return load_any<S>(from + column); }
-  };
-  Row row(int64_t row, int64_t column) const { return {from + row * stride + column}; }
-  template <int64_t>
-  void fetch(int64_t row, int64_t column, int64_t count) const {
-    fetch_ahead(from + row * stride + column, count);
-  }
-};
-template <class S>
-struct Codes {
-  HeadCodes m;
-
-  struct Row {
-    const uint8_t* from;
-    typename S::Float zero, scale;
-    typename S::Float load(int64_t column) const {
-      return S::multiply(S::subtract(S::load_codes(from + column), zero), scale);
-    }
-  };
-  Row row(int64_t row, int64_t column) const {
-    const int64_t group = row * m.groups() + (column >> m.shift);
-    return {m.codes + row * m.width + column, S::floats(zero_point(m, group) + S::raised), S::floats(m.scales[group])};
-  }
-  template <int64_t own>
-  void fetch(int64_t row, int64_t column, int64_t) const {
-    fetch_ahead(m.codes + row * m.width + column, own);
-  }
+  typename S::Float load(int64_t row, int64_t column) const { return load_any<S>(from + row * stride + column); }
+  void fetch(int64_t row, int64_t column, int64_t count) const { fetch_ahead(from + row * stride + column, count); }
 };
 
 // Calls run with rows of a cache as such a matrix.
@@ -110,23 +74,20 @@ void with_rows(const Rows& rows, const Run& run) {
 
 // --- products ----------------------------------------------------------------------------------------------------
 
-// From column `at` of b on, 1 to M rows, onto what c holds if it is to be; of each row of b `fetched` columns
-// are fetched ahead. One form for all counts of rows: the last row stands in for those that are not there.
+// From column `at` of b on, 1 to M rows; of each row of b `fetched` columns are fetched ahead. One form for all counts of rows: the last row stands in for those that are not there.
 template <class S, class E, int M, int N>
 __attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, int64_t rows, const E& from, int64_t at,
-                                             int64_t depth, int64_t fetched, bool onto, float* c, int64_t c_stride) {
+                                             int64_t depth, int64_t fetched, float* c, int64_t c_stride) {
   const E b = from;
   const float* row[M];
   for (int m = 0; m < M; ++m) row[m] = a + least(m, rows - 1) * a_stride;
   typename S::Float sum[M][N];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n)
-      sum[m][n] = onto ? S::load(c + least(m, rows - 1) * c_stride + at + n * S::lanes) : S::floats(0.0f);
+    for (int n = 0; n < N; ++n) sum[m][n] = S::floats(0.0f);
   for (int64_t k = 0; k < depth; ++k) {
-    const auto columns = b.row(k, at);
     typename S::Float column[N];
-    for (int n = 0; n < N; ++n) column[n] = columns.load(n * S::lanes);
-    b.template fetch<N * S::lanes>(k, at, fetched);
+    for (int n = 0; n < N; ++n) column[n] = b.load(k, at + n * S::lanes);
+    b.fetch(k, at, fetched);
     for (int m = 0; m < M; ++m) {
       const typename S::Float one = S::floats(row[m][k]);
       for (int n = 0; n < N; ++n) sum[m][n] = S::fused(one, column[n], sum[m][n]);
@@ -140,17 +101,17 @@ __attribute__((noinline)) void multiply_tile(const float* a, int64_t a_stride, i
 // tile fetches `fetched` columns, those of the first rows beside it `later`.
 template <class S, class E, int M, int N>
 void multiply_columns(const float* a, int64_t a_stride, int64_t rows, const E& b, int64_t at, int64_t depth,
-                      int64_t columns, int64_t fetched, int64_t later, bool onto, float* c, int64_t c_stride) {
+                      int64_t columns, int64_t fetched, int64_t later, float* c, int64_t c_stride) {
   constexpr int64_t wide = N * S::lanes;
   const int64_t some = divide_up(rows, divide_up(rows, M));
   for (; at + wide <= columns; at += wide, fetched = later)
     for (int64_t r = 0, now = fetched; r < rows; r += some, now = 0)
-      multiply_tile<S, E, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b, at, depth, now, onto,
-                                c + r * c_stride, c_stride);
+      multiply_tile<S, E, M, N>(a + r * a_stride, a_stride, least(some, rows - r), b, at, depth, now, c + r * c_stride,
+                                c_stride);
   if constexpr (wide > kVector)
     if (at < columns)
       multiply_columns<S, E, M, M == 1 ? N / 2 : kVector / S::lanes>(a, a_stride, rows, b, at, depth, columns, fetched,
-                                                                     later, onto, c, c_stride);
+                                                                     later, c, c_stride);
 }
 
 template <class S, class E>
@@ -160,13 +121,11 @@ void multiply_any(const float* a, int64_t a_stride, int64_t rows, const E& b, in
   const int64_t own = 2 * kVector, later = rows <= moedge::kSomeRows && columns > kWideRow ? own : 0;
   const int64_t fetched = rows > moedge::kSomeRows ? 0 : later ? later : columns;
   if (rows == 1)
-    multiply_columns<S, E, 1, S::alone>(a, a_stride, rows, b, 0, depth, columns, fetched, later, false, c, c_stride);
+    multiply_columns<S, E, 1, S::alone>(a, a_stride, rows, b, 0, depth, columns, fetched, later, c, c_stride);
   else if (rows <= 2 * S::few)
-    multiply_columns<S, E, S::few, S::wide>(a, a_stride, rows, b, 0, depth, columns, fetched, later, false, c,
-                                            c_stride);
+    multiply_columns<S, E, S::few, S::wide>(a, a_stride, rows, b, 0, depth, columns, fetched, later, c, c_stride);
   else if (rows > 0)
-    multiply_columns<S, E, S::rows, S::slim>(a, a_stride, rows, b, 0, depth, columns, fetched, later, false, c,
-                                            c_stride);
+    multiply_columns<S, E, S::rows, S::slim>(a, a_stride, rows, b, 0, depth, columns, fetched, later, c, c_stride);
 }
 
 template <class S>
@@ -179,102 +138,6 @@ template <class S>
 void weigh(const float* shares, int64_t shares_stride, int64_t rows, const Rows& values, int64_t depth, int64_t columns,
            float* c, int64_t c_stride) {
   with_rows<S>(values, [&](auto b) { multiply_any<S>(shares, shares_stride, rows, b, depth, columns, c, c_stride); });
-}
-
-// --- codes ---------------------------------------------------------------------------------------------------------
-
-template <class S>
-void dequantize(const HeadCodes& m, float* to) {
-  const Codes<S> codes{m};
-  for (int64_t r = 0; r < m.rows; ++r)
-    for (int64_t w = 0; w < m.width; w += S::lanes) S::store(to + r * m.width + w, codes.row(r, w).load(0));
-}
-
-// Some rows of the matrix at a time, so that all of their columns are in the cache. A tile lies in one group.
-template <class S>
-void absorb(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& matrix, float* c, int64_t c_stride) {
-  constexpr int least_vectors = kVector / S::lanes;
-  constexpr int64_t some = 16;
-  const int64_t group = int64_t{1} << matrix.shift, width = matrix.width;
-  for (int64_t k = 0; k < matrix.rows; k += some, a += some) {
-    const Codes<S> part{matrix.from(k)};
-    const int64_t depth = least(some, matrix.rows - k);
-    if (rows == 1 && group >= S::alone * S::lanes)
-      multiply_columns<S, Codes<S>, 1, S::alone>(a, a_stride, rows, part, 0, depth, width, 0, 0, k > 0, c, c_stride);
-    else if (group >= S::wide * S::lanes)
-      multiply_columns<S, Codes<S>, S::few, S::wide>(a, a_stride, rows, part, 0, depth, width, 0, 0, k > 0, c,
-                                                     c_stride);
-    else
-      multiply_columns<S, Codes<S>, S::few, least_vectors>(a, a_stride, rows, part, 0, depth, width, 0, 0, k > 0, c,
-                                                           c_stride);
-  }
-}
-
-// Codes are transposed by fours, as the words of a vector, and become values behind that. 1 to M rows.
-template <class S, int M>
-__attribute__((noinline)) void expand_rows(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& m, float* c,
-                                           int64_t c_stride) {
-  using Float = typename S::Float;
-  constexpr int64_t lanes = S::lanes, bytes = 4 * lanes;
-  constexpr int squares = S::sums / M > 4 ? 4 : S::sums / M > 1 ? S::sums / M : 1;  // each is a chain
-  const float* row[M];
-  for (int k = 0; k < M; ++k) row[k] = a + least(k, rows - 1) * a_stride;
-  const int64_t groups = m.groups(), inside = (int64_t{1} << m.shift) - 1;
-  for (int64_t r = 0; r < m.rows; r += squares * lanes) {
-    Float sum[M][squares], codes[squares * lanes];
-    float scales[squares * lanes], zeros[squares * lanes];
-    const uint8_t* sources[squares * lanes];
-    int64_t places[squares * lanes];
-    for (int64_t i = 0, id = r; i < squares * lanes; ++i, id += id + 1 < m.rows) {
-      sources[i] = m.codes + id * m.width;
-      places[i] = id * groups;
-      zeros[i] = 128.0f + S::raised;
-    }
-    for (int k = 0; k < M; ++k)
-      for (int s = 0; s < squares; ++s) sum[k][s] = S::floats(0.0f);
-    for (int64_t w = 0; w < m.width; w += bytes) {
-      const int64_t count = least(bytes, m.width - w), behind = w + 2 * bytes - m.width;
-      const int64_t ahead = behind < 0 ? w + 2 * bytes : squares * lanes * m.width + behind;
-#pragma GCC unroll 1
-      for (int64_t s = 0; s < squares * lanes; s += lanes) {
-        Float square[lanes];
-        for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[s + i] + ahead);
-        if (count == bytes)
-          for (int64_t i = 0; i < lanes; ++i) memcpy(square + i, sources[s + i] + w, sizeof(Float));
-        else
-          for (int64_t i = 0; i < lanes; ++i) memcpy(square + i, sources[s + i] + w, static_cast<size_t>(count));
-        S::transpose(square);
-        for (int64_t i = 0; i < lanes; ++i) codes[s + i] = square[i];
-      }
-      for (int64_t i = 0; i < count; i += 4) {
-        if (((w + i) & inside) == 0)
-          for (int64_t j = 0; j < squares * lanes; ++j) {
-            const int64_t group = places[j] + ((w + i) >> m.shift);
-            scales[j] = m.scales[group];
-            if (m.zero_points) zeros[j] = zero_point(m, group) + S::raised;
-          }
-#pragma GCC unroll 1
-        for (int64_t byte = 0; byte < 4; ++byte)
-          for (int s = 0; s < squares; ++s) {
-            const Float code = S::byte_of(codes[s * lanes + i / 4], static_cast<int>(byte));
-            const Float value = S::multiply(S::subtract(code, S::load(zeros + s * lanes)), S::load(scales + s * lanes));
-            for (int k = 0; k < M; ++k) sum[k][s] = S::fused(S::floats(row[k][w + i + byte]), value, sum[k][s]);
-          }
-      }
-    }
-    for (int s = 0; s < squares && r + s * lanes < m.rows; ++s)
-      for (int k = 0; k < M && k < rows; ++k) S::store(c + k * c_stride + r + s * lanes, sum[k][s]);
-  }
-}
-
-template <class S>
-void expand(const float* a, int64_t a_stride, int64_t rows, const HeadCodes& m, float* c, int64_t c_stride) {
-  if (rows == 1)
-    expand_rows<S, 1>(a, a_stride, rows, m, c, c_stride);
-  else if (rows <= kFewRows / 2)
-    expand_rows<S, kFewRows / 2>(a, a_stride, rows, m, c, c_stride);
-  else
-    expand_rows<S, kFewRows>(a, a_stride, rows, m, c, c_stride);
 }
 
 // --- blocks of a cache ---------------------------------------------------------------------------------------------
@@ -511,7 +374,7 @@ template <class S>
 constexpr moedge::AttentionKernels make_attention() {
   static_assert(kVector % S::lanes == 0 && S::slim * S::lanes >= kVector, "columns are multiples of kVector");
   return {widen<S>, narrow<S>, transpose_rows<S>, multiply<S>, score<S>, score_some<S>,
-          weigh<S>, soften<S>, merge<S>, dequantize<S>, absorb<S>, expand<S>};
+          weigh<S>, soften<S>, merge<S>};
 }
 
 }  // namespace

@@ -8,8 +8,7 @@ namespace {
 
 struct Wide128 {
   static constexpr int64_t lanes = 4;
-  static constexpr int alone = 16, few = 4, wide = 4, rows = 4, slim = 4, sums = 16, across = 4;
-  static constexpr float raised = 0.0f;
+  static constexpr int alone = 16, few = 4, wide = 4, rows = 4, slim = 4, across = 4;
   using Float = float32x4_t;
 
   static Float floats(float value) { return vdupq_n_f32(value); }
@@ -30,15 +29,6 @@ struct Wide128 {
     int32_t four;
     memcpy(&four, from, 4);
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
-  }
-  static Float load_codes(const uint8_t* from) {
-    uint32_t four;
-    memcpy(&four, from, 4);
-    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four))))));
-  }
-  static Float byte_of(Float words, int byte) {
-    const uint32x4_t shifted = vshlq_u32(vreinterpretq_u32_f32(words), vdupq_n_s32(-8 * byte));
-    return vcvtq_f32_u32(vandq_u32(shifted, vdupq_n_u32(0xff)));
   }
   static void store_half(uint16_t* to, Float value) { vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(value))); }
 

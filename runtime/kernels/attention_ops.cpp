@@ -200,15 +200,14 @@ constexpr size_t kLatentLanes = 13;
 // Matrices of heads with what belongs to their codes; false where these do not fit each other.
 bool read_matrices(const Tensor& values, const Tensor& scales, const Tensor& zero_points, HeadMatrices* out) {
   const int64_t heads = values.shape[0], rows = values.shape[1], width = values.shape[2];
-  *out = {values.kind == kFloat ? values.as<float>() : nullptr, {}, rows, width};
+  *out = {{nullptr, nullptr, nullptr, rows, width, 0, 8}, values.kind == kFloat ? values.as<float>() : nullptr};
   if (values.kind == kFloat) return !scales.data && !zero_points.data;
   if (values.kind != kUint8 || scales.kind != kFloat || scales.rank != 3 || scales.shape[2] < 1) return false;
   const int64_t groups = scales.shape[2], group = width / groups;
-  int shift = 0;
-  while ((int64_t{1} << shift) < group) ++shift;
-  out->codes = {values.as<uint8_t>(), scales.as<float>(), zero_points.as<uint8_t>(), rows, width, shift};
+  out->codes = {values.as<uint8_t>(), scales.data, zero_points.as<uint8_t>(), rows, width, group, 8};
   const bool points = !zero_points.data || (zero_points.kind == kUint8 && zero_points.is(heads, rows, groups));
-  return scales.is(heads, rows, groups) && groups << shift == width && group % kVector == 0 && points;
+  const bool size = group >= kVector && group <= kMaxGroup && (group & (group - 1)) == 0 && groups * group == width;
+  return scales.is(heads, rows, groups) && size && points;
 }
 
 OrtStatus* LatentOp::run(OrtKernelContext* context) const {
@@ -225,6 +224,7 @@ OrtStatus* LatentOp::run(OrtKernelContext* context) const {
   l.rope = joined ? latent.shape[1] - l.rank : k_rope.shape[1];
   l.value_size = v_up.shape[1];
   l.core.kernels = attention_kernels(kernels);
+  l.products = kernels;
   l.core.tokens = tokens;
   l.core.heads = heads;
   l.core.groups = 1;

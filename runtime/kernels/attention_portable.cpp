@@ -6,8 +6,7 @@ namespace {
 
 struct Plain {
   static constexpr int64_t lanes = 4;
-  static constexpr int alone = 4, few = 2, wide = 4, rows = 2, slim = 4, sums = 4, across = 1;
-  static constexpr float raised = 0.0f;
+  static constexpr int alone = 4, few = 2, wide = 4, rows = 2, slim = 4, across = 1;
   struct Float {
     float lane[4];
   };
@@ -58,16 +57,6 @@ struct Plain {
   }
   static Float load_bytes(const int8_t* from) {
     return each([&](int i) { return static_cast<float>(from[i]); });
-  }
-  static Float load_codes(const uint8_t* from) {
-    return each([&](int i) { return static_cast<float>(from[i]); });
-  }
-  static Float byte_of(Float words, int byte) {
-    return each([&](int i) {
-      uint32_t bits;
-      memcpy(&bits, &words.lane[i], 4);
-      return static_cast<float>(bits >> 8 * byte & 0xffu);
-    });
   }
   static void store_half(uint16_t* to, Float value) {
     for (int i = 0; i < 4; ++i) to[i] = narrow_half(value.lane[i]);

@@ -130,11 +130,14 @@ void store_token(const GroupedAttention& g, const GroupedScratch& s, int64_t tok
 
 // --- latent --------------------------------------------------------------------------------------------------------
 
-// One worker's memory.
+// One worker's memory. Of floats:
 struct HeadWork {
-  float* matrix;  // rows of a head's matrix, in floats and whole vectors where they are not
+  float* matrix;  // rows of a head's matrix, in whole vectors where they are not
   float* panel;   // [rank, kPanelKeys]
   float* some;    // [kRowsATime, ...]: a product's result
+  // Of codes:
+  float* folded;  // [groups, depth]: a query by scales; depth: nope and zeros up to a multiple of kRowsTogether
+  Activations x;  // [kRowsATime, ...]
 };
 
 struct LatentScratch {
@@ -147,9 +150,11 @@ struct LatentScratch {
 
 int64_t head_units(const LatentAttention& l) { return l.core.heads * divide_up(l.core.tokens, kRowsATime); }
 
+int64_t depth_of(const LatentAttention& l) { return divide_up(l.nope, kRowsTogether) * kRowsTogether; }
+
 LatentScratch take_latent(const LatentAttention& l, Blocks* blocks) {
   const Attention& a = l.core;
-  const int64_t rank = vectors_up(l.rank);
+  const int64_t rank = vectors_up(l.rank), rows = least(a.tokens, kRowsATime);
   LatentScratch s{};
   s.queries = blocks->take<float>(a.tokens * a.heads * a.width);
   s.mixed = blocks->take<float>(a.tokens * a.heads * l.rank);
@@ -157,30 +162,59 @@ LatentScratch take_latent(const LatentAttention& l, Blocks* blocks) {
   const bool small = a.tokens * a.heads * l.rank * (l.nope + l.value_size) < kAloneProducts;
   s.workers = most(small ? 1 : count_workers(head_units(l)), attention_workers(a));
   s.works = blocks->take<HeadWork>(s.workers);
+  const bool floats = l.k_up.floats || l.v_up.floats;
+  const int64_t groups = most(l.k_up.floats ? 0 : l.k_up.codes.groups(), l.v_up.floats ? 0 : l.v_up.codes.groups());
+  const int64_t folded = groups * depth_of(l);
   for (int64_t i = 0; i < s.workers; ++i) {
-    float* matrix = blocks->take<float>(most(l.nope, kPanelKeys) * rank);
-    float* panel = blocks->take<float>(l.rank * kPanelKeys);
-    float* some = blocks->take<float>(least(a.tokens, kRowsATime) * most(rank, kPanelKeys));
-    if (blocks->base) s.works[i] = {matrix, panel, some};
+    HeadWork work{};
+    work.matrix = blocks->take<float>(floats ? most(l.nope, kPanelKeys) * rank : 0);
+    work.panel = blocks->take<float>(floats ? l.rank * kPanelKeys : 0);
+    work.some = blocks->take<float>(floats ? rows * most(rank, kPanelKeys) : 0);
+    work.folded = blocks->take<float>(folded);
+    work.x.codes = blocks->take<int8_t>(rows * most(folded, l.rank));
+    work.x.scales = blocks->take<float>(rows * groups);
+    work.x.sums = blocks->take<int32_t>(rows * groups);
+    if (blocks->base) s.works[i] = work;
   }
   return s;
 }
 
-// Rows `first` to `first + count` of a head's matrix, to be read by whole vectors; `stride` is set to theirs.
-const float* whole_vectors(const Attention& a, const HeadMatrices& m, int64_t head, int64_t first, int64_t count,
-                           float* room, int64_t* stride) {
-  *stride = vectors_up(m.width);
-  if (!m.floats) {
-    a.kernels->dequantize(m.codes_at(head, first, count), room);
-    return room;
-  }
-  const float* from = m.floats_at(head) + first * m.width;
-  if (*stride == m.width) return from;
+// Rows `first` to `first + count` of a head's matrix of floats, to be read by whole vectors; `stride` is set to theirs.
+const float* whole_vectors(const HeadMatrices& m, int64_t head, int64_t first, int64_t count, float* room,
+                           int64_t* stride) {
+  const int64_t width = m.codes.width;
+  *stride = vectors_up(width);
+  const float* from = m.floats_at(head) + first * width;
+  if (*stride == width) return from;
   for (int64_t i = 0; i < count; ++i) {
-    memcpy(room + i * *stride, from + i * m.width, static_cast<size_t>(m.width) * sizeof(float));
-    memset(room + i * *stride + m.width, 0, static_cast<size_t>(*stride - m.width) * sizeof(float));
+    memcpy(room + i * *stride, from + i * width, static_cast<size_t>(width) * sizeof(float));
+    memset(room + i * *stride + width, 0, static_cast<size_t>(*stride - width) * sizeof(float));
   }
   return room;
+}
+
+// q k_up by codes: a group's scales, one for each row, go into the query, which is then quantized by groups.
+void absorb_codes(const LatentAttention& l, const Matrix& m, const float* q, int64_t q_stride, int64_t count,
+                  const HeadWork& work, float* out, int64_t stride) {
+  const int64_t groups = m.groups(), depth = depth_of(l), middle = l.products->middle;
+  const float* scales = static_cast<const float*>(m.scales);
+  Activations x = work.x;
+  x.width = groups * depth;
+  x.groups = groups;
+  memset(work.folded, 0, static_cast<size_t>(x.width) * sizeof(float));
+  for (int64_t i = 0; i < count; ++i, q += q_stride) {
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t k = 0; k < m.rows; ++k) work.folded[g * depth + k] = scales[k * groups + g] * q[k];
+    l.products->quantize(work.folded, 8, i, x);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int8_t* codes = x.codes + (i * groups + g) * depth;
+      int32_t& sum = x.sums[i * groups + g];
+      sum *= 128 - l.products->middle;
+      if (m.zero_points) sum = 0;
+      for (int64_t k = 0; m.zero_points && k < m.rows; ++k) sum += codes[k] * (m.zero_points[k * groups + g] - middle);
+    }
+  }
+  l.products->multiply_turned(m, x, count, out, stride);
 }
 
 // The queries of one head: [q_nope k_up, q_rope rotated].
@@ -189,18 +223,18 @@ void absorb_queries(const LatentAttention& l, const LatentScratch& s, int64_t he
   const Attention& a = l.core;
   const int64_t size = l.nope + l.rope;
   const float* q = l.q + (first * a.heads + head) * size;
-  int64_t stride = l.rank;
-  if (!l.k_up.floats && count <= kFewRows) {
-    a.kernels->absorb(q, a.heads * size, count, l.k_up.codes_at(head, 0, l.nope), work.some, stride);
-  } else {
-    const float* matrix = whole_vectors(a, l.k_up, head, 0, l.nope, work.matrix, &stride);
+  float* queries = s.queries + (first * a.heads + head) * a.width;
+  if (l.k_up.floats) {
+    int64_t stride = 0;
+    const float* matrix = whole_vectors(l.k_up, head, 0, l.nope, work.matrix, &stride);
     a.kernels->multiply(q, a.heads * size, count, matrix, stride, l.nope, stride, work.some, stride);
+    for (int64_t i = 0; i < count; ++i)
+      memcpy(queries + i * a.heads * a.width, work.some + i * stride, static_cast<size_t>(l.rank) * sizeof(float));
+  } else {
+    absorb_codes(l, l.k_up.codes.at(head), q, a.heads * size, count, work, queries, a.heads * a.width);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    float* query = s.queries + ((first + i) * a.heads + head) * a.width;
-    memcpy(query, work.some + i * stride, static_cast<size_t>(l.rank) * sizeof(float));
-    rotate(l.rotation, first + i, q + i * a.heads * size + l.nope, l.rope, query + l.rank);
-  }
+  for (int64_t i = 0; i < count; ++i)
+    rotate(l.rotation, first + i, q + i * a.heads * size + l.nope, l.rope, queries + i * a.heads * a.width + l.rank);
 }
 
 // The results of one head: mixed v_up, transposed.
@@ -208,20 +242,24 @@ void expand_values(const LatentAttention& l, const LatentScratch& s, int64_t hea
                    const HeadWork& work) {
   const Attention& a = l.core;
   const float* mixed = s.mixed + (first * a.heads + head) * l.rank;
+  float* y = l.y + (first * a.heads + head) * l.value_size;
+  if (!l.v_up.floats) {
+    Activations x = work.x;
+    x.width = l.rank;
+    x.groups = l.v_up.codes.groups();
+    for (int64_t i = 0; i < count; ++i) l.products->quantize(mixed + i * a.heads * l.rank, 8, i, x);
+    l.products->multiply(l.v_up.codes.at(head), 0, l.value_size, x, nullptr, count, y, a.heads * l.value_size);
+    return;
+  }
   for (int64_t at = 0; at < l.value_size; at += kPanelKeys) {
     const int64_t rows = least(kPanelKeys, l.value_size - at);
-    if (!l.v_up.floats && count <= kFewRows) {
-      a.kernels->expand(mixed, a.heads * l.rank, count, l.v_up.codes_at(head, at, rows), work.some, kPanelKeys);
-    } else {
-      int64_t stride = 0;
-      const float* matrix = whole_vectors(a, l.v_up, head, at, rows, work.matrix, &stride);
-      a.kernels->transpose(matrix, stride, rows, l.rank, work.panel, kPanelKeys);
-      a.kernels->multiply(mixed, a.heads * l.rank, count, work.panel, kPanelKeys, l.rank, vectors_up(rows), work.some,
-                          kPanelKeys);
-    }
+    int64_t stride = 0;
+    const float* matrix = whole_vectors(l.v_up, head, at, rows, work.matrix, &stride);
+    a.kernels->transpose(matrix, stride, rows, l.rank, work.panel, kPanelKeys);
+    a.kernels->multiply(mixed, a.heads * l.rank, count, work.panel, kPanelKeys, l.rank, vectors_up(rows), work.some,
+                        kPanelKeys);
     for (int64_t i = 0; i < count; ++i)
-      memcpy(l.y + ((first + i) * a.heads + head) * l.value_size + at, work.some + i * kPanelKeys,
-             static_cast<size_t>(rows) * sizeof(float));
+      memcpy(y + i * a.heads * l.value_size + at, work.some + i * kPanelKeys, static_cast<size_t>(rows) * sizeof(float));
   }
 }
 

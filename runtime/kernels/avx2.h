@@ -44,6 +44,15 @@ struct Vectors256 {
   static Int low_nibbles(Int a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
   static Int high_nibbles(Int a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
 
+  static void turn(Int* a) {
+    const Int low = _mm256_unpacklo_epi8(a[0], a[1]), high = _mm256_unpackhi_epi8(a[0], a[1]);
+    const Int low_two = _mm256_unpacklo_epi8(a[2], a[3]), high_two = _mm256_unpackhi_epi8(a[2], a[3]);
+    a[0] = _mm256_unpacklo_epi16(low, low_two);
+    a[1] = _mm256_unpackhi_epi16(low, low_two);
+    a[2] = _mm256_unpacklo_epi16(high, high_two);
+    a[3] = _mm256_unpackhi_epi16(high, high_two);
+  }
+
   static void unpack(const uint8_t* block, Int* out) {
     const Int lower = load_bytes(block);
     const Int upper = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 32)));

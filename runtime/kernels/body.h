@@ -11,6 +11,8 @@
 //          sums            of `lanes` vectors: lane i is the sum of vector i's lanes
 //          dot<bits>       acc + the products of each lane's four codes with its four activations
 //          dot_word<bits>  the same where all lanes have one word of activations; only where `few` is not 0
+//          turn            four rows' bytes so that a lane has those of one column; which columns a vector has is the
+//                          order of unpacking bytes and then pairs of bytes, within each 128 bits
 //          unpack          a block of 6-bit codes (six_bits.h), 0 to 63, as 64 / (4 * lanes) vectors
 // Everything is in an anonymous namespace: two files must never share a function that was compiled for one of them.
 
@@ -25,6 +27,7 @@ using moedge::kAhead;
 using moedge::kMaxTile;
 using moedge::kMaxTokens;
 using moedge::kMostWidth;
+using moedge::kRowsTogether;
 using moedge::kSixBitBlock;
 using moedge::Matrix;
 
@@ -457,6 +460,7 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
 }  // namespace
 
 #include "six_bits.h"
+#include "turned.h"
 
 namespace {
 
@@ -561,7 +565,7 @@ void multiply_floats(const void* matrix, bool half, int64_t rows, int64_t width,
 
 template <class S>
 constexpr moedge::Kernels make_kernels(const char* name) {
-  return {name, Strip<S>::tile, quantize<S>, multiply<S>, multiply_floats<S>, swiglu};
+  return {name, Strip<S>::tile, S::middle, quantize<S>, multiply<S>, multiply_turned<S>, multiply_floats<S>, swiglu};
 }
 
 }  // namespace

@@ -59,6 +59,14 @@ struct Avx512 {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*reinterpret_cast<const Word*>(x)));
     return acc;
   }
+  static void turn(Int* a) {
+    const Int low = _mm512_unpacklo_epi8(a[0], a[1]), high = _mm512_unpackhi_epi8(a[0], a[1]);
+    const Int low_two = _mm512_unpacklo_epi8(a[2], a[3]), high_two = _mm512_unpackhi_epi8(a[2], a[3]);
+    a[0] = _mm512_unpacklo_epi16(low, low_two);
+    a[1] = _mm512_unpackhi_epi16(low, low_two);
+    a[2] = _mm512_unpacklo_epi16(high, high_two);
+    a[3] = _mm512_unpackhi_epi16(high, high_two);
+  }
   static void unpack(const uint8_t* block, Int* out) {
     const Int pairs = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block)));
     const Int fours = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 32)));

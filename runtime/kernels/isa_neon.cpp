@@ -49,6 +49,17 @@ struct Neon {
     const uint8x16_t moved = place < 2 ? low : place == 2 ? bytes : vshrq_n_u8(bytes, 2);
     return vreinterpretq_s32_u8(vandq_u8(moved, vdupq_n_u8(48)));
   }
+  static void turn(Int* a) {
+    const auto bytes = [](Int v) { return vreinterpretq_u8_s32(v); };
+    const auto pairs = [](uint8x16_t v) { return vreinterpretq_u16_u8(v); };
+    const uint16x8_t low = pairs(vzip1q_u8(bytes(a[0]), bytes(a[1]))), high = pairs(vzip2q_u8(bytes(a[0]), bytes(a[1])));
+    const uint16x8_t low_two = pairs(vzip1q_u8(bytes(a[2]), bytes(a[3])));
+    const uint16x8_t high_two = pairs(vzip2q_u8(bytes(a[2]), bytes(a[3])));
+    a[0] = vreinterpretq_s32_u16(vzip1q_u16(low, low_two));
+    a[1] = vreinterpretq_s32_u16(vzip2q_u16(low, low_two));
+    a[2] = vreinterpretq_s32_u16(vzip1q_u16(high, high_two));
+    a[3] = vreinterpretq_s32_u16(vzip2q_u16(high, high_two));
+  }
   static void unpack(const uint8_t* block, Int* out) { unpack_by_parts<Neon>(block, out); }
   // The instruction multiplies signed bytes: 8-bit codes less 128.
   static Int prepare(Int a) {

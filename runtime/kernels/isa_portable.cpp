@@ -89,6 +89,13 @@ struct Portable {
       return static_cast<int32_t>((place < 2 ? bits << (4 - 2 * place) : bits >> (2 * place - 4)) & 0x30303030u);
     });
   }
+  static void turn(Int* a) {
+    uint8_t rows[4][16], columns[16][4];
+    memcpy(rows, a, sizeof rows);
+    for (int r = 0; r < 4; ++r)
+      for (int c = 0; c < 16; ++c) columns[c][r] = rows[r][c];
+    memcpy(a, columns, sizeof columns);
+  }
   static void unpack(const uint8_t* block, Int* out) { unpack_by_parts<Portable>(block, out); }
   static Int prepare(Int a) { return a; }
   template <int bits>

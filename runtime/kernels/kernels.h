@@ -14,6 +14,7 @@ namespace moedge {
 constexpr int64_t kMaxGroup = 512;  // codes that share a scale: a power of two from 16 to this
 constexpr int64_t kMaxTile = 32;    // rows of a tile, over all instruction sets
 constexpr int64_t kMaxTokens = 128; // tokens of one call of `multiply`
+constexpr int64_t kRowsTogether = 8; // of `multiply_turned`
 // Bytes from what is read to what is fetched: further ahead than hardware is in a stream that is read once.
 constexpr int64_t kAhead = 8192;
 
@@ -74,7 +75,8 @@ struct Activations {
 
 struct Kernels {
   const char* name;
-  int64_t tile;  // rows that `multiply` computes at once for several tokens
+  int64_t tile;    // rows that `multiply` computes at once for several tokens
+  int32_t middle;  // see `multiply_turned`
 
   // x [width] -> row `row` of `out`. Groups that hold no finite value everywhere get the scale NaN.
   void (*quantize)(const float* x, int bits, int64_t row, const Activations& out);
@@ -83,6 +85,11 @@ struct Kernels {
   // Null index: rows 0 to count. `first` is a multiple of the tile.
   void (*multiply)(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
                    int64_t count, float* out, int64_t stride);
+
+  // By a matrix [rows, width] of 8-bit codes as it lies: out[i * stride + c] = x.scales[i, g] * float(the sum over rows k of
+  // (code[k, c] - middle) * x.codes[i, g, k], less x.sums[i, g]), g being the column's group. A group of x has a code for
+  // each row, then zeros up to a multiple of kRowsTogether; count <= kMaxTokens. The sum is exact below 2^31.
+  void (*multiply_turned)(const Matrix& matrix, const Activations& x, int64_t count, float* out, int64_t stride);
 
   // out[i * stride + r] = row r of `matrix` [rows, width] by row i of x [count, width], in float: 64 sums, each of every
   // 64th column in order, then added up by halves. Products and sums are rounded apart. `half`: the matrix is bf16.
