@@ -79,7 +79,7 @@ def check_routing(
     """Whether every weight of a step's routes is a number; `start`: tokens before the step's first.
 
     A NaN in a router's logits comes out as weights of NaN, whatever experts were then picked.
-    few: the weights once more, of one token: after a run numpy's sum has left the processor's caches, and takes 50 us.
+    few: the weights once more, of few tokens: after a run numpy's sum has left the processor's caches, and takes 50 us.
 
     Raises:
         EngineError: names the first layer with a NaN, and its first token.

@@ -34,6 +34,8 @@ from ._ort_cache import SequenceCache, aligned_empty
 if TYPE_CHECKING:
     from ..preflight import EngineInfo
 
+_FEW = 4  # lanes whose routes are summed without numpy
+
 
 class _Frame:
     """The arrays of a run with one token in each of the first `active` lanes, made once and filled for each run."""
@@ -52,6 +54,7 @@ class _Frame:
         self.give = np.array([*range(active), *[0] * (count - active)], np.int64)
         self.logits = logits[:count]
         self.routing = empty_routing(info, count)
+        self.few = self.routing.weights.reshape(-1).data if active <= _FEW else None
 
 
 class _Lanes:
@@ -250,7 +253,7 @@ class LaneSession(SequenceCache):
         frame = self._runner.run_together(sessions, tokens)
         moe_layers = self._runner.info.moe_layers
         try:
-            check_routing(frame.routing, moe_layers, 0)  # all at once; where there is NaN, whose it is
+            check_routing(frame.routing, moe_layers, 0, frame.few)  # all at once; where there is NaN, whose it is
         except EngineError:
             for lane, session in enumerate(sessions):
                 check_routing(_of_lane(frame.routing, lane), moe_layers, session._length)
