@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import edit_tensors, make_model, save_model
+from checkpoints import make_model, save_model
 from click.testing import CliRunner, Result
 from onnx import helper, numpy_helper
 
@@ -308,20 +308,15 @@ def test_a_fault_in_the_network_for_tensorrt_is_named(prepared_bundle: Path, tmp
 # rounding
 
 
-def test_what_rounding_sends_elsewhere_is_no_fault(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Pairs of experts whose routers differ by less than int8 activations do: their places are often exchanged."""
-
-    def pair_up(tensors: dict[str, Any]) -> None:
-        for layer in (1, 2):
-            router = tensors[f"model.layers.{layer}.mlp.gate.weight"]
-            router[1::2] = router[0::2] * np.float32(1.003)
-            bias = tensors[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"]
-            bias[1::2] = bias[0::2]
-
+def test_what_rounding_sends_elsewhere_is_no_fault(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many tokens some are as near to two experts as int8 activations differ; of one choice each, it counts."""
+    monkeypatch.setattr("moedge.profiles.deep.TOKENS", 480)
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
-    edit_tensors(checkpoint, pair_up)
     config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
+    config |= {"num_experts_per_tok": 1, "max_position_embeddings": 512}
+    (checkpoint / "config.json").write_text(json.dumps(config))
     moedge.export(checkpoint, tmp_path / "bundle", weights="int4", group_size=32, verify=False)
     moedge.build(tmp_path / "bundle", "cpu")
     result = run_deep(tmp_path / "bundle", "--json")
