@@ -352,6 +352,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             was = f"is {kind!r}" if kind else "is missing"
             return _error(400, f"the header Content-Type {was}; send JSON, with Content-Type: application/json")
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return _error(400, f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
         path, text = [str(part) for part in first["loc"] if part != "body"], str(first["msg"])
         for at, part in enumerate(path[:-1]):
             if part in FORMS:

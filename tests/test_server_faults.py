@@ -140,6 +140,21 @@ def test_a_body_that_is_not_called_json(server, kind):
     assert answer.json()["error"]["message"] == text
 
 
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b'{"model": "x", "prompt": \'a\'}', "the body is no JSON: Expecting value at character 25"),
+        (b"", "Field required"),
+        (b'{"model": "x"', "the body is no JSON: Expecting ',' delimiter at character 13"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_where(server, body, text):
+    answer = post(server, body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["message"], error["param"]) == (text, None)
+
+
 def test_json_by_any_name_of_it(server):
     for kind in ("application/json; charset=utf-8", "APPLICATION/JSON", "application/vnd.api+json"):
         answer = post(server, json.dumps({"model": NAME, "prompt": "a"}).encode(), **{"content-type": kind})
