@@ -141,10 +141,8 @@ def _fuse_linears(rewriter: Rewriter, linears: list[ir.Node]) -> None:
         old_values.append((after or node).outputs[0])
         bias = None if after is None else after.inputs[1]
         inputs += [*operands, bias]
-    while inputs[-1] is None:
-        inputs.pop()
     outputs = 1 if len(linears) == 1 else len(linears) + 1
-    values = rewriter.ops("Projections", inputs, outputs, domain=DOMAIN, bits=_bits(linears[0]))
+    values = rewriter.ops("Projections", _trim(inputs), outputs, domain=DOMAIN, bits=_bits(linears[0]))
     given = [values[0], *values[2:]]
     _leave_out(values, given)  # the residual sum, which is not there yet
     _replace(rewriter, old_nodes, old_values, given)
@@ -209,7 +207,7 @@ def _fuse_mixture(rewriter: Rewriter, router: ir.Node) -> None:
     experts = readers[0]
     if experts.inputs[0] is not normed or experts.inputs[1] is not chosen or experts.inputs[2] is not weights:
         return
-    attributes = {**attributes_of(router), **attributes_of(experts), "shared_bits": experts.attributes["bits"].as_int()}
+    attributes = {**attributes_of(router), **attributes_of(experts), "shared_bits": _bits(experts)}
     inputs = [*_fill(router.inputs, _ROUTER_INPUTS), *_fill(experts.inputs[3:], _EXPERTS_INPUTS)]
     gone, y = [router, experts], experts.outputs[0]
     mlp = _only_reader(y)
@@ -217,9 +215,7 @@ def _fuse_mixture(rewriter: Rewriter, router: ir.Node) -> None:
         gone, y = [*gone, mlp], mlp.outputs[0]
         inputs += [*mlp.inputs[3:_MLP_INPUTS], *mlp.inputs[_MLP_INPUTS + 1 :]]
         attributes["shared_bits"] = _bits(mlp)
-    while inputs[-1] is None:
-        inputs.pop()
-    new = rewriter.ops("Moe", inputs, _NORM + 2, domain=DOMAIN, **attributes)
+    new = rewriter.ops("Moe", _trim(inputs), _NORM + 2, domain=DOMAIN, **attributes)
     old = {y: new[-1], **dict(zip(router.outputs[1:], new[1:-1], strict=False))}
     read = [value for value in old if value.is_graph_output() or any(use.node not in gone for use in value.uses())]
     _leave_out(new, [old[value] for value in read])
@@ -259,6 +255,13 @@ def _bits(node: ir.Node) -> int:
 
 def _fill(values: Sequence[ir.Value | None], count: int) -> list[ir.Value | None]:
     return [*values, *[None] * (count - len(values))]
+
+
+def _trim(values: list[ir.Value | None]) -> list[ir.Value | None]:
+    """Without those at the end that are not there."""
+    while values[-1] is None:
+        values.pop()
+    return values
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:

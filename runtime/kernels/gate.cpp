@@ -112,11 +112,7 @@ void RouterSteps::choose(int64_t first, int64_t end) const {
                    r.weights + token * top_k);
 }
 
-size_t router_scratch(const Router& router) {
-  Blocks blocks{nullptr};
-  RouterSteps(router, &blocks);
-  return blocks.used;
-}
+size_t router_scratch(const Router& router) { return scratch_of<RouterSteps>(router); }
 
 void run_router(const Router& router, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};

@@ -71,6 +71,10 @@ struct Activations {
   float* scales;   // [tokens, groups]
   int32_t* sums;   // [tokens, groups]
   int64_t width, groups;
+
+  Activations from(int64_t token) const {
+    return {codes + token * width, scales + token * groups, sums + token * groups, width, groups};
+  }
 };
 
 struct Kernels {

@@ -39,7 +39,7 @@ void MixtureSteps::order() {
   }
   for (int64_t e = m.experts; e > 0; --e) starts[e] = starts[e - 1];
   starts[0] = 0;
-  up_units = count * divide_up(2 * m.inner, up_rows());
+  up_units = count * up_blocks();
 }
 
 int64_t MixtureSteps::step_of(int32_t expert) const { return alone(expert) ? kMaxAlone : m.kernels->tile; }
@@ -65,7 +65,7 @@ void MixtureSteps::compute_inner(int64_t place, int64_t first, int64_t rows, boo
 }
 
 void MixtureSteps::multiply_up(int64_t unit, int64_t last) const {
-  const int64_t some = up_rows(), blocks = divide_up(2 * m.inner, some);
+  const int64_t some = up_rows(), blocks = up_blocks();
   while (unit < last) {  // what the stretch has of one expert
     const int64_t place = unit / blocks, of = place * blocks, next = least(last, of + blocks);
     const int64_t end = least(2 * m.inner, (next - of) * some), step = step_of(active[place]);
@@ -84,13 +84,9 @@ void MixtureSteps::add_outputs(int64_t place, int64_t first, int64_t rows, int64
   Matrix matrix = m.down.at(expert);
   if (next_row >= 0) matrix = matrix.before(m.down.at(active[place + 1]), next_row);
   alignas(64) float outputs[kMaxTokens * kMaxTile];
-  Activations part = inner;
   for (int64_t at = start; at < end; at += kMaxTokens) {
     const int64_t some = least(kMaxTokens, end - at);
-    part.codes = inner.codes + at * inner.width;
-    part.scales = inner.scales + at * inner.groups;
-    part.sums = inner.sums + at * inner.groups;
-    m.kernels->multiply(matrix, first, rows, part, nullptr, some, outputs, rows);
+    m.kernels->multiply(matrix, first, rows, inner.from(at), nullptr, some, outputs, rows);
     for (int64_t i = 0; i < some; ++i) {
       const float weight = weights[at + i];
       const float* row = outputs + i * rows;
@@ -110,11 +106,7 @@ void MixtureSteps::multiply_down(int64_t first, int64_t end) const {
   }
 }
 
-size_t mixture_scratch(const Mixture& mixture) {
-  Blocks blocks{nullptr};
-  MixtureSteps(mixture, &blocks);
-  return blocks.used;
-}
+size_t mixture_scratch(const Mixture& mixture) { return scratch_of<MixtureSteps>(mixture); }
 
 void run_mixture(const Mixture& mixture, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};
@@ -145,12 +137,8 @@ void multiply_rows(const Kernels& kernels, const Matrix& matrix, const Activatio
     const int64_t width = least(step, end - row);
     for (int64_t at = 0; at < tokens; at += kMaxTokens) {
       const int64_t count = least(kMaxTokens, tokens - at);
-      Activations part = x;
-      part.codes += at * x.width;
-      part.scales += at * x.groups;
-      part.sums += at * x.groups;
       float* out = y + at * matrix.rows + row;
-      kernels.multiply(matrix, row, width, part, nullptr, count, out, matrix.rows);
+      kernels.multiply(matrix, row, width, x.from(at), nullptr, count, out, matrix.rows);
       for (int64_t i = 0; bias && i < count; ++i)
         for (int64_t r = 0; r < width; ++r) out[i * matrix.rows + r] += bias[row + r];
     }

@@ -45,11 +45,7 @@ struct MoeSteps {
 
 }  // namespace
 
-size_t moe_scratch(const Moe& moe) {
-  Blocks blocks{nullptr};
-  MoeSteps(moe, &blocks);
-  return blocks.used;
-}
+size_t moe_scratch(const Moe& moe) { return scratch_of<MoeSteps>(moe); }
 
 void run_moe(const Moe& moe, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};

@@ -66,9 +66,8 @@ struct MixtureSteps {
   MixtureSteps(const Mixture& mixture, Blocks* blocks);
   void order();
   int64_t up_rows() const { return unit_rows(*m.kernels, m.gate_up); }
-  int64_t most_up_units() const {
-    return least(m.experts, m.tokens * m.choices) * divide_up(2 * m.inner, up_rows());
-  }
+  int64_t up_blocks() const { return divide_up(2 * m.inner, up_rows()); }  // of an expert
+  int64_t most_up_units() const { return least(m.experts, m.tokens * m.choices) * up_blocks(); }
   void multiply_up(int64_t unit, int64_t last) const;
   // Of y, in one unit: those of one token are finer, as a unit reads them of every expert.
   int64_t down_rows() const { return m.tokens == 1 ? m.kernels->tile / 2 : m.kernels->tile; }

@@ -37,6 +37,14 @@ struct Blocks {
   }
 };
 
+// What an op's steps take of one.
+template <class Steps, class Op>
+size_t scratch_of(const Op& op) {
+  Blocks blocks{nullptr};
+  Steps(op, &blocks);
+  return blocks.used;
+}
+
 // Numbers in one unit of the steps between products: whole groups.
 constexpr int64_t kPiece = 1024;
 static_assert(kPiece % kMaxGroup == 0, "a piece begins with a group");

@@ -129,11 +129,7 @@ void MlpSteps::multiply_down(int64_t first, int64_t end) const {
   }
 }
 
-size_t mlp_scratch(const Mlp& mlp) {
-  Blocks blocks{nullptr};
-  MlpSteps(mlp, &blocks);
-  return blocks.used;
-}
+size_t mlp_scratch(const Mlp& mlp) { return scratch_of<MlpSteps>(mlp); }
 
 void run_mlp(const Mlp& mlp, void* scratch, const Parallel& parallel) {
   Blocks blocks{static_cast<char*>(scratch)};
