@@ -189,7 +189,7 @@ def _choose(
     by_channel = group_size == BY_CHANNEL
     group_size = max(GROUP_SIZES) if by_channel else group_size
     own_head = weight.role == "head" and head != "int4"
-    wide = weight.precision == "table" or own_head
+    wide = weight.precision != "linear" or own_head or _comes_rounded(weight)
     dtype: Dtype = "uint8" if weights == "int8" or wide else "uint4"
     if own_head and head == "int6" and weight.precision != "table" and weight.shape[-1] % SIX_BIT_BLOCK == 0:
         dtype = "uint6"
@@ -199,6 +199,12 @@ def _choose(
             return Choice(dtype, group, True, by_channel)
     group = pick_group_size(group_size, *widths)
     return Choice("float32") if group is None else Choice(dtype, group, by_channel=by_channel)
+
+
+def _comes_rounded(weight: Weight) -> bool:
+    """Heads of a latent whose integers cannot be kept, for their order of channels: in 4 bits they would lose twice."""
+    packed = [piece.packed for piece in weight.pieces() if piece.packed is not None]
+    return weight.role == "attention" and any(each.integers is not None for each in packed)
 
 
 def _keep(weight: Weight, integers: set[Integers]) -> Choice:

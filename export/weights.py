@@ -21,9 +21,10 @@ from .quantization import Integers, PackedMatrix, Quantized, check_finite
 Role = Literal[
     "embedding", "norm", "attention", "dense_mlp", "router", "shared_experts", "experts", "head", "linear", "other"
 ]
-# linear: quantized to the export's precision (the head to its own); table: int8 when that is below (an embedding's rows
-# are looked up, and onnxruntime looks up no nibbles); keep: exact always.
-Precision = Literal["linear", "table", "keep"]
+# linear: quantized to the export's precision (the head to its own); wide: int8 when that is below, but integers that a
+# quantized checkpoint brings as they came; table: int8 at least, those too (an embedding's rows are looked up, and
+# onnxruntime looks up no nibbles); keep: exact always.
+Precision = Literal["linear", "wide", "table", "keep"]
 Index = tuple[Any, ...]
 
 

@@ -259,9 +259,9 @@ uint64_t run_grouped_one(const Kernels* kernels, Element element, int64_t width,
   return found;
 }
 
-// `group`: of the codes of k_up and v_up, with zero points in k_up's; 0: floats.
+// `group`: of the codes of k_up, of `bits`, and of v_up, with zero points in k_up's; 0: floats.
 uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, int64_t rope, int64_t first,
-                        int64_t group) {
+                        int64_t group, int bits = 8) {
   const int64_t heads = 5, nope = 9, size = 70, width = rank + rope, parts = element == Element::kByte ? 2 : 0;
   const Lanes lanes(element, 1, width, parts, true, first);
   LatentAttention l{};
@@ -280,7 +280,7 @@ uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, i
   l.rotation = {cos, sin, rope / 2, true};
   l.products = kernels;
   const int64_t of_group = group ? group : rank;
-  const Matrix k_codes = matrices(heads, nope, rank, of_group, 8, true);
+  const Matrix k_codes = matrices(heads, nope, rank, of_group, bits, true, bits < 8);
   const Matrix v_codes = matrices(heads, size, rank, of_group, 8, false);
   l.k_up = {k_codes, group ? nullptr : k_up};
   l.v_up = {v_codes, group ? nullptr : v_up};
@@ -306,6 +306,8 @@ uint64_t attention_digest(const Kernels* kernels) {
       all = all * 31 + run_latent_one(kernels, element, 64, 16, first, 32);
       all = all * 31 + run_latent_one(kernels, element, 48, 16, first, 16);
       all = all * 31 + run_latent_one(kernels, element, 256, 16, first, 64);
+      all = all * 31 + run_latent_one(kernels, element, 48, 16, first, 16, 4);
+      all = all * 31 + run_latent_one(kernels, element, 256, 16, first, 64, 4);
       all = all * 31 + run_latent_one(kernels, element, 26, 6, first, 0);
     }
   return all;

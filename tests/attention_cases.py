@@ -12,6 +12,7 @@ from kernel_cases import open_model
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from moedge.export.quantization import pack_int4, unpack_int4
 from moedge.runtime import kernels
 
 Array = NDArray[Any]
@@ -61,6 +62,7 @@ class Latent:
     parts: int = 1
     group: int = 0  # of k_up and v_up in codes; 0: floats
     zero_points: bool = False
+    bits: tuple[int, int] = (8, 8)  # of their codes; below 8 their scales are fp16
     norm: bool = False  # of the latent, which then comes in a row with its rotated key
 
     @property
@@ -241,27 +243,28 @@ def rounded(x: Array) -> Array:
     return found
 
 
-def absorb_codes(constants: dict[str, Array | None], q: Float) -> Array:
+def absorb_codes(case: Latent, constants: dict[str, Array | None], q: Float) -> Array:
     """q [S, n, nope] k_up by codes: a group's scales go into the query, which is rounded."""
     scales = constants["k_scales"]
     assert scales is not None
-    folded = rounded(q[:, :, None] * scales.swapaxes(1, 2))  # [S, n, groups, nope]
-    codes = np.rint(dequantized(constants, "k").reshape(*scales.shape, -1) / scales[..., None])
-    return np.einsum("sngk,nkgr->sngr", folded, codes.astype(np.float64)).reshape(*q.shape[:2], -1)
+    folded = rounded(q[:, :, None] * scales.swapaxes(1, 2).astype(np.float32))  # [S, n, groups, nope]
+    codes, points = unpack_rows(case, constants, "k")
+    less = codes.reshape(*scales.shape, -1).astype(np.float64) - points[..., None]
+    return np.einsum("sngk,nkgr->sngr", folded, less).reshape(*q.shape[:2], -1)
 
 
-def expand_codes(constants: dict[str, Array | None], mixed: Array) -> Array:
+def expand_codes(case: Latent, constants: dict[str, Array | None], mixed: Array) -> Array:
     """mixed [S, n, rank] v_up by codes, rounded before it."""
     scales = constants["v_scales"]
     assert scales is not None
     parts = rounded(mixed.astype(np.float32).reshape(*mixed.shape[:2], scales.shape[-1], -1))
-    return np.einsum("snr,nvr->snv", parts.reshape(mixed.shape), dequantized(constants, "v"))
+    return np.einsum("snr,nvr->snv", parts.reshape(mixed.shape), dequantized(case, constants, "v"))
 
 
 def latent_reference(case: Latent, run: Run) -> Array:
     """y [S, n v]: keys and values expanded from the latent, which the op never does, but for the codes' rounding."""
     y, start = [], 0
-    k_up, v_up = (dequantized(run.constants, name) for name in ("k", "v"))
+    k_up, v_up = (dequantized(case, run.constants, name) for name in ("k", "v"))
     for length, size, caches in zip(run.lengths, run.sizes, run.caches, strict=True):
         own = slice(start, start + size)
         start += size
@@ -286,10 +289,10 @@ def latent_reference(case: Latent, run: Run) -> Array:
             known = caches[0][: length + size].astype(np.float64)
         latent, rope = known[:, : case.rank], known[:, case.rank :]
         if case.group:
-            q = np.concatenate([absorb_codes(run.constants, q[..., : case.nope]), q_rope], -1)
+            q = np.concatenate([absorb_codes(case, run.constants, q[..., : case.nope]), q_rope], -1)
             keys, values = (np.repeat(part[:, None], case.heads, axis=1) for part in (known, latent))
             mixed = attend(q, keys, values, length, 0, case.scale, None)
-            y.append(expand_codes(run.constants, mixed).reshape(size, -1))
+            y.append(expand_codes(case, run.constants, mixed).reshape(size, -1))
             continue
         keys = np.einsum("tr,ndr->tnd", latent, k_up)
         keys = np.concatenate([keys, np.repeat(rope[:, None], case.heads, axis=1)], -1)
@@ -358,30 +361,52 @@ def make_run(
 def quantize_heads(
     case: Latent, floats: dict[str, Array | None], generator: np.random.Generator
 ) -> dict[str, Array | None]:
-    """k_up and v_up in codes of 8 bits, with scales and, where the case has them, zero points."""
+    """k_up and v_up in codes, with scales and, where the case has them, zero points."""
     made: dict[str, Array | None] = {}
-    for name in ("k", "v"):
+    for name, bits in zip(("k", "v"), case.bits, strict=True):
         values = floats[f"{name}_up"]
         assert values is not None
-        grouped = values.reshape(*values.shape[:2], -1, case.group)
-        scales = np.abs(grouped).max(-1) / np.float32(96)
-        zeros = generator.integers(112, 144, scales.shape) if case.zero_points else np.full(scales.shape, 128)
-        codes = np.clip(np.rint(grouped / scales[..., None]) + zeros[..., None], 0, 255)
-        made[f"{name}_up"] = codes.astype(np.uint8).reshape(values.shape)
+        grouped, middle, spread = values.reshape(*values.shape[:2], -1, case.group), 1 << bits - 1, 1 << bits - 4
+        scales = np.abs(grouped).max(-1) / np.float32(96 if bits == 8 else 7)
+        if bits < 8:
+            scales = scales.astype(np.float16)
+        zeros = np.full(scales.shape, middle, np.uint8)
+        if case.zero_points:
+            zeros = generator.integers(middle - spread, middle + spread, scales.shape).astype(np.uint8)
+        steps = np.rint(grouped / scales[..., None].astype(np.float32))
+        codes = np.clip(steps + zeros[..., None], 0, 2 * middle - 1).astype(np.uint8).reshape(values.shape)
+        made[f"{name}_up"] = pack_rows(codes) if bits == 4 else codes
         made[f"{name}_scales"] = scales
-        made[f"{name}_zeros"] = zeros.astype(np.uint8) if case.zero_points else None
+        made[f"{name}_zeros"] = (pack_rows(zeros) if bits == 4 else zeros) if case.zero_points else None
     return made
 
 
-def dequantized(constants: dict[str, Array | None], name: str) -> Array:
-    """k_up or v_up float32, as `DequantizeLinear` has it."""
+def pack_rows(codes: Array) -> Array:
+    """uint8 [.., n] below 16, two to a byte, each row from a whole byte on."""
+    return pack_int4(np.pad(codes, [(0, 0), (0, 0), (0, codes.shape[-1] % 2)]))
+
+
+def unpack_rows(case: Latent, constants: dict[str, Array | None], name: str) -> tuple[Array, Array]:
+    """Codes of k_up or v_up, one to a byte, and a zero point for each group, float32."""
     values, scales, zeros = (constants[f"{name}_{part}"] for part in ("up", "scales", "zeros"))
+    bits = case.bits["kv".index(name)]
+    assert values is not None and scales is not None
+    if zeros is None:
+        points = np.full(scales.shape, 1 << bits - 1)
+    else:
+        points = unpack_int4(zeros)[..., : scales.shape[-1]] if bits == 4 else zeros
+    return unpack_int4(values) if bits == 4 else values, points.astype(np.float32)
+
+
+def dequantized(case: Latent, constants: dict[str, Array | None], name: str) -> Array:
+    """k_up or v_up float32, as `DequantizeLinear` has it."""
+    values, scales = constants[f"{name}_up"], constants[f"{name}_scales"]
     assert values is not None
     if scales is None:
         return values
-    points = np.float32(128) if zeros is None else zeros[..., None].astype(np.float32)
-    grouped = values.reshape(*scales.shape, -1).astype(np.float32)
-    found: Array = ((grouped - points) * scales[..., None]).reshape(values.shape)
+    codes, points = unpack_rows(case, constants, name)
+    grouped = codes.reshape(*scales.shape, -1).astype(np.float32)
+    found: Array = ((grouped - points[..., None]) * scales[..., None].astype(np.float32)).reshape(codes.shape)
     return found
 
 

@@ -16,8 +16,10 @@ from attention_cases import (
     latent_model,
     make_run,
     open_case,
+    pack_rows,
     reference,
     run_model,
+    unpack_rows,
 )
 from kernel_cases import open_model
 
@@ -41,8 +43,10 @@ CASES: list[Grouped | Latent] = [
     Latent(4, 16, 8, 32, 16, group=16),
     Latent(3, 5, 2, 256, 70, kind="fp16", group=128, zero_points=True),
     Latent(2, 24, 8, 96, 20, kind="int8", parts=13, group=32),
+    Latent(3, 20, 8, 48, 33, group=16, bits=(4, 8), zero_points=True),
+    Latent(2, 24, 8, 512, 20, kind="fp16", group=64, bits=(4, 4), zero_points=True),
     Latent(4, 16, 8, 32, 16, norm=True),
-    Latent(2, 24, 8, 96, 20, kind="int8", parts=13, group=32, norm=True),
+    Latent(2, 24, 8, 96, 20, kind="int8", parts=13, group=32, bits=(4, 8), norm=True),
     Grouped(6, 2, 24, 12, norm="head"),
     Grouped(4, 2, 20, 10, kind="int8", norm="row"),
 ]
@@ -149,27 +153,50 @@ def test_one_lane_needs_no_sizes(library: Path) -> None:
         np.testing.assert_array_equal(run_model(short, run.copy()), run_model(open_case(case, run, library), run))
 
 
+@pytest.mark.parametrize(("bits", "step"), [(8, 20), (4, -1)])
 @pytest.mark.parametrize("group", [16, 32, 128])
-def test_codes_of_heads_are_multiplied_as_integers(group: int, library: Path) -> None:
+def test_codes_of_heads_are_multiplied_as_integers(group: int, bits: int, step: int, library: Path) -> None:
     """Near to what their floats give; what moves codes and zero points alike changes no bit, whatever the rows."""
     for rows in (1, 3, 9, 130):
-        case = Latent(3, 20, 8, 128, 83, group=group)
+        case = Latent(3, 20, 8, 128, 83, group=group, bits=(bits, bits))
         run = make_run(case, [70], [rows], np.random.default_rng(rows))
         y = run_model(open_case(case, run.copy(), library), run.copy())
         moved = run.copy()
         moved.constants = dict(run.constants)
         for name in ("k", "v"):
-            codes = run.constants[f"{name}_up"]
-            assert codes is not None
-            moved.constants[f"{name}_up"] = codes + np.uint8(20)
-            moved.constants[f"{name}_zeros"] = np.full((3, codes.shape[1], 128 // group), 148, np.uint8)
+            codes, points = unpack_rows(case, run.constants, name)
+            for part, values in (("up", codes.astype(int)), ("zeros", points)):
+                shifted = (values + step).astype(np.uint8)
+                moved.constants[f"{name}_{part}"] = pack_rows(shifted) if bits == 4 else shifted
         np.testing.assert_array_equal(run_model(open_case(case, moved, library), moved), y)
         floats = run.copy()
         floats.constants = dict.fromkeys(run.constants) | {
-            f"{name}_up": dequantized(run.constants, name) for name in ("k", "v")
+            f"{name}_up": dequantized(case, run.constants, name) for name in ("k", "v")
         }
         expected = run_model(open_case(case, floats, library), floats)
         assert 1e-5 < spread(y - expected) / spread(expected) < 0.02
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_codes_of_heads_in_any_shape(
+    seed: int, forms: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks, groups, heads' sizes, bits and numbers of rows by chance, on every instruction set."""
+    generator = np.random.default_rng(seed)
+    group = int(generator.choice([16, 32, 64, 128]))
+    rank = group * int(generator.integers(1, 512 // group + 1))
+    nope, value = (int(size) for size in generator.integers(8, 193, 2))
+    bits = [(4, 8), (4, 4), (8, 4)][seed % 3]
+    case = Latent(2, nope, 8, rank, value, group=group, bits=bits, zero_points=seed % 2 == 1)
+    run = make_run(case, [int(generator.integers(20))], [int(generator.integers(1, 131))], generator)
+    y = reference(case, run.copy())
+    first = None
+    for name, library in forms:
+        monkeypatch.setenv(kernels.VARIABLE, name)
+        found = run_model(open_case(case, run.copy(), library, 2), run.copy())
+        check_result(case, np.abs(found - y) / spread(y))
+        np.testing.assert_array_equal(found, found if first is None else first)
+        first = found
 
 
 def test_codes_without_what_belongs_to_them_are_refused(library: Path) -> None:

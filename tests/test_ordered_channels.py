@@ -122,8 +122,8 @@ class Stored:
     def __init__(self, folder: Path) -> None:
         checkpoint = Checkpoint.open(folder / "c")
         family = find_family(checkpoint)
-        plan = order_columns(bind_sources(checkpoint, family.plan_weights(family.read_config(checkpoint))))
-        self.layout: Layout = plan_layout(plan, "fp32", 128, zero_points=False)
+        self.plan = order_columns(bind_sources(checkpoint, family.plan_weights(family.read_config(checkpoint))))
+        self.layout: Layout = plan_layout(self.plan, "fp32", 128, zero_points=False)
         self.reader = WeightsReader(folder / "b" / "weights.bin", self.layout)
 
     def read(self, name: str, part: str = "data") -> Array:
@@ -167,6 +167,8 @@ def test_integers_are_kept_bit_for_bit(kind: str, bits: int, tmp_path: Path) -> 
 
     export(kind, tmp_path, bits, skip=("experts.3.gate",))  # a plain matrix takes the order of those around it
     stored = Stored(tmp_path)
+    again = plan_layout(stored.plan, "int4", 128, zero_points=False)["layers.0.attn.k_up.weight"]
+    assert again.bits == 8  # 4 bits would be a second loss
     tensors = load_file(tmp_path / "c" / "model.safetensors")
     parts = ("data", "scales", "zero_points")
     for name, stem in (("layers.0.attn.o", "self_attn.o_proj"), ("layers.0.mlp.down", "mlp.down_proj")):

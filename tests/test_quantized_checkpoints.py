@@ -180,6 +180,9 @@ def test_integers_are_kept_bit_for_bit(name: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(gate_up[expert, offset::2], theirs)
     down = codes_of("layers.1.experts.down.weight")
     np.testing.assert_array_equal(down[7], unpack_theirs(name, tensors, f"{experts}.7.down_proj"))
+    heads = np.concatenate([codes_of("layers.0.attn.k_up.weight"), codes_of("layers.0.attn.v_up.weight")], axis=1)
+    theirs = unpack_theirs(name, tensors, f"{first}.self_attn.kv_b_proj")
+    np.testing.assert_array_equal(heads.reshape(theirs.shape), theirs)
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "group"), [(4, True, 32), (4, False, 32), (4, True, 96), (8, True, 32)])

@@ -56,7 +56,7 @@ def _with_bias(attention: LatentAttentionConfig, ours: str, theirs: str, shape: 
 def _plan_up_projections(attention: LatentAttentionConfig, ours: str, source: str) -> list[Weight]:
     """kv_b holds for each head nope rows of keys, then value rows: split, so that decoding can absorb each.
 
-    In 8 bits where others have 4: every head multiplies by them twice, and they are few.
+    Those of values in 8 bits where others have 4: they are few, and 4 bits would cost much (docs/decisions.md).
     """
     heads, nope, value, rank = (
         attention.num_heads,
@@ -69,6 +69,6 @@ def _plan_up_projections(attention: LatentAttentionConfig, ours: str, source: st
     keys = Piece(source, shape, view=view, pick=(slice(None), slice(0, nope)))
     values = Piece(source, shape, view=view, pick=(slice(None), slice(nope, nope + value)))
     return [
-        Weight(f"{ours}.k_up.weight", (heads, nope, rank), _ROLE, "table", ((keys,),)),
-        Weight(f"{ours}.v_up.weight", (heads, value, rank), _ROLE, "table", ((values,),)),
+        Weight(f"{ours}.k_up.weight", (heads, nope, rank), _ROLE, "linear", ((keys,),)),
+        Weight(f"{ours}.v_up.weight", (heads, value, rank), _ROLE, "wide", ((values,),)),
     ]

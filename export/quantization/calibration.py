@@ -57,26 +57,32 @@ class Calibration:
 
     def _open(self, name: str) -> Any:
         weight = self.plan[name]
-        by_head = weight.precision == "table" and len(weight.shape) == 3
-        if weight.precision == "keep" or len(weight.shape) < 2 or by_head:
+        if weight.precision in ("keep", "wide") or len(weight.shape) < 2:
             return read_unit(self.checkpoint, weight, 0)
         return _Recording(self, weight)
 
 
 class _Recording:
-    """A matrix, or a stack of them, as far as the reference decoder uses it: entries, rows, products."""
+    """A matrix, or a stack of them, as far as the reference decoder uses it: entries, rows, products.
+
+    `first_row`: of the unit, where an entry of the stack is a part of one, as each head of a latent's is.
+    """
 
     __array_ufunc__ = None  # so that `array @ matrix.T` asks the matrix
 
-    def __init__(self, calibration: Calibration, weight: Weight, unit: int | None = None) -> None:
-        self.calibration, self.weight = calibration, weight
+    def __init__(
+        self, calibration: Calibration, weight: Weight, unit: int | None = None, first_row: int = 0
+    ) -> None:
+        self.calibration, self.weight, self.first_row = calibration, weight, first_row
         self.unit = 0 if unit is None and len(weight.shape) == 2 else unit
 
     def __len__(self) -> int:
         return self.weight.shape[0]
 
     def __getitem__(self, index: Any) -> Any:
-        """A unit of a stack by its number, or rows [n, in] by an array of theirs."""
+        """An entry of a stack by its number, or rows [n, in] by an array of theirs."""
+        if self.unit is None and len(self.weight.units) == 1:
+            return _Recording(self.calibration, self.weight, 0, int(index) * self.weight.shape[-2])
         if self.unit is None:
             return _Recording(self.calibration, self.weight, int(index))
         checkpoint = self.calibration.checkpoint
@@ -93,12 +99,13 @@ class _Recording:
         order = self.weight.order
         if order is not None:
             x = x[:, order if order.ndim == 1 else order[self.unit]]
-        key = (self.weight.name, self.unit)
-        self.calibration.recorded.setdefault(key, []).append(x)
+        if self.first_row == 0:  # heads have all the same input
+            self.calibration.recorded.setdefault((self.weight.name, self.unit), []).append(x)
         rows, width = self.weight.shape[-2:]
         product = np.empty((len(x), rows), np.float32)
         step = max(2, _CHUNK_BYTES // (4 * width))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            product[:, start:stop] = x @ read_rows(self.calibration.checkpoint, self.weight, self.unit, start, stop).T
+            first, last = self.first_row + start, self.first_row + stop
+            product[:, start:stop] = x @ read_rows(self.calibration.checkpoint, self.weight, self.unit, first, last).T
         return product

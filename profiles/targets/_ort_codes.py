@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ...export.functions import DOMAIN
@@ -28,13 +29,18 @@ def zero_points_of(rewriter: Rewriter, matrix: Matrix) -> ir.Value:
 def view_bytes(rewriter: Rewriter, value: ir.Value, shape: list[int]) -> ir.Value:
     """The same bytes of weights.bin as UINT8 of another shape."""
     tensor, name, graph = value.const_value, f"{value.name}.bytes", rewriter.model.graph
-    assert isinstance(tensor, ir.ExternalTensor)
     existing = graph.initializers.get(name)
     if existing is not None:
         return existing
     kind = ir.DataType.UINT8
-    place = (tensor.location, tensor.offset, tensor.length, kind)
-    view = ir.ExternalTensor(*place, shape=ir.Shape(shape), name=name, base_dir=tensor.base_dir)
+    if isinstance(tensor, ir.ExternalTensor):
+        place = (tensor.location, tensor.offset, tensor.length, kind)
+        view: ir.TensorProtocol = ir.ExternalTensor(
+            *place, shape=ir.Shape(shape), name=name, base_dir=tensor.base_dir
+        )
+    else:
+        assert tensor is not None
+        view = ir.Tensor(np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape), name=name)
     new = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=view)
     graph.register_initializer(new)
     return new

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from ...runtime.kernels import DOMAIN, IN_PLACE
 from ._canonical import attributes_of, find_calls, find_matrix
 from ._ort_attention import GROUPED, AttentionLowering, kernel_head_size, layer_of
+from ._ort_codes import bytes_of, zero_points_of
 from ._ort_kv import CacheEntry
 
 
@@ -45,9 +46,10 @@ class OwnAttentionLowering(AttentionLowering):
         *rows, k_up, v_up = call.inputs
         ups = [find_matrix(value) for value in (k_up, v_up)]
         codes: list[ir.Value | None] = [None] * 4
-        if all(up.bits == 8 for up in ups):
-            k_up, v_up = (up.data for up in ups)
-            codes = [*(up.scales for up in ups), *(None if up.symmetric else up.zero_points for up in ups)]
+        if all(up.bits for up in ups):
+            k_up, v_up = (bytes_of(self.rewriter, up) for up in ups)
+            points = (None if up.symmetric else zero_points_of(self.rewriter, up) for up in ups)
+            codes = [*(up.scales for up in ups), *points]
         found = _joined_latent(rows[1], rows[2])
         attributes: dict[str, Any] = {}
         if found is not None:

@@ -152,7 +152,7 @@ struct GroupedAttention {
 size_t grouped_scratch(const GroupedAttention& attention);
 void run_grouped(const GroupedAttention& attention, void* scratch, const Parallel& parallel);
 
-// Matrices of all heads, [heads, rows, width]: codes of 8 bits, or floats.
+// Matrices of all heads, [heads, rows, width]: codes of 4 or 8 bits, or floats.
 struct HeadMatrices {
   Matrix codes;         // those of the first head; of floats its sizes alone
   const float* floats;  // null: codes

@@ -11,10 +11,11 @@
 //                   num_key_value_heads, head_dim, scale, interleaved, window (0: none)
 // LatentAttention   q [S, n (nope + rope)], latent [S, rank], k_rope [S, rope], or with the attribute epsilon both in one
 //                   [S, rank + rope] and the weight of the latent's RMSNorm [rank], cos and sin [1, S, rope / 2], k_up
-//                   [n, nope, rank] and v_up [n, v, rank] float, or codes uint8, lengths, sizes, then of codes the scales
-//                   float and zero points uint8 (or none: 128) [n, .., rank / group]: of k_up, of v_up, of k_up, of v_up;
-//                   then for each lane the cache [capacity, rank + rope], after it in int8 its scales float [capacity,
-//                   parts] -> y [S, n v]; attributes scale, interleaved, scaled (1: the caches are int8 with scales)
+//                   [n, nope, rank] and v_up [n, v, rank] float, or codes of 8 bits uint8, or of 4 uint8 [.., rank / 2],
+//                   lengths, sizes, then of codes the scales float or float16 [n, .., rank / group] and zero points, as
+//                   they are packed (or none: the middle): of k_up, of v_up, of k_up, of v_up; then for each lane the
+//                   cache [capacity, rank + rope], after it in int8 its scales float [capacity, parts] -> y [S, n v];
+//                   attributes scale, interleaved, scaled (1: the caches are int8 with scales)
 
 #include <stdio.h>
 
@@ -197,17 +198,25 @@ struct LatentOp : AttentionOp {
 
 constexpr size_t kLatentLanes = 13;
 
-// Matrices of heads with what belongs to their codes; false where these do not fit each other.
-bool read_matrices(const Tensor& values, const Tensor& scales, const Tensor& zero_points, HeadMatrices* out) {
-  const int64_t heads = values.shape[0], rows = values.shape[1], width = values.shape[2];
-  *out = {{nullptr, nullptr, nullptr, rows, width, 0, 8}, values.kind == kFloat ? values.as<float>() : nullptr};
-  if (values.kind == kFloat) return !scales.data && !zero_points.data;
-  if (values.kind != kUint8 || scales.kind != kFloat || scales.rank != 3 || scales.shape[2] < 1) return false;
+// Matrices of heads [.., rows, width], or their bytes, with what belongs to their codes; false where these do not fit each
+// other.
+bool read_matrices(const Tensor& values, int64_t width, const Tensor& scales, const Tensor& zero_points,
+                   HeadMatrices* out) {
+  const int64_t heads = values.shape[0], rows = values.shape[1];
+  *out = {{nullptr, nullptr, nullptr, rows, width, 0, 8}, nullptr};
+  if (values.kind == kFloat) {
+    out->floats = values.as<float>();
+    return values.shape[2] == width && !scales.data && !zero_points.data;
+  }
+  if (values.kind != kUint8 || !scales.holds_scales() || scales.rank != 3 || scales.shape[2] < 1) return false;
   const int64_t groups = scales.shape[2], group = width / groups;
-  out->codes = {values.as<uint8_t>(), scales.data, zero_points.as<uint8_t>(), rows, width, group, 8};
-  const bool points = !zero_points.data || (zero_points.kind == kUint8 && zero_points.is(heads, rows, groups));
+  const int bits = 2 * values.shape[2] == width ? 4 : 8;
+  Matrix& codes = out->codes;
+  codes = {values.as<uint8_t>(), scales.data, zero_points.as<uint8_t>(), rows, width, group, bits, scales.kind == kHalf};
+  const bool points =
+      !zero_points.data || (zero_points.kind == kUint8 && zero_points.is(heads, rows, codes.zero_row_bytes()));
   const bool size = group >= kVector && group <= kMaxGroup && (group & (group - 1)) == 0 && groups * group == width;
-  return scales.is(heads, rows, groups) && size && points;
+  return values.shape[2] == codes.row_bytes() && scales.is(heads, rows, groups) && size && points;
 }
 
 OrtStatus* LatentOp::run(OrtKernelContext* context) const {
@@ -220,7 +229,7 @@ OrtStatus* LatentOp::run(OrtKernelContext* context) const {
   LatentAttention l{};
   const int64_t tokens = q.shape[0], heads = k_up.shape[0];
   l.nope = k_up.shape[1];
-  l.rank = joined ? k_up.shape[2] : latent.shape[1];
+  l.rank = joined ? k_rope.shape[0] : latent.shape[1];
   l.rope = joined ? latent.shape[1] - l.rank : k_rope.shape[1];
   l.value_size = v_up.shape[1];
   l.core.kernels = attention_kernels(kernels);
@@ -241,10 +250,10 @@ OrtStatus* LatentOp::run(OrtKernelContext* context) const {
   }
   const bool fits = heads > 0 && l.rank > 0 && l.rope >= 0 && l.rope % 2 == 0 &&
                     q.is(tokens, heads * (l.nope + l.rope)) &&
-                    latent.shape[0] == tokens && k_rope.shape[0] == (joined ? l.rank : tokens) &&
+                    latent.shape[0] == tokens && (joined || k_rope.shape[0] == tokens) &&
                     is_row_of_angles(cos, tokens, l.rope / 2) && is_row_of_angles(sin, tokens, l.rope / 2) &&
-                    k_up.is(heads, l.nope, l.rank) && v_up.is(heads, l.value_size, l.rank) &&
-                    read_matrices(k_up, in[9], in[11], &l.k_up) && read_matrices(v_up, in[10], in[12], &l.v_up);
+                    v_up.shape[0] == heads && read_matrices(k_up, l.rank, in[9], in[11], &l.k_up) &&
+                    read_matrices(v_up, l.rank, in[10], in[12], &l.v_up);
   if (!fits) return invalid("moedge.cpu.LatentAttention: the inputs' shapes do not fit each other");
   Lane lanes[kMostLanes];
   if (OrtStatus* status = read_lanes(context, in[7], in[8], kLatentLanes, scaled ? 2 : 1, &l.core, lanes))
@@ -270,7 +279,7 @@ OrtStatus* LatentOp::run(OrtKernelContext* context) const {
 
 constexpr int kGroupedTypes[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kInt64, kInt64, kFloat, kFloat, kFloat, kAnyType};
 constexpr int kLatentTypes[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kAnyType, kAnyType, kInt64, kInt64,
-                                kFloat, kFloat, kUint8, kUint8, kAnyType};
+                                kAnyType, kAnyType, kUint8, kUint8, kAnyType};
 
 }  // namespace
 

@@ -137,6 +137,7 @@ struct HeadWork {
   float* some;    // [kRowsATime, ...]: a product's result
   // Of codes:
   float* folded;  // [groups, depth]: a query by scales; depth: nope and zeros up to a multiple of kRowsTogether
+  float* scales;  // [nope, groups]: of fp16 ones
   Activations x;  // [kRowsATime, ...]
 };
 
@@ -171,6 +172,7 @@ LatentScratch take_latent(const LatentAttention& l, Blocks* blocks) {
     work.panel = blocks->take<float>(floats ? l.rank * kPanelKeys : 0);
     work.some = blocks->take<float>(floats ? rows * most(rank, kPanelKeys) : 0);
     work.folded = blocks->take<float>(folded);
+    work.scales = blocks->take<float>(l.k_up.codes.half ? l.nope * groups : 0);
     work.x.codes = blocks->take<int8_t>(rows * most(folded, l.rank));
     work.x.scales = blocks->take<float>(rows * groups);
     work.x.sums = blocks->take<int32_t>(rows * groups);
@@ -196,8 +198,10 @@ const float* whole_vectors(const HeadMatrices& m, int64_t head, int64_t first, i
 // q k_up by codes: a group's scales, one for each row, go into the query, which is then quantized by groups.
 void absorb_codes(const LatentAttention& l, const Matrix& m, const float* q, int64_t q_stride, int64_t count,
                   const HeadWork& work, float* out, int64_t stride) {
-  const int64_t groups = m.groups(), depth = depth_of(l), middle = l.products->middle;
-  const float* scales = static_cast<const float*>(m.scales);
+  const int64_t groups = m.groups(), depth = depth_of(l);
+  const int32_t middle = m.bits == 8 ? l.products->middle : 0;
+  const float* scales = m.half ? work.scales : static_cast<const float*>(m.scales);
+  if (m.half) l.core.kernels->widen(Element::kHalf, m.scales, m.rows * groups, work.scales);
   Activations x = work.x;
   x.width = groups * depth;
   x.groups = groups;
@@ -209,9 +213,9 @@ void absorb_codes(const LatentAttention& l, const Matrix& m, const float* q, int
     for (int64_t g = 0; g < groups; ++g) {
       const int8_t* codes = x.codes + (i * groups + g) * depth;
       int32_t& sum = x.sums[i * groups + g];
-      sum *= 128 - l.products->middle;
+      sum *= (1 << (m.bits - 1)) - middle;
       if (m.zero_points) sum = 0;
-      for (int64_t k = 0; m.zero_points && k < m.rows; ++k) sum += codes[k] * (m.zero_points[k * groups + g] - middle);
+      for (int64_t k = 0; m.zero_points && k < m.rows; ++k) sum += codes[k] * (zero_point(m, k, g) - middle);
     }
   }
   l.products->multiply_turned(m, x, count, out, stride);
@@ -247,7 +251,7 @@ void expand_values(const LatentAttention& l, const LatentScratch& s, int64_t hea
     Activations x = work.x;
     x.width = l.rank;
     x.groups = l.v_up.codes.groups();
-    for (int64_t i = 0; i < count; ++i) l.products->quantize(mixed + i * a.heads * l.rank, 8, i, x);
+    for (int64_t i = 0; i < count; ++i) l.products->quantize(mixed + i * a.heads * l.rank, l.v_up.codes.bits, i, x);
     l.products->multiply(l.v_up.codes.at(head), 0, l.value_size, x, nullptr, count, y, a.heads * l.value_size);
     return;
   }

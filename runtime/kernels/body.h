@@ -30,6 +30,7 @@ using moedge::kMostWidth;
 using moedge::kRowsTogether;
 using moedge::kSixBitBlock;
 using moedge::Matrix;
+using moedge::zero_point;
 
 constexpr int64_t kPackedBlock = kSixBitBlock * 6 / 8;
 
@@ -73,12 +74,6 @@ inline void load_transposed(const uint8_t* const* rows, int64_t at, typename S::
   typename S::Int read[S::lanes];
   for (int64_t r = 0; r < S::lanes; ++r) read[r] = S::load_bytes(rows[r] + at);
   S::transpose(read, out);
-}
-
-inline int32_t zero_point(const Matrix& matrix, int64_t row, int64_t group) {
-  if (!matrix.zero_points) return 1 << (matrix.bits - 1);
-  const uint8_t* packed = matrix.zero_points + row * matrix.zero_row_bytes();
-  return matrix.bits == 8 ? packed[group] : packed[group / 2] >> (group % 2 * 4) & 15;
 }
 
 // `count` bytes of `lanes` rows from byte `at` on, at most a vector's, turned.

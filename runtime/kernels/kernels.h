@@ -64,6 +64,12 @@ struct Matrix {
   }
 };
 
+static inline int32_t zero_point(const Matrix& matrix, int64_t row, int64_t group) {
+  if (!matrix.zero_points) return 1 << (matrix.bits - 1);
+  const uint8_t* packed = matrix.zero_points + row * matrix.zero_row_bytes();
+  return matrix.bits == 8 ? packed[group] : packed[group / 2] >> (group % 2 * 4) & 15;
+}
+
 // Rows of activations [tokens, width], each group with its own scale and the sum of its codes. For matrices of 4 bits
 // the codes of even and of odd columns lie in blocks of their own, as the low and the high nibbles of a vector come.
 struct Activations {
@@ -90,9 +96,10 @@ struct Kernels {
   void (*multiply)(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
                    int64_t count, float* out, int64_t stride);
 
-  // By a matrix [rows, width] of 8-bit codes as it lies: out[i * stride + c] = x.scales[i, g] * float(the sum over rows k of
-  // (code[k, c] - middle) * x.codes[i, g, k], less x.sums[i, g]), g being the column's group. A group of x has a code for
-  // each row, then zeros up to a multiple of kRowsTogether; count <= kMaxTokens. The sum is exact below 2^31.
+  // By a matrix [rows, width] of 4-bit or 8-bit codes as it lies: out[i * stride + c] = x.scales[i, g] * float(the sum over
+  // rows k of (code[k, c] - middle) * x.codes[i, g, k], less x.sums[i, g]), g being the column's group, and the middle that
+  // of 4-bit codes 0. A group of x has a code for each row, in their order, then zeros up to a multiple of kRowsTogether;
+  // count <= kMaxTokens. The sum is exact below 2^31.
   void (*multiply_turned)(const Matrix& matrix, const Activations& x, int64_t count, float* out, int64_t stride);
 
   // out[i * stride + r] = row r of `matrix` [rows, width] by row i of x [count, width], in float: 64 sums, each of every
