@@ -279,6 +279,7 @@ def test_calibration_records_what_each_matrix_is_multiplied_with(tiny_checkpoint
     pairs = [
         ("layers.0.mlp.down.weight", 0, "model.layers.0.mlp.down_proj"),
         ("layers.1.attn.q_b.weight", 0, f"{attention}.q_b_proj"),
+        ("layers.1.attn.k_up.weight", 0, f"{attention}.kv_b_proj"),
         ("layers.1.attn.o.weight", 0, f"{attention}.o_proj"),
         *((f"layers.2.experts.{ours}.weight", expert, f"{experts}.{expert}.{theirs}")
           for expert in range(8) for ours, theirs in (("gate_up", "up_proj"), ("down", "down_proj"))),
