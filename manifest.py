@@ -26,7 +26,9 @@ _ATTENTION = {
 }
 _HEADS = _of(_COUNT, "num_key_value_heads head_dim")
 _MOE = _of(_COUNT, "num_experts num_experts_per_tok") | _of(_SIZE, "intermediate_size shared_intermediate_size?")
-_CLASS = {"dtype": str, "relative_error?": float} | _of(_SIZE, "group_size? float16_scales? bfloat16_values?")
+_CLASS = {"dtype": str, "relative_error?": float} | _of(
+    _SIZE, "group_size? float8_scales? float16_scales? bfloat16_values?"
+)
 _MANIFEST = {
     "model": {"name": str, "family?": str} | _of(_SIZE, "parameters? active_parameters?"),
     "config": {

@@ -427,6 +427,27 @@ SixBitCodes (packed) => (codes)
 }
 """
 
+# scales uint8 (`export.quantization.FLOAT8`: four bits of exponent, then four of mantissa) -> float32, exactly.
+FLOAT8_SCALES = """
+<domain: "moedge", opset_import: ["" : 23]>
+Float8Scales (packed) => (scales)
+{
+    four = Constant <value = uint32 {4}> ()
+    low_bits = Constant <value = uint32 {15}> ()
+    sixteen = Constant <value = uint32 {16}> ()
+    one = Constant <value = uint32 {1}> ()
+    unit = Constant <value = float {1.9073486328125e-06}> ()
+    wide = Cast <to = 12> (packed)
+    exponents = BitShift <direction = "RIGHT"> (wide, four)
+    fractions = BitwiseAnd (wide, low_bits)
+    mantissas = Add (fractions, sixteen)
+    powers = BitShift <direction = "LEFT"> (one, exponents)
+    whole = Mul (mantissas, powers)
+    floats = Cast <to = 1> (whole)
+    scales = Mul (floats, unit)
+}
+"""
+
 FUNCTIONS = {
     "Positions": POSITIONS,
     "RotaryAngles": ROTARY_ANGLES,
@@ -439,4 +460,5 @@ FUNCTIONS = {
     "Experts": EXPERTS,
     "BiasedExperts": BIASED_EXPERTS,
     "SixBitCodes": SIX_BIT_CODES,
+    "Float8Scales": FLOAT8_SCALES,
 }

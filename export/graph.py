@@ -32,6 +32,7 @@ DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
+    "float8": ir.DataType.UINT8,  # no type of ONNX's
     "uint8": ir.DataType.UINT8,
     "uint6": ir.DataType.UINT8,  # packed
     "uint4": ir.DataType.UINT4,
@@ -303,6 +304,8 @@ class _GraphBuilder:
             scales = self.external(stored.scales)
             if stored.scales.dtype == "float16":  # whose products onnx would round to float16
                 scales = self.op("Cast", [scales], to=int(ir.DataType.FLOAT))
+            elif stored.scales.dtype == "float8":
+                scales = self.call("Float8Scales", [scales])
             inputs = [data, scales, self.external(stored.zero_points)]
             axis = len(stored.data.shape) - 1
             return self.op("DequantizeLinear", inputs, axis=axis, block_size=stored.group_size)

@@ -5,8 +5,9 @@ input dimension, so that one offset serves `DequantizeLinear`, `MatMulNBits` and
 know, is bytes that `moedge.SixBitCodes` takes (`quantization.pack_int6`); its zero points are those of the 8-bit codes
 that it gives.
 
-Scales of codes below 8 bits are float16, unless a matrix has one that float16 does not hold: then they are float32
-behind everything else (`widen_scales`), which is known only when they are made.
+Scales of codes of 4 bits are float8 (`quantization.FLOAT8`), those of 6 bits, of MLA's matrices by head and of what a
+quantized checkpoint brings float16. Where a matrix has one that this does not hold, its scales are of the next wider
+type behind everything else (`widen_scales`), which is known only when they are made.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from .quantization import Integers, pick_group_size
 from .weights import Weight
 
 ALIGNMENT = 64
-Dtype = Literal["float32", "float16", "bfloat16", "uint8", "uint6", "uint4", "int64"]
-_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "uint8": 8, "uint6": 6, "uint4": 4, "int64": 64}
+Dtype = Literal["float32", "float16", "bfloat16", "float8", "uint8", "uint6", "uint4", "int64"]
+_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "float8": 8, "uint8": 8, "uint6": 6, "uint4": 4, "int64": 64}
+_WIDER: dict[Dtype, Dtype] = {"float8": "float16", "float16": "float32"}
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,10 @@ class Layout:
         return name in self.stored
 
     def widen_scales(self, name: str) -> Layout:
-        """The same with one tensor's scales in float32, at the end of the file."""
+        """The same with one tensor's scales in the next wider type, at the end of the file."""
         stored, allocator = self.stored[name], _Allocator(self.nbytes)
         assert stored.scales is not None
-        scales = allocator.take(stored.scales.name, "float32", stored.scales.shape)
+        scales = allocator.take(stored.scales.name, _WIDER[stored.scales.dtype], stored.scales.shape)
         changed = {name: dataclasses.replace(stored, scales=scales)}
         return Layout(self.stored | changed, self.constants, allocator.end)
 
@@ -150,7 +152,7 @@ def _place(weight: Weight, choice: Choice, allocator: _Allocator, constants: dic
     if not choice.group_size:
         return Stored(weight, data, order=order)
     shape = (*weight.shape[:-1], weight.shape[-1] // choice.group_size)
-    scales = allocator.take(f"{weight.name}.scales", "float32" if choice.dtype == "uint8" else "float16", shape)
+    scales = allocator.take(f"{weight.name}.scales", _scales_dtype(weight, choice), shape)
     name = f"{weight.name}.zero_points"
     if choice.zero_points:
         zero = allocator.take(name, choice.dtype, shape)
@@ -158,6 +160,14 @@ def _place(weight: Weight, choice: Choice, allocator: _Allocator, constants: dic
         dtype = _points_dtype(choice)
         zero = Slot(name, dtype, shape, constants[dtype].offset)
     return Stored(weight, data, scales, zero, choice.group_size, not choice.zero_points, choice.by_channel, order)
+
+
+def _scales_dtype(weight: Weight, choice: Choice) -> Dtype:
+    if choice.dtype == "uint8":
+        return "float32"
+    by_head = weight.role == "attention" and len(weight.shape) == 3  # whose kernel has its own way of reading them
+    came = weight.precision != "keep" and any(piece.integers is not None for piece in weight.pieces())
+    return "float16" if choice.dtype == "uint6" or by_head or came else "float8"
 
 
 def _link(weight: Weight) -> str:

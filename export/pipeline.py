@@ -258,8 +258,8 @@ def _describe(
 def describe_classes(layout: Layout, errors: dict[str, ClassError]) -> dict[str, Any]:
     """How the tensors of each role are stored: the quantized form that most values have, the others under `also`.
 
-    `float16_scales`, `bfloat16_values`: bytes of scales and of routers' matrices in those types, which not every kernel
-    reads.
+    `float8_scales`, `float16_scales`, `bfloat16_values`: bytes of scales and of routers' matrices in those types, which
+    not every kernel reads.
     """
     forms: dict[str, dict[tuple[bool, str, int, bool], int]] = {}
     for stored in layout.stored.values():
@@ -269,9 +269,10 @@ def describe_classes(layout: Layout, errors: dict[str, ClassError]) -> dict[str,
         held[form] = held.get(form, 0) + math.prod(stored.data.shape)
     classes = {role: _describe_class(held, errors.get(role)) for role, held in forms.items()}
     for stored in layout.stored.values():
-        narrow = ("float16_scales", stored.scales, "float16"), ("bfloat16_values", stored.data, "bfloat16")
-        for name, slot, dtype in narrow:
-            if slot is not None and slot.dtype == dtype:
+        narrow = ("scales", stored.scales, ("float8", "float16")), ("values", stored.data, ("bfloat16",))
+        for what, slot, dtypes in narrow:
+            if slot is not None and slot.dtype in dtypes:
+                name = f"{slot.dtype}_{what}"
                 entry = classes[stored.weight.role]
                 entry[name] = entry.get(name, 0) + slot.nbytes
     return classes

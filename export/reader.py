@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from .layout import Layout, Slot, Stored
-from .quantization import widen_int6
+from .quantization import FLOAT8, widen_int6
 
 Array = np.ndarray[Any, Any]
 CHUNK_BYTES = 512 << 10  # float32 bytes dequantized at once: what stays in the processor's cache
@@ -87,9 +87,12 @@ class WeightsReader:
         return self.read_flat(slot, start, stop).astype(np.float32, copy=False)
 
     def read_flat(self, slot: Slot, start: int, stop: int) -> Array:
-        """Elements `start` to `stop` of a slot in its own dtype; int4 as one uint8 each."""
+        """Elements `start` to `stop` of a slot in its own dtype; int4 as one uint8 each, float8 as float32."""
         if slot.dtype == "uint4":
             return self.read_codes(slot, start, stop).astype(np.uint8)
+        if slot.dtype == "float8":
+            values: Array = FLOAT8[np.fromfile(self.path, np.uint8, stop - start, offset=slot.offset + start)]
+            return values
         dtype = np.dtype(ml_dtypes.bfloat16 if slot.dtype == "bfloat16" else slot.dtype)
         return np.fromfile(self.path, dtype, stop - start, offset=slot.offset + start * dtype.itemsize)
 

@@ -361,9 +361,8 @@ class _Writer:
 
         first = next(iter(self.graph))
         self.graph.insert_before(first, self._constants)
-        if any(node.op_type == "SixBitCodes" for node in self._constants):
-            for function in load_functions({"SixBitCodes"}):
-                self.model.functions[function.identifier()] = function
+        for function in load_functions({node.op_type for node in self._constants if node.domain == DOMAIN}):
+            self.model.functions[function.identifier()] = function
         RemoveUnusedNodesPass()(self.model)
         self.model.ir_version = IR_VERSION
         self.model.producer_name, self.model.producer_version = "moedge", None
@@ -402,6 +401,8 @@ class _Writer:
             scales = self._external(stored.scales)
             if stored.scales.dtype == "float16":
                 scales = self._once(f"{scales.name}.float", "Cast", [scales], to=int(ir.DataType.FLOAT))
+            elif stored.scales.dtype == "float8":
+                scales = self._once(f"{scales.name}.float", "Float8Scales", [scales], domain=DOMAIN)
             inputs = [data, scales, self._external(stored.zero_points)]
             axis = len(stored.data.shape) - 1
             return self._once(name, "DequantizeLinear", inputs, axis=axis, block_size=stored.group_size)

@@ -17,7 +17,7 @@ from .checkpoint import Array, Checkpoint
 from .digests import Digest, Key
 from .layout import Layout, Slot, Stored
 from .memory import rows_at_once
-from .quantization import Algorithm, Calibrated, Quantized, fit_float16, pack_int4, pack_int6
+from .quantization import FLOAT8, Algorithm, Calibrated, Quantized, fit_scales, pack_float8, pack_int4, pack_int6
 from .weights import list_rows, read_rows, read_unit
 
 CHUNK_BYTES = 512 << 10  # float32 bytes that are converted at once: what stays in the processor's cache
@@ -60,7 +60,7 @@ def write_weights(
 ) -> tuple[Layout, dict[str, ClassError]]:
     """Write every tensor of `layout` to `path`; returns where they lie, and the quantization error by role.
 
-    The layout is another one only where float16 does not hold some matrix's scales.
+    The layout is another one only where some matrix's scales need a wider type than it gives them.
 
     `chunk_bytes`: float32 bytes that are converted at once. `digests`: filled with what was quantized, for the check.
 
@@ -131,22 +131,34 @@ class _File:
         self.stream, self.layout = stream, layout
 
     def make_room(self, stored: Stored, start: int, scales: Array) -> Stored:
-        """The tensor with room for the scales of rows `start` on: where float16 does not hold them, those of all rows
-        move to float32, what is written of them included."""
+        """The tensor with room for the scales of rows `start` on: where their type does not hold them, those of all
+        rows move to the next wider one that does, what is written of them included."""
         narrow = stored.scales
         assert narrow is not None
-        if narrow.dtype == "float32" or fit_float16(scales):
+        while stored.scales is not None and stored.scales.dtype != "float32":
+            if fit_scales(scales, stored.scales.dtype):
+                break
+            self.layout = self.layout.widen_scales(stored.weight.name)
+            stored = self.layout[stored.weight.name]
+        wide = stored.scales
+        assert wide is not None
+        if wide is narrow:
             return stored
-        self.layout = self.layout.widen_scales(stored.weight.name)
-        stored = self.layout[stored.weight.name]
-        assert stored.scales is not None
         self.stream.truncate(self.layout.nbytes)
         count, step = start * narrow.shape[-1], CHUNK_BYTES // 4
+        size = np.dtype(wide.dtype).itemsize
         for first in range(0, count, step):
-            self.stream.seek(narrow.offset + 2 * first)
-            held = np.frombuffer(self.stream.read(2 * min(step, count - first)), np.float16)
-            _write_at(self.stream, stored.scales.offset + 4 * first, held.astype(np.float32))
+            held = _read_scales(self.stream, narrow, first, min(step, count - first))
+            _write_at(self.stream, wide.offset + size * first, held.astype(wide.dtype))
         return stored
+
+
+def _read_scales(stream: BinaryIO, slot: Slot, first: int, count: int) -> Array:
+    """float32 [count] of a slot in float8 or float16."""
+    kind = np.dtype(np.uint8 if slot.dtype == "float8" else np.float16)
+    stream.seek(slot.offset + kind.itemsize * first)
+    held = np.frombuffer(stream.read(kind.itemsize * count), kind)
+    return FLOAT8[held] if slot.dtype == "float8" else held.astype(np.float32)
 
 
 def _write_part(
@@ -221,7 +233,8 @@ def _write_quantized(stream: BinaryIO, stored: Stored, start: int, quantized: Qu
     assert stored.scales is not None and stored.zero_points is not None
     width, groups = stored.weight.shape[-1], stored.scales.shape[-1]
     _write_codes(stream, stored.data, start * width, quantized.codes)
-    scales = quantized.scales.astype(stored.scales.dtype, copy=False)
+    narrow = stored.scales.dtype
+    scales = pack_float8(quantized.scales) if narrow == "float8" else quantized.scales.astype(narrow, copy=False)
     _write_at(stream, stored.scales.offset + start * groups * scales.itemsize, scales)
     if not stored.shared_zero_points:
         assert quantized.zero_points is not None

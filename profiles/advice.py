@@ -16,8 +16,8 @@ from ..errors import CheckpointError
 from ..export.options import usual_head
 from .shape import ModelShape, has_own_kernels, widens_scales
 
-# Bits of one weight with its group's scale, fp32 or below 8 bits fp16, and its zero point, by dtype; `group` is the
-# group size.
+# Bits of one weight with its group's scale, fp32, of 6 bits fp16, of 4 a byte, and its zero point, by dtype; `group` is
+# the group size.
 _BITS: dict[str, Callable[[int], float]] = {
     "float32": lambda group: 32.0,
     "float16": lambda group: 16.0,
@@ -25,8 +25,8 @@ _BITS: dict[str, Callable[[int], float]] = {
     "uint8": lambda group: 8.0 + 40.0 / group,
     "int8": lambda group: 8.0 + 32.0 / group,
     "uint6": lambda group: 6.0 + 16.0 / group,
-    "uint4": lambda group: 4.0 + 20.0 / group,
-    "int4": lambda group: 4.0 + 16.0 / group,
+    "uint4": lambda group: 4.0 + 12.0 / group,
+    "int4": lambda group: 4.0 + 8.0 / group,
 }
 # By what stands behind `--weights`: the dtype of most tensors.
 _INT4_HEAD = "int4 --head int4"
@@ -158,9 +158,9 @@ def _as_read(manifest: Mapping[str, Any], target: str | None) -> Mapping[str, An
         return manifest
     quantization = manifest["quantization"]
     classes = quantization["classes"]
-    counted = ("float16_scales", "bfloat16_values")
+    counted = ("float8_scales", "float16_scales", "bfloat16_values")
     classes = {
-        name: {key: value for key, value in entry.items() if key not in counted}  # they are no halves there
+        name: {key: value for key, value in entry.items() if key not in counted}  # they are wider there
         for name, entry in classes.items()
     }
     if there.head_bits != shape.head_bits:
@@ -198,8 +198,10 @@ def _laid_out_bytes(manifest: Mapping[str, Any], option: str, usual: str, *, wid
     own = head or (usual if weights == "int4" else None)
     layout = plan_layout(plan, weights, max(GROUP_SIZES), zero_points=False, head=choose_head(weights, own))
     if wide_scales:
-        for name in [name for name, stored in layout.stored.items() if stored.scales is not None]:
-            layout = layout.widen_scales(name)
+        for name, stored in layout.stored.items():
+            while stored.scales is not None and stored.scales.dtype != "float32":
+                layout = layout.widen_scales(name)
+                stored = layout[name]
     return sum(layout.sizes_by_role().values())
 
 

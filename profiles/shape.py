@@ -51,7 +51,8 @@ class ModelShape:
     attention_flops_per_row: int
     latent_attention: bool
     head_bits: int = 0  # of the head's integers, 0 where they are none
-    # Bytes of `sizes` that are scales in fp16, and routers' matrices in bf16.
+    # Bytes of `sizes` that are scales in one byte, in fp16, and routers' matrices in bf16.
+    byte_scales: Mapping[str, int] = dataclasses.field(default_factory=dict)
     half_scales: Mapping[str, int] = dataclasses.field(default_factory=dict)
     half_routers: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -73,12 +74,16 @@ class ModelShape:
         if bits == 6:
             sizes["head"] = sizes.get("head", 0) + self.vocab_size * self.hidden_size * (8 - 6) // 8
             bits = 8
-        for halves in (self.half_routers, self.half_scales if widens_scales(target) else {}):
-            for name, count in halves.items():
-                sizes[name] = sizes.get(name, 0) + count
+        widens = widens_scales(target)
+        narrow = (self.half_routers, 1), (self.byte_scales, 3 if widens else 1), (self.half_scales, int(widens))
+        for held, times in narrow:
+            for name, count in held.items():
+                sizes[name] = sizes.get(name, 0) + times * count
         if sizes == self.sizes:
             return self
-        return dataclasses.replace(self, sizes=sizes, head_bits=bits, half_scales={}, half_routers={})
+        return dataclasses.replace(
+            self, sizes=sizes, head_bits=bits, byte_scales={}, half_scales={}, half_routers={}
+        )
 
     @property
     def weight_bytes(self) -> int:
@@ -111,12 +116,12 @@ class ModelShape:
 
 
 def has_own_kernels(target: str) -> bool:
-    """Whether a target's engines run in kernels of ours here: they read 6-bit codes, fp16 scales and bf16 routers."""
+    """Whether a target's engines run in kernels of ours here: they read 6-bit codes, narrow scales and bf16 routers."""
     return target in _OWN_KERNELS and kernels.library() is not None
 
 
 def widens_scales(target: str) -> bool:
-    """Whether scales in fp16 become fp32: onnxruntime's own kernels take the type of the activations."""
+    """Whether narrow scales become fp32 and not fp16: onnxruntime's own kernels take the type of the activations."""
     return target in _OWN_KERNELS and not has_own_kernels(target)
 
 
@@ -207,6 +212,7 @@ def _shape(manifest: Mapping[str, Any]) -> ModelShape:
         attention_flops_per_row=per_row,
         latent_attention=config["attention"]["kind"] != "gqa",
         head_bits=_head_bits(manifest),
+        byte_scales=_halves(manifest, "float8_scales"),
         half_scales=_halves(manifest, "float16_scales"),
         half_routers=_halves(manifest, "bfloat16_values"),
     )

@@ -84,7 +84,8 @@ def sizes_table(document: dict[str, Any]) -> Table:
         stored = classes.get(name, {})
         error = stored.get("relative_error")
         group = f", group {stored['group_size']}" if stored.get("group_size") else ""
-        kind = f"{stored.get('dtype', '')}{group}{', fp16 scales' if stored.get('float16_scales') else ''}"
+        scales = [f"fp{bits} scales" for bits in (8, 16) if stored.get(f"float{bits}_scales")]
+        kind = ", ".join([f"{stored.get('dtype', '')}{group}", *scales])
         share = f"{100 * count / total:.1f}%"
         table.add_row(name, kind, "" if error is None else f"{100 * error:.2f}%", size(count), share)
     table.add_row("all", "", "", size(total), "", style="bold")

@@ -40,6 +40,12 @@ uint16_t* halves(int64_t count) {  // of both signs, subnormal ones among them
   return values;
 }
 
+uint8_t* bytes_of(int64_t count) {  // any of the lower half: sums stay small
+  uint8_t* values = take<uint8_t>(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<uint8_t>(next() % 128);
+  return values;
+}
+
 uint16_t* bfloats(float* from, int64_t count) {  // the upper halves
   uint16_t* values = take<uint16_t>(count);
   for (int64_t i = 0; i < count; ++i) memcpy(values + i, reinterpret_cast<const char*>(from + i) + 2, 2);
@@ -47,8 +53,8 @@ uint16_t* bfloats(float* from, int64_t count) {  // the upper halves
   return values;
 }
 
-Matrix matrices(int64_t count, int64_t rows, int64_t width, int64_t group, int bits, bool zeros, bool half = false) {
-  Matrix made{nullptr, nullptr, nullptr, rows, width, group, bits, half};
+Matrix matrices(int64_t count, int64_t rows, int64_t width, int64_t group, int bits, bool zeros, int64_t scale = 4) {
+  Matrix made{nullptr, nullptr, nullptr, rows, width, group, bits, scale};
   const int64_t bytes = count * rows * made.row_bytes(), packed = count * rows * made.zero_row_bytes();
   uint8_t* codes = take<uint8_t>(bytes);
   for (int64_t i = 0; i < bytes; ++i) codes[i] = static_cast<uint8_t>(next());
@@ -57,7 +63,9 @@ Matrix matrices(int64_t count, int64_t rows, int64_t width, int64_t group, int b
   made.codes = codes;
   made.zero_points = points;
   const int64_t scales = count * rows * made.groups();
-  if (half)
+  if (scale == 1)
+    made.scales = bytes_of(scales);
+  else if (scale == 2)
     made.scales = halves(scales);
   else
     made.scales = floats(scales, bits == 4 ? 0.02f : 0.001f);
@@ -86,8 +94,8 @@ uint64_t run_one(const Kernels* kernels, int64_t tokens, int64_t hidden, int64_t
   float *up_bias = floats(experts * 2 * inner, 1.0f), *down_bias = floats(experts * hidden, 1.0f);
   int64_t* chosen = take<int64_t>(tokens * choices);
   for (int64_t i = 0; i < tokens * choices; ++i) chosen[i] = next() % experts;
-  const Matrix up = matrices(experts, 2 * inner, hidden, group, bits, full, bits < 8);
-  const Matrix down = matrices(experts, hidden, inner, group, bits, full, bits < 8 && tokens % 2);
+  const Matrix up = matrices(experts, 2 * inner, hidden, group, bits, full, bits == 8 ? 4 : bits / 3);
+  const Matrix down = matrices(experts, hidden, inner, group, bits, full, bits < 8 && tokens % 2 ? 2 : 4);
   float* y = take<float>(tokens * hidden);
   const Parallel parallel{serially, nullptr};
   const Mixture mixture{kernels, tokens, choices, experts, hidden, inner, x, chosen, weights, up, down,
@@ -121,7 +129,7 @@ uint64_t steps_digest(const Kernels* kernels, int64_t tokens, int64_t hidden, in
   float *plain = floats(experts * hidden, 0.1f), *bias = floats(experts, 0.1f);
   void* matrix = full ? static_cast<void*>(bfloats(plain, experts * hidden)) : plain;
   const Matrix first = matrices(1, 2 * inner, hidden, group, bits, full);
-  const Matrix second = matrices(1, hidden, hidden, group, bits, full, true), down = matrices(1, hidden, inner, group, bits, full);
+  const Matrix second = matrices(1, hidden, hidden, group, bits, full, bits == 4 ? 1 : 2), down = matrices(1, hidden, inner, group, bits, full);
   float *sum = take<float>(tokens * hidden), *normed = take<float>(tokens * hidden);
   float *y = take<float>(tokens * 2 * inner), *z = take<float>(tokens * hidden), *logits = take<float>(tokens * experts);
   int64_t* routes = take<int64_t>(tokens * chosen);
@@ -280,7 +288,7 @@ uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, i
   l.rotation = {cos, sin, rope / 2, true};
   l.products = kernels;
   const int64_t of_group = group ? group : rank;
-  const Matrix k_codes = matrices(heads, nope, rank, of_group, bits, true, bits < 8);
+  const Matrix k_codes = matrices(heads, nope, rank, of_group, bits, true, bits < 8 ? 2 : 4);
   const Matrix v_codes = matrices(heads, size, rank, of_group, 8, false);
   l.k_up = {k_codes, group ? nullptr : k_up};
   l.v_up = {v_codes, group ? nullptr : v_up};

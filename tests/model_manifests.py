@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# With a scale, fp32 or below 8 bits fp16, and, but for int6, a zero point a group.
-BITS = {"fp32": 32.0, "fp16": 16.0, "int8": 8 + 40 / 128, "int6": 6 + 16 / 128, "int4": 4 + 20 / 128}
+# With a scale, fp32, of int6 fp16, of int4 a byte, and, but for int6, a zero point a group.
+BITS = {"fp32": 32.0, "fp16": 16.0, "int8": 8 + 40 / 128, "int6": 6 + 16 / 128, "int4": 4 + 12 / 128}
 DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "uint8", "int6": "uint6", "int4": "uint4"}
 
 

@@ -31,7 +31,7 @@ MOST_NODES = {
     "qwen3_moe": (40, 9),
 }
 # On the way from codes of 6 bits to what a stock kernel takes.
-MAKERS = ("SixBitCodes", "Reshape")
+MAKERS = ("SixBitCodes", "Float8Scales", "Reshape")
 # What may take a cache: products with it and the kernels that update it in place. Shapes read nothing.
 READERS = {"FusedMatMul", "MatMul", "GroupQueryAttention", "Shape", "GroupedAttention", "LatentAttention"}
 
@@ -72,7 +72,7 @@ def made_of(node: onnx.NodeProto, given: onnx.TensorProto) -> onnx.TensorProto:
     *lead, width = given.dims
     if node.op_type == "SixBitCodes":
         width = width * 4 // 3
-    kind = onnx.TensorProto.FLOAT if node.op_type == "Cast" else given.data_type
+    kind = onnx.TensorProto.FLOAT if node.op_type in ("Cast", "Float8Scales") else given.data_type
     return onnx.TensorProto(data_type=kind, dims=[*lead, width])
 
 

@@ -33,7 +33,7 @@ def test_parts_by_hand() -> None:
     assert fit.available_bytes == 23 * GIB
     assert fit.total_bytes == fit.weight_bytes + fit.cache_bytes + 123_456_789 + 600 * 2**20
     assert fit.fits and not fit.suggestions and not fit.devices_that_fit
-    assert fit.explain().startswith("DeepSeek-V2-Lite fits rtx4090: it needs 8.8 GiB")
+    assert fit.explain().startswith("DeepSeek-V2-Lite fits rtx4090: it needs 8.6 GiB")
     element = {"fp16": 2, "fp32": 4}[default_kv_cache(manifest)]
     assert check_fit(manifest, load_profile("cpu"), 2, 4096).cache_bytes == 2 * 4096 * 27 * (512 + 64) * element
     narrow = check_fit(manifest, load_profile("cpu"), 2, 4096, cache_bytes_per_element=1)

@@ -1,4 +1,4 @@
-"""Scales in half precision and routers in bfloat16: where they are, and that what reads them takes them as they are."""
+"""Scales in a byte and in half precision, routers in bfloat16: where they are, and that they are read as they are."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from test_steps import router_model
 import moedge
 from moedge.bundle import MODEL, Bundle
 from moedge.export import writer
-from moedge.export.quantization import find_algorithm
+from moedge.export.quantization import FLOAT8, find_algorithm, fit_scales, pack_float8, round_scales
 from moedge.profiles.advice import narrower_weight_bytes
 from moedge.profiles.device import load_profile
 from moedge.profiles.fit import check_fit
-from moedge.profiles.shape import bytes_per_token
+from moedge.profiles.shape import ModelShape, bytes_per_token
 from moedge.profiles.targets._canonical import load_canonical
 from moedge.profiles.targets._trt_check import NetworkRunner
 from moedge.profiles.targets.tensorrt_network import WEIGHTS_FILE, lower_network
@@ -49,18 +49,34 @@ def halved(generator: np.random.Generator, stack: Stack) -> Stack:
     return dataclasses.replace(stack, scales=scales)
 
 
+def in_bytes(generator: np.random.Generator, stack: Stack) -> Stack:
+    """The stack with scales of a byte: any of the 256."""
+    return dataclasses.replace(stack, scales=generator.integers(0, 256, stack.scales.shape, np.uint8))
+
+
+NARROW = {"fp16": halved, "fp8": in_bytes}
+
+
 def widened(stack: Stack) -> Stack:
-    return dataclasses.replace(stack, scales=stack.scales.astype(np.float32))
+    scales = stack.scales
+    return dataclasses.replace(stack, scales=FLOAT8[scales] if scales.dtype == np.uint8 else scales.astype(np.float32))
 
 
+@pytest.mark.parametrize("kind", NARROW)
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize(("rows", "width", "group"), [(7, 64, 16), (100, 1088, 64), (75, 1536, 128), (640, 2304, 128)])
-def test_scales_in_half_precision_give_the_bits_of_the_same_in_float(
-    rows: int, width: int, group: int, bits: int, forms: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+def test_narrow_scales_give_the_bits_of_the_same_in_float(
+    kind: str,
+    rows: int,
+    width: int,
+    group: int,
+    bits: int,
+    forms: list[tuple[str, Path]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On every instruction set, for any number of rows; ends that fill no vector of scales."""
     generator = np.random.default_rng(rows + bits)
-    matrix = halved(generator, make_stack(generator, (1, rows, width), group, bits, zero_points=bits != 6))
+    matrix = NARROW[kind](generator, make_stack(generator, (1, rows, width), group, bits, zero_points=bits != 6))
     x = generator.standard_normal((70, width), np.float32)
     for name, library in forms:
         monkeypatch.setenv(kernels.VARIABLE, name)
@@ -71,11 +87,34 @@ def test_scales_in_half_precision_give_the_bits_of_the_same_in_float(
             np.testing.assert_array_equal(found, wanted)
 
 
+def test_the_scales_of_a_byte() -> None:
+    """An exponent and a mantissa of four bits each: every one of them in order, packed and unpacked."""
+    bits = np.arange(256)
+    np.testing.assert_array_equal(FLOAT8, (1 + bits % 16 / 16) * 2.0 ** (bits // 16 - 15))
+    np.testing.assert_array_equal(pack_float8(FLOAT8), bits)
+    generator = np.random.default_rng(11)
+    scales = np.exp(generator.uniform(-14, 3, 20000)).astype(np.float32)
+    rounded = round_scales(scales, 4)
+    there = (scales > FLOAT8[0] * (1 - 1 / 64)) & (scales < FLOAT8[-1] * (1 + 1 / 64))
+    assert fit_scales(rounded[there], "float8") and not fit_scales(rounded, "float8")
+    nearest = FLOAT8[np.abs(scales[there, None] - FLOAT8).argmin(-1)]
+    np.testing.assert_array_equal(rounded[there], nearest)
+    beyond = rounded[~there & (scales < 60000) & (scales > 1e-4)]
+    assert len(beyond) > 1000 and fit_scales(beyond, "float16")
+    for odd in (0.0, -1.0, np.inf, np.nan, 1e-40):
+        kept = round_scales(np.array([odd], np.float32), 4)
+        np.testing.assert_array_equal(kept, np.array([odd], np.float32))
+        assert not fit_scales(kept, "float8")
+
+
+@pytest.mark.parametrize("narrow", [halved, in_bytes])
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
-def test_experts_take_either_kind_of_scales_for_either_matrix(which: tuple[bool, bool], library: Path) -> None:
+def test_experts_take_either_kind_of_scales_for_either_matrix(
+    which: tuple[bool, bool], narrow: Any, library: Path
+) -> None:
     generator = np.random.default_rng(3)
     shapes = (5, 128, 96), (5, 96, 64)
-    both = [halved(generator, make_stack(generator, shape, 32, 4, zero_points=True)) for shape in shapes]
+    both = [narrow(generator, make_stack(generator, shape, 32, 4, zero_points=True)) for shape in shapes]
     given = {
         "x": generator.standard_normal((9, 96), np.float32),
         "experts": generator.integers(0, 5, (9, 1)),
@@ -131,27 +170,30 @@ def stored_scales(bundle: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def both(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """One export with scales in fp16, and the same with those values in fp32, as if fp16 could not hold them."""
-    half, wide = (tmp_path_factory.mktemp("scales") / name for name in ("half", "wide"))
+    """One export with narrow scales, and the same with those values in fp32, as if nothing else could hold them."""
+    narrow, wide = (tmp_path_factory.mktemp("scales") / name for name in ("narrow", "wide"))
     with pytest.MonkeyPatch.context() as patch:
-        for folder in (half, wide):
+        for folder in (narrow, wide):
             moedge.export(tiny_checkpoint, folder, group_size=32)
             moedge.build(folder, "cpu")
-            patch.setattr(writer, "fit_float16", lambda scales: False)
-    return half, wide
+            patch.setattr(writer, "fit_scales", lambda scales, dtype: False)
+    return narrow, wide
 
 
-def test_which_scales_are_halves(both: tuple[Path, Path]) -> None:
-    """Those of matrices of 4 and 6 bits; what is in 8 bits keeps fp32."""
-    half, wide = (stored_scales(folder) for folder in both)
-    eight = {name for name in half if name.startswith("embed.") or name.endswith(".attn.v_up.weight.scales")}
-    assert len(eight) > 2 and {name for name, kind in half.items() if kind == TensorProto.FLOAT} == eight
-    assert set(half) == set(wide) and set(wide.values()) == {TensorProto.FLOAT}
+def test_which_scales_are_narrow(both: tuple[Path, Path]) -> None:
+    """Those of matrices of 4 bits are bytes, of 6 bits and by head halves; what is in 8 bits keeps fp32."""
+    narrow, wide = (stored_scales(folder) for folder in both)
+    eight = {name for name in narrow if name.startswith("embed.") or name.endswith(".attn.v_up.weight.scales")}
+    assert len(eight) > 2 and {name for name, kind in narrow.items() if kind == TensorProto.FLOAT} == eight
+    halves = {name for name, kind in narrow.items() if kind == TensorProto.FLOAT16}
+    assert halves == {name for name in narrow if name.endswith((".attn.k_up.weight.scales", "head.weight.scales"))}
+    assert set(narrow) == set(wide) and set(wide.values()) == {TensorProto.FLOAT}
     bundles = [Bundle.open(folder) for folder in both]
     classes = [bundle.manifest["quantization"]["classes"] for bundle in bundles]
     for name, count in bundles[0].sizes.items():
-        assert bundles[1].sizes[name] - count == classes[0].get(name, {}).get("float16_scales", 0)
-    assert not any("float16_scales" in entry for entry in classes[1].values())
+        entry = classes[0].get(name, {})
+        assert bundles[1].sizes[name] - count == 3 * entry.get("float8_scales", 0) + entry.get("float16_scales", 0)
+    assert not any(key.endswith("_scales") for entry in classes[1].values() for key in entry)
     assert classes[0]["experts"]["relative_error"] == classes[1]["experts"]["relative_error"]
 
 
@@ -183,18 +225,22 @@ def run_engine(
 
 
 @pytest.mark.usefixtures("compiled")
-def test_kernels_that_take_no_halves_count_whole_scales(
+def test_kernels_that_take_no_narrow_scales_count_wide_ones(
     both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    half, wide = (Bundle.open(folder).manifest for folder in both)
+    """fp32 for onnxruntime's own, fp16 where a device computes in it."""
+    narrow, wide = (Bundle.open(folder).manifest for folder in both)
     device = load_profile("x86-laptop")
-    saved = bytes_per_token(wide, 64) - bytes_per_token(half, 64)
-    assert 0.02 < saved / bytes_per_token(wide, 64) < 0.2  # groups of 32
-    assert check_fit(half, device).weight_bytes == sum(half["sizes"].values())
-    assert bytes_per_token(half, 64, target="tensorrt") == bytes_per_token(wide, 64, target="tensorrt") - saved
+    saved = bytes_per_token(wide, 64) - bytes_per_token(narrow, 64)
+    assert 0.03 < saved / bytes_per_token(wide, 64) < 0.3  # groups of 32
+    assert check_fit(narrow, device).weight_bytes == sum(narrow["sizes"].values())
+    there = ModelShape.from_manifest(narrow).on("tensorrt").sizes
+    for name, entry in narrow["quantization"]["classes"].items():
+        if name != "head":
+            assert there[name] == narrow["sizes"][name] + entry.get("float8_scales", 0)
     monkeypatch.setenv(kernels.VARIABLE, kernels.STOCK)
-    assert bytes_per_token(half, 64) == bytes_per_token(wide, 64)
-    assert check_fit(half, device).weight_bytes == check_fit(wide, device).weight_bytes
+    assert bytes_per_token(narrow, 64) == bytes_per_token(wide, 64)
+    assert check_fit(narrow, device).weight_bytes == check_fit(wide, device).weight_bytes
 
 
 @pytest.mark.parametrize("algorithm", ["rtn", "hqq"])
@@ -204,7 +250,8 @@ def test_codes_are_those_of_the_rounded_scale(algorithm: str, bits: int, zero_po
     values = np.random.default_rng(bits).standard_normal((40, 256)).astype(np.float32)
     values[3, :64] *= 1e-6  # whose scale is no normal number there
     made = find_algorithm(algorithm).quantize(values, bits, 64, zero_points=zero_points)
-    exact = made.scales == made.scales.astype(np.float16)
+    kept = FLOAT8[pack_float8(made.scales)] if bits == 4 else made.scales.astype(np.float16)
+    exact = made.scales == kept
     assert not exact[3, 0] and exact.sum() == exact.size - 1
     zeros = np.float32(1 << (bits - 1)) if made.zero_points is None else made.zero_points[..., None].astype(np.float32)
     grouped = values.reshape(40, -1, 64) / made.scales[..., None]

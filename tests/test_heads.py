@@ -140,9 +140,10 @@ def test_a_tied_head_becomes_a_copy_that_counts_once(kind: str, bits: int, tmp_p
     assert told in copied.manifest["provenance"]["notes"]
     assert (tied.sizes["embedding"], copied.sizes["embedding"]) == (0, tied.sizes["head"])
     vocab, hidden = tied.config["vocab_size"], tied.config["hidden_size"]
-    assert copied.sizes["head"] == vocab * hidden * bits // 8 + 2 * vocab * hidden // 32
+    scale = 1 if kind == "int4" else 2  # bytes
+    assert copied.sizes["head"] == vocab * hidden * bits // 8 + scale * vocab * hidden // 32
     saved = bytes_per_token(tied.manifest, 64) - bytes_per_token(copied.manifest, 64)
-    assert saved == vocab * hidden * (8 - bits) // 8 + 2 * vocab * hidden // 32  # and half of each scale
+    assert saved == vocab * hidden * (8 - bits) // 8 + (4 - scale) * vocab * hidden // 32
     assert [ModelShape.from_manifest(bundle.manifest).head_bits for bundle in (tied, copied)] == [8, bits]
     assert tied.manifest["quantization"]["head"] == "int8"
 

@@ -16,6 +16,7 @@ from test_tensorrt_families import export
 
 from moedge.bundle import MODEL, Bundle
 from moedge.errors import BuildError
+from moedge.export.quantization import FLOAT8
 from moedge.profiles.build import BuildOptions, build, build_portable
 from moedge.profiles.commands import build_command
 from moedge.profiles.targets._canonical import find_calls, find_linears, load_canonical
@@ -80,9 +81,10 @@ def dequantized(node: ir.Node | None, source: ir.Value) -> Array:
     if node is None or node.op_type == "Cast":
         return source.const_value.numpy().astype(np.float32)
     held = node.inputs[1]
-    if held.producer() is not None:  # scales in fp16
+    if held.producer() is not None:  # scales in fp16, or in bytes
         held = held.producer().inputs[0]
-    codes, scales = (value.const_value.numpy().astype(np.float32) for value in (source, held))
+    codes, scales = (value.const_value.numpy() for value in (source, held))
+    codes, scales = codes.astype(np.float32), FLOAT8[scales] if scales.dtype == np.uint8 else scales.astype(np.float32)
     points = node.inputs[2].const_value.numpy().astype(np.float32).reshape(scales.shape)
     block = node.attributes["block_size"].as_int()
     return (codes - np.repeat(points, block, axis=-1)) * np.repeat(scales, block, axis=-1)

@@ -14,6 +14,12 @@ from ..options import ALGORITHMS, GROUP_SIZES, SIX_BIT_BLOCK
 
 Array = np.ndarray[Any, Any]
 
+# The scales that a byte holds, float32 [256]: four bits of exponent, then four of mantissa, from 2^-15 to below 2. No
+# sign, zero, infinity or NaN: a scale needs none.
+_GRAIN = 1 << 19  # between neighbours, in the bits of float32
+FLOAT8 = (np.arange(256, dtype=np.int32) * _GRAIN + np.array(2.0**-15, np.float32).view(np.int32)).view(np.float32)
+FLOAT8.setflags(write=False)
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -134,7 +140,8 @@ def find_algorithm(name: str) -> Algorithm:
 
 
 def round_scales(scales: Array, bits: int) -> Array:
-    """float32 scales as stored beside codes of `bits`: below 8 rounded to float16, where they are normal numbers there.
+    """float32 scales as stored beside codes of `bits`: of 4 rounded to float8, of 6 to float16, where they are normal
+    numbers there; what float8 has no place for goes to float16.
 
     Codes are made for the rounded scales, so that the rounding costs next to nothing.
     """
@@ -144,13 +151,27 @@ def round_scales(scales: Array, bits: int) -> Array:
         halves = scales.astype(np.float16).astype(np.float32)
     least, most = np.finfo(np.float16).tiny, np.finfo(np.float16).max
     rounded: Array = np.where((scales >= least) & (scales <= most), halves, scales)
+    if bits == 4:
+        places = scales.astype(np.float32, copy=False).view(np.int32)
+        nearest = places + (_GRAIN // 2 - 1) + (places // _GRAIN & 1) & -_GRAIN  # ties to even
+        there = (scales > 0) & (nearest >= FLOAT8.view(np.int32)[0]) & (nearest <= FLOAT8.view(np.int32)[-1])
+        rounded = np.where(there, nearest.view(np.float32), rounded)
     return rounded
 
 
-def fit_float16(scales: Array) -> bool:
-    """Whether float16 holds every one of these float32 scales exactly."""
+def fit_scales(scales: Array, dtype: str) -> bool:
+    """Whether a type, float8 or float16, holds every one of these float32 scales exactly."""
+    if dtype == "float8":
+        return bool((FLOAT8[pack_float8(scales)] == scales).all())
     with np.errstate(over="ignore", under="ignore"):
         return bool((scales.astype(np.float16) == scales).all())
+
+
+def pack_float8(scales: Array) -> Array:
+    """float32 scales -> uint8: which of FLOAT8 each is, the nearest below where it is none of them."""
+    places = (scales.astype(np.float32, copy=False).view(np.int32) - FLOAT8.view(np.int32)[0]) // _GRAIN
+    packed: Array = places.clip(0, len(FLOAT8) - 1).astype(np.uint8)
+    return packed
 
 
 def pick_group_size(wanted: int, *widths: int, even: bool = False) -> int | None:

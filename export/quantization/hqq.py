@@ -66,6 +66,7 @@ def fit_grid(grouped: Array, bits: int, *, zero_points: bool) -> tuple[Array, Ar
         if zero_points:  # the narrower grid keeps its centre
             zero = _clip_zero(centre - (centre - first_zero) / np.float32(width), bits)
         for turn in range(turns + 1):
+            scale = _as_stored(scale, first_scale, bits)
             steps = _round(grouped, scale, zero, bits) - zero[:, None]
             residual = grouped - steps * scale[:, None]
             error = np.einsum("ij,ij->i", residual, residual)
@@ -75,6 +76,11 @@ def fit_grid(grouped: Array, bits: int, *, zero_points: bool) -> tuple[Array, Ar
             if turn < turns:
                 scale, zero = _refit(grouped, residual, steps, scale, zero, bits if zero_points else 0)
     return round_scales(best_scale * first_scale, bits), best_zero
+
+
+def _as_stored(scale: Array, unit: Array, bits: int) -> Array:
+    """Scales in units, rounded as they will be: what is best before it may not be so after."""
+    return scale if bits >= 8 else round_scales(scale * unit, bits) / unit
 
 
 def _round(grouped: Array, scale: Array, zero: Array, bits: int) -> Array:

@@ -25,7 +25,8 @@ Array = np.ndarray[Any, Any]
 class Matrix:
     """How a weight [..., out, in] reaches the node that multiplies by it: codes with scales, or floating point.
 
-    `six_bits`: `data` is the bytes that `moedge.SixBitCodes` takes. `scales`: float32 or float16, as they are stored.
+    `six_bits`: `data` is the bytes that `moedge.SixBitCodes` takes. `scales`: float32, float16 or, as
+    bytes, float8 (`export.quantization.FLOAT8`), as they are stored.
     """
 
     data: ir.Value
@@ -308,9 +309,11 @@ class Rewriter:
 
 
 def as_float(rewriter: Rewriter, stored: ir.Value | None) -> ir.Value | None:
-    """A stored tensor as float32, for kernels that take no other; onnxruntime casts it when it loads the graph."""
+    """A stored tensor, of bytes scales, as float32, for kernels that take no other; onnxruntime does it at load."""
     if stored is None or stored.dtype == ir.DataType.FLOAT:
         return stored
+    if stored.dtype == ir.DataType.UINT8:
+        return rewriter.op("Float8Scales", [stored], domain=DOMAIN)
     return rewriter.op("Cast", [stored], to=int(ir.DataType.FLOAT))
 
 

@@ -8,6 +8,7 @@ N = out, K = in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +16,21 @@ import numpy as np
 from ...export.quantization import unpack_int6
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from ._canonical import Matrix
 
 Array = np.ndarray[Any, Any]
 
 LARGEST = 448.0
 LEAST_CAPABILITY = (8, 9)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a matrix as they are stored; bytes among them are float8."""
+
+    stored: ir.Value
 
 
 class Values:
@@ -31,7 +41,7 @@ class Values:
         self.itemsize = 4
         self._matrix = matrix
         self._data = read(matrix.data)
-        self._scales = None if matrix.scales is None else read(matrix.scales)
+        self._scales = None if matrix.scales is None else read(Scales(matrix.scales))
         self._zero_points: Array | None = None
         if self._scales is not None and matrix.zero_points is not None and not matrix.symmetric:
             self._zero_points = zero_points(matrix.zero_points).reshape(self._scales.shape)

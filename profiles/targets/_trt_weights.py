@@ -20,9 +20,9 @@ import onnx_ir as ir
 
 from ...bundle import Progress
 from ...errors import BuildError
-from ...export.quantization import widen_int6
+from ...export.quantization import FLOAT8, widen_int6
 from ._canonical import Matrix
-from ._trt_fp8 import Values, codes_of, rounded, scales_of
+from ._trt_fp8 import Scales, Values, codes_of, rounded, scales_of
 
 Array = np.ndarray[Any, Any]
 Chunks = Callable[[], Iterator[Array]]
@@ -322,6 +322,26 @@ class _SixBitRows:
         return widen_int6(self.packed[rows])
 
 
+class _Float8Rows:
+    """The float32 scales of a mapped view of float8 ones, rows by indices."""
+
+    itemsize = 4
+
+    def __init__(self, packed: Array) -> None:
+        self.packed = packed
+        self.shape = packed.shape
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, key: Any) -> Array:
+        scales: Array = FLOAT8[self.packed[key]]
+        return scales
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return self[:]
+
+
 @dataclass(frozen=True)
 class _Narrowed:
     """Scales of a matrix, repeated for a narrower block; stands for the value of the scales."""
@@ -341,7 +361,7 @@ class _Offsets:
         """float32, shaped like the repeated scales."""
         matrix, middle = self.matrix, 1 << (self.matrix.bits - 1)
         assert matrix.scales is not None
-        scales = _bytes_or_floats(matrix.scales)
+        scales = np.asarray(_bytes_or_floats(Scales(matrix.scales)))
         if matrix.symmetric or matrix.zero_points is None:
             offsets = np.zeros(scales.shape, np.float32)
         else:
@@ -366,8 +386,8 @@ def _split_block(block: int, width: int) -> int:
     return block // 2 if block == width else block
 
 
-def _scales_of(matrices: list[Matrix]) -> list[ir.Value]:
-    return [matrix.scales for matrix in matrices if matrix.scales is not None]
+def _scales_of(matrices: list[Matrix]) -> list[Scales]:
+    return [Scales(matrix.scales) for matrix in matrices if matrix.scales is not None]
 
 
 def _stored_bits(matrix: Matrix) -> int:
@@ -389,8 +409,11 @@ def _bytes_or_floats(source: Any) -> Any:
         return _SixBitRows(_bytes_or_floats(source.data))
     if isinstance(source, _Narrowed):
         assert source.matrix.scales is not None
-        view = _bytes_or_floats(source.matrix.scales)
+        view = np.asarray(_bytes_or_floats(Scales(source.matrix.scales)))
         return np.repeat(view, source.matrix.block_size // source.block, axis=-1)
+    if isinstance(source, Scales):
+        view = _bytes_or_floats(source.stored)
+        return _Float8Rows(view) if source.stored.dtype == ir.DataType.UINT8 else view
     tensor = source.const_value
     assert isinstance(tensor, ir.ExternalTensor) and tensor.length is not None
     shape = _shape_of(tensor)
@@ -409,7 +432,9 @@ def _whole(source: ir.Value) -> Chunks:
     return lambda: iter([_bytes_or_floats(source)])
 
 
-def _each_row(sources: Sequence[ir.Value | _Offsets | _SixBits | Values], change: Callable[[Array], Array]) -> Chunks:
+def _each_row(
+    sources: Sequence[ir.Value | _Offsets | _SixBits | Scales | Values], change: Callable[[Array], Array]
+) -> Chunks:
     """Rows of [N, width] matrices in order, `change`d."""
 
     def chunks() -> Iterator[Array]:

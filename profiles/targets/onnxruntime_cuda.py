@@ -169,6 +169,10 @@ class _Lowering:
         assert x is not None
         return x if x.dtype == self.real else self.rewriter.op("Cast", [x], to=int(self.real))
 
+    def scales(self, x: ir.Value | None) -> ir.Value:
+        """As `half`, of scales as they are stored."""
+        return self.half(as_float(self.rewriter, x) if x is not None and x.dtype == ir.DataType.UINT8 else x)
+
     def full(self, x: ir.Value) -> ir.Value:
         return x if self.real == ir.DataType.FLOAT else self.rewriter.op("Cast", [x], to=int(ir.DataType.FLOAT))
 
@@ -194,7 +198,7 @@ class _Lowering:
         assert experts is not None and weights is not None
         logits, total = self.encode_routing(experts, weights, gate_up.shape[0])
         own: dict[str, Any] = {"normalize_routing_weights": 1, "weights_prepacked": 0}
-        mixed = mix_experts(self.rewriter, call, self.half(x), self.half(logits), self.half, **own)
+        mixed = mix_experts(self.rewriter, call, self.half(x), self.half(logits), self.scales, **own)
         return [self.rewriter.op("Mul", [self.full(mixed), total])]
 
     def encode_routing(self, experts: ir.Value, weights: ir.Value, count: int) -> tuple[ir.Value, ir.Value]:
@@ -222,7 +226,7 @@ class _Lowering:
             if str(matrix.data.name).endswith(".router.weight"):
                 return [op("Gemm", [x, as_float(self.rewriter, matrix.data)], transB=1)]
             return [self.full(op("Gemm", [self.half(x), self.half(matrix.data)], transB=1))]
-        return [self.full(multiply_codes(self.rewriter, self.half(x), matrix, self.half(matrix.scales)))]
+        return [self.full(multiply_codes(self.rewriter, self.half(x), matrix, self.scales(matrix.scales)))]
 
     def lower_embedding(self) -> None:
         """Rows of an 8-bit table by plain arithmetic: CUDA's `DequantizeLinear` takes no blocks."""

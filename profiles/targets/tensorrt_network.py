@@ -50,7 +50,15 @@ from ._trt_weights import LoweredWeights, Stored
 WEIGHTS_FILE = "model.weights"
 
 # Calls whose bodies are as good as anything else; every other one is lowered.
-_INLINED = ("Positions", "RotaryAngles", "LongRotaryAngles", "DynamicRotaryAngles", "SwiGLU", "SixBitCodes")
+_INLINED = (
+    "Positions",
+    "RotaryAngles",
+    "LongRotaryAngles",
+    "DynamicRotaryAngles",
+    "SwiGLU",
+    "SixBitCodes",
+    "Float8Scales",
+)
 _LOWERED = {
     "LatentAttention": lower_latent_attention,
     "GroupedAttention": lower_grouped_attention,

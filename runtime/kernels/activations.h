@@ -38,6 +38,10 @@ inline float float_of(int32_t bits) {
   return value;
 }
 
+// A scale in a byte (export/quantization/__init__.py, FLOAT8): the upper bits of a float's exponent and mantissa.
+constexpr int kFloat8Shift = 19;
+constexpr int32_t kLeastFloat8 = (127 - 15) << 23;
+
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a rounded integer in the low bits
 
 // Each group is scaled so that its largest magnitude becomes 127, and rounded to the nearest, ties to even.

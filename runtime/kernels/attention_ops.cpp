@@ -208,11 +208,11 @@ bool read_matrices(const Tensor& values, int64_t width, const Tensor& scales, co
     out->floats = values.as<float>();
     return values.shape[2] == width && !scales.data && !zero_points.data;
   }
-  if (values.kind != kUint8 || !scales.holds_scales() || scales.rank != 3 || scales.shape[2] < 1) return false;
+  if (values.kind != kUint8 || scales.scale_size() < 2 || scales.rank != 3 || scales.shape[2] < 1) return false;
   const int64_t groups = scales.shape[2], group = width / groups;
   const int bits = 2 * values.shape[2] == width ? 4 : 8;
   Matrix& codes = out->codes;
-  codes = {values.as<uint8_t>(), scales.data, zero_points.as<uint8_t>(), rows, width, group, bits, scales.kind == kHalf};
+  codes = {values.as<uint8_t>(), scales.data, zero_points.as<uint8_t>(), rows, width, group, bits, scales.scale_size()};
   const bool points =
       !zero_points.data || (zero_points.kind == kUint8 && zero_points.is(heads, rows, codes.zero_row_bytes()));
   const bool size = group >= kVector && group <= kMaxGroup && (group & (group - 1)) == 0 && groups * group == width;

@@ -172,7 +172,7 @@ LatentScratch take_latent(const LatentAttention& l, Blocks* blocks) {
     work.panel = blocks->take<float>(floats ? l.rank * kPanelKeys : 0);
     work.some = blocks->take<float>(floats ? rows * most(rank, kPanelKeys) : 0);
     work.folded = blocks->take<float>(folded);
-    work.scales = blocks->take<float>(l.k_up.codes.half ? l.nope * groups : 0);
+    work.scales = blocks->take<float>(l.k_up.codes.scale_size == 2 ? l.nope * groups : 0);
     work.x.codes = blocks->take<int8_t>(rows * most(folded, l.rank));
     work.x.scales = blocks->take<float>(rows * groups);
     work.x.sums = blocks->take<int32_t>(rows * groups);
@@ -200,8 +200,9 @@ void absorb_codes(const LatentAttention& l, const Matrix& m, const float* q, int
                   const HeadWork& work, float* out, int64_t stride) {
   const int64_t groups = m.groups(), depth = depth_of(l);
   const int32_t middle = m.bits == 8 ? l.products->middle : 0;
-  const float* scales = m.half ? work.scales : static_cast<const float*>(m.scales);
-  if (m.half) l.core.kernels->widen(Element::kHalf, m.scales, m.rows * groups, work.scales);
+  const bool half = m.scale_size == 2;
+  const float* scales = half ? work.scales : static_cast<const float*>(m.scales);
+  if (half) l.core.kernels->widen(Element::kHalf, m.scales, m.rows * groups, work.scales);
   Activations x = work.x;
   x.width = groups * depth;
   x.groups = groups;

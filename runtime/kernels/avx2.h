@@ -23,6 +23,10 @@ struct Vectors256 {
     const Int words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     return as_floats(_mm256_slli_epi32(words, 16));
   }
+  static Int load_float8(const uint8_t* from) {
+    const Int places = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    return _mm256_add_epi32(_mm256_slli_epi32(places, kFloat8Shift), _mm256_set1_epi32(kLeastFloat8));
+  }
   static Float load_halves(const uint8_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }

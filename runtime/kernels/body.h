@@ -7,6 +7,7 @@
 //          Int, Float      vectors of int32 and float
 //          transpose       a square of lanes x lanes 4-byte words
 //          load_halves     as many fp16 values as float, exactly
+//          load_float8     as many float8 values, the same, as the bits of float
 //          load_some       floats, or bf16 values as floats, from anywhere
 //          sums            of `lanes` vectors: lane i is the sum of vector i's lanes
 //          dot<bits>       acc + the products of each lane's four codes with its four activations
@@ -127,7 +128,7 @@ void load_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_
   constexpr int64_t lanes = S::lanes;
   // Behind a row's end lies the next one's beginning; behind the last row's might be the file's.
   const bool whole = rows[lanes - 1] * matrix.groups() + from + lanes <= matrix.rows * matrix.groups();
-  const int64_t size = matrix.scale_bytes(), next = lanes * matrix.groups() * size;
+  const int64_t size = matrix.scale_size, next = lanes * matrix.groups() * size;
   typename S::Int read[lanes], turned[lanes];
   for (int64_t r = 0; r < lanes; ++r) {
     alignas(64) uint8_t copy[4 * lanes] = {};
@@ -135,7 +136,10 @@ void load_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_
     __builtin_prefetch(source + next);
     if (matrix.zero_points) __builtin_prefetch(matrix.zero_points + (rows[r] + 2 * lanes) * matrix.zero_row_bytes());
     if (!whole) source = static_cast<const uint8_t*>(memcpy(copy, source, static_cast<size_t>(count * size)));
-    read[r] = matrix.half ? S::as_ints(S::load_halves(source)) : S::load_bytes(source);
+    if (size == 1)
+      read[r] = S::load_float8(source);
+    else
+      read[r] = size == 2 ? S::as_ints(S::load_halves(source)) : S::load_bytes(source);
   }
   S::transpose(read, turned);
   for (int64_t b = 0; b < lanes; ++b) S::store_floats(groups->scales + b * lanes, S::as_floats(turned[b]));
@@ -444,7 +448,7 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
       for (next += lanes; next >= groups;) next -= groups;
     }
     alignas(64) float totals[lanes];
-    const int64_t fetched = matrix.next_codes && done + lanes >= rows ? lanes * groups * matrix.scale_bytes() : 0;
+    const int64_t fetched = matrix.next_codes && done + lanes >= rows ? lanes * groups * matrix.scale_size : 0;
     for (int64_t at = 0; at < fetched; at += 64) __builtin_prefetch(matrix.next_scales + at);
     add_groups<S>(matrix, start, integers, x, token, totals);
     const int64_t skipped = first + done - start;

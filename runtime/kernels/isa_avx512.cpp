@@ -23,6 +23,10 @@ struct Avx512 {
     const Int words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return as_floats(_mm512_slli_epi32(words, 16));
   }
+  static Int load_float8(const uint8_t* from) {
+    const Int places = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm512_add_epi32(_mm512_slli_epi32(places, kFloat8Shift), _mm512_set1_epi32(kLeastFloat8));
+  }
   static Float load_halves(const uint8_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }

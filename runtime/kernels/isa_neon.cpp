@@ -19,6 +19,12 @@ struct Neon {
   static Int load_ints(const int32_t* from) { return vld1q_s32(from); }
   static Float load_some(const float* from) { return vld1q_f32(from); }
   static Float load_some(const uint16_t* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from), 16)); }
+  static Int load_float8(const uint8_t* from) {
+    uint32_t four;
+    memcpy(&four, from, sizeof four);
+    const uint16x4_t places = vget_low_u16(vmovl_u8(vcreate_u8(four)));
+    return vaddq_s32(vreinterpretq_s32_u32(vshll_n_u16(vshl_n_u16(places, 3), 16)), vdupq_n_s32(kLeastFloat8));
+  }
   static Float load_halves(const uint8_t* from) {
     return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from)));
   }

@@ -35,6 +35,9 @@ struct Portable {
   static Float load_some(const uint16_t* from) {
     return each<Float>([&](int i) { return as_float(from[i]); });
   }
+  static Int load_float8(const uint8_t* from) {
+    return each<Int>([&](int i) { return (from[i] << kFloat8Shift) + kLeastFloat8; });
+  }
   static Float load_halves(const uint8_t* from) {
     uint16_t halves[4];
     memcpy(halves, from, sizeof halves);

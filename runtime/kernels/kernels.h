@@ -29,11 +29,11 @@ constexpr int64_t kSixBitBlock = 64;  // codes that are packed together
 // or 8.
 struct Matrix {
   const uint8_t* codes;
-  const void* scales;          // [rows, groups] float, or fp16 where `half`
+  const void* scales;          // [rows, groups] float, fp16 or float8, as `scale_size` says
   const uint8_t* zero_points;  // [rows, groups] packed like the codes, each row from a whole byte; null: the middle
   int64_t rows, width, group;
   int bits;
-  bool half = false;
+  int64_t scale_size = 4;      // bytes of a scale
   // What is read when one token's product with these rows is done, where that is known: its beginning is fetched.
   const uint8_t* next_codes = nullptr;
   const uint8_t* next_scales = nullptr;
@@ -41,9 +41,8 @@ struct Matrix {
   int64_t groups() const { return width / group; }
   int64_t row_bytes() const { return width * bits / 8; }
   int64_t zero_row_bytes() const { return (groups() * bits + 7) / 8; }
-  int64_t scale_bytes() const { return half ? 2 : 4; }
   const uint8_t* scale(int64_t row, int64_t group) const {
-    return static_cast<const uint8_t*>(scales) + (row * groups() + group) * scale_bytes();
+    return static_cast<const uint8_t*>(scales) + (row * groups() + group) * scale_size;
   }
   // Codes of 6 bits come in whole blocks and lie around the middle.
   bool is_packed_well() const {

@@ -58,8 +58,8 @@ struct ExpertsForm {
   bool stack(const Tensor& codes, const Tensor& scales, const Tensor& zero_points, int64_t experts, int64_t rows,
              int64_t width, Matrix* out) const {
     *out = {codes.as<uint8_t>(), scales.data, zero_points.as<uint8_t>(), rows, width, width / scales.shape[2], bits,
-            scales.kind == kHalf};
-    return scales.holds_scales() && out->is_packed_well() && codes.is(experts, rows, out->row_bytes()) &&
+            scales.scale_size()};
+    return out->scale_size && out->is_packed_well() && codes.is(experts, rows, out->row_bytes()) &&
            scales.is(experts, rows, out->groups()) &&
            (!zero_points.data || zero_points.is(experts, rows, out->zero_row_bytes()));
   }

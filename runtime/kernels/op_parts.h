@@ -26,7 +26,8 @@ struct Tensor {
   bool is(int64_t a, int64_t b, int64_t c) const {
     return rank == 3 && shape[0] == a && shape[1] == b && shape[2] == c;
   }
-  bool holds_scales() const { return kind == kFloat || kind == kHalf; }
+  // Bytes of a scale: float, fp16, or float8, which comes as bytes; 0: it holds none.
+  int64_t scale_size() const { return kind == kFloat ? 4 : kind == kHalf ? 2 : kind == kUint8 ? 1 : 0; }
   template <typename T>
   const T* as() const {
     return static_cast<const T*>(data);

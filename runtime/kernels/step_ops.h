@@ -18,8 +18,8 @@ inline bool is_row(const Tensor& tensor, int64_t width) { return tensor.rank == 
 inline bool read_matrix(const Tensor* in, int64_t width, int bits, Matrix* out) {
   if (!in[0].data || !in[1].data || in[0].rank != 2 || in[1].rank != 2 || !good_group(width, in[1].shape[1])) return false;
   *out = {in[0].as<uint8_t>(),    in[1].data, in[2].as<uint8_t>(),   in[0].shape[0], width,
-          width / in[1].shape[1], bits,       in[1].kind == kHalf};
-  return in[1].holds_scales() && out->is_packed_well() && in[0].is(out->rows, out->row_bytes()) && in[1].is(out->rows, out->groups()) &&
+          width / in[1].shape[1], bits,       in[1].scale_size()};
+  return out->scale_size && out->is_packed_well() && in[0].is(out->rows, out->row_bytes()) && in[1].is(out->rows, out->groups()) &&
          (!in[2].data || in[2].is(out->rows, out->zero_row_bytes()));
 }
 
