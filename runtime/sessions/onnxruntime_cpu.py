@@ -83,9 +83,11 @@ def open_onnxruntime(
     """onnxruntime's session of an engine's graph over the bundle's weights, and its threads; raises as above."""
     ort = require("onnxruntime", purpose=f"run engine '{info.profile}'")
     settings, threads = make_settings(ort, bundle, options)
-    # A text alone is faster with it; beside a server's other work a thread that spins takes a core from everybody.
-    spinning = "0" if graph == LANES_MODEL else "1"
-    entries = {"session.intra_op.allow_spinning": spinning, **info.session.get("config", {})}
+    # Waking a thread costs it as much as a layer; but between the steps of several texts, one that spins takes a core
+    # from the server's other work.
+    between = "1" if graph == LANES_MODEL else "0"
+    spinning = {"session.intra_op.allow_spinning": "1", "session.force_spinning_stop": between}
+    entries = {**spinning, **info.session.get("config", {})}
     for name, value in entries.items():
         settings.add_session_config_entry(name, str(value))
     model = bundle.engine_dir(info.profile) / kernels.register(settings, info.session, graph)
