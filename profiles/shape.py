@@ -22,6 +22,7 @@ READ_IN_FULL_OF_TORCH = ("linear", "other")
 ELEMENT_BYTES = {"onnxruntime": 4, "onnxruntime_cuda": 2, "tensorrt_rtx": 2, "tensorrt": 2}
 # What a target with a choice can keep its KV cache in; `default_kv_cache` says which it takes by itself.
 KV_CACHES = {"onnxruntime": ("fp32", "fp16", "int8")}
+STOCK_KV_CACHE = "fp32"  # by itself, of graphs that onnxruntime's own ops run
 # Whose kernels, where they are compiled, read codes of 6 bits, scales of either type and routers in bf16. Elsewhere
 # codes become 8-bit ones, at build or when the graph is loaded, scales what the target computes in, routers float32.
 _OWN_KERNELS = ("onnxruntime",)
@@ -133,11 +134,13 @@ def latent_block(rank: int, rope: int) -> int:
 def default_kv_cache(manifest: Mapping[str, Any]) -> str:
     """The type of the KV cache where there is a choice and nobody asks for one.
 
-    fp16 beside integer weights, whose rounding is coarser by far; fp32 where weights are exact, and where onnxruntime's
-    own ops run, which are slower with fp16.
+    fp32 where weights are exact, and where onnxruntime's own ops run, which are slower with fp16. Beside integer
+    weights, whose rounding is coarser by far (docs/kv-cache.md), int8 for keys and values, fp16 for MLA's latent.
     """
     integers = manifest["quantization"].get("weights") in ("int4", "int8")
-    return "fp16" if integers and kernels.library() is not None else "fp32"
+    if not integers or kernels.library() is None:
+        return STOCK_KV_CACHE
+    return "int8" if manifest["config"]["attention"]["kind"] == "gqa" else "fp16"
 
 
 def cache_element_bytes(manifest: Mapping[str, Any], target: str, kv_cache: str | None = None) -> float:
@@ -153,7 +156,8 @@ def kv_element_bytes(kv_cache: str, config: Mapping[str, Any]) -> float:
         return {"fp32": 4.0, "fp16": 2.0}[kv_cache]
     attention = config["attention"]
     if attention["kind"] == "gqa":
-        return 1.0
+        # In our own kernels each token and head has a scale; for onnxruntime's each channel has one, in the graph.
+        return 1.0 + (4.0 / config["head_dim"] if kernels.library() is not None else 0.0)
     return 1.0 + 4.0 / latent_block(attention["kv_lora_rank"], attention["qk_rope_head_dim"])
 
 

@@ -24,6 +24,7 @@ _THREADS = click.option("--threads", type=click.IntRange(1), help="Threads that 
 
 NEW_TOKENS = 128
 _SHOWN = "profile status backend backend_version compute_capability precision max_batch max_seq_len bytes".split()
+_SHOWN += ["cache_bytes_per_token"]
 
 
 @click.command("generate")

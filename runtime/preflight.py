@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..bundle import ENGINE_MANIFEST, MODEL, WEIGHTS, Bundle, Progress, read_json, seal_of, sha256_file
 from ..errors import EngineError
-from . import machine
+from . import kernels, machine
 from .sessions import Backend, Findings, backend_module
 
 ENGINE_FORMAT = 1
@@ -67,15 +67,21 @@ class EngineInfo:
     cuda_minimum: int | None = None  # major version of CUDA that the driver must be for
     cache: tuple[CacheEntry, ...] = ()
     session: dict[str, Any] = field(default_factory=dict)
+    # Of an engine whose graph of onnxruntime's own ops keeps another cache: that one, and the precision it comes with.
+    stock: tuple[str, tuple[CacheEntry, ...]] | None = None
 
     @property
     def cache_bytes_per_token(self) -> int:
         """What the KV cache takes for a token, all layers."""
         return sum(entry.width * np.dtype(entry.dtype).itemsize for entry in self.cache)
 
+    def by_stock_ops(self) -> EngineInfo:
+        """The engine as it runs without our own kernels."""
+        return self if self.stock is None else replace(self, precision=self.stock[0], cache=self.stock[1], stock=None)
+
 
 def read_engine(bundle: Bundle, profile: str) -> EngineInfo:
-    """Read engines/`profile`/engine.json.
+    """Read engines/`profile`/engine.json: what the graph is like that runs on this machine.
 
     Raises:
         EngineError: there is no such engine, or its engine.json cannot be read.
@@ -111,7 +117,7 @@ def read_engine(bundle: Bundle, profile: str) -> EngineInfo:
         raise EngineError(f"{path}: not a valid engine.json ({what}); build it again: {build}") from None
     if info.profile != profile:
         raise EngineError(f"{path} is of profile '{info.profile}', not '{profile}'; build it: {build}")
-    return info
+    return info if kernels.library() is not None else info.by_stock_ops()
 
 
 def choose_profile(bundle: Bundle) -> str:
@@ -315,7 +321,7 @@ def _parse(document: dict[str, Any]) -> EngineInfo:
     capability = document["compute_capability"]
     session = dict(document.get("session", {}))
     _count(session, "lanes", 1)
-    cache = tuple(_cache_entry(entry) for entry in document.get("cache", []))
+    stock = document.get("stock")
     files = {str(name): {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in document["files"].items()}
     return EngineInfo(
         profile=str(document["profile"]),
@@ -336,8 +342,9 @@ def _parse(document: dict[str, Any]) -> EngineInfo:
         num_experts_per_tok=_count(document, "num_experts_per_tok", 0),
         num_experts=_count(document, "num_experts", 0),
         cuda_minimum=None if document.get("cuda_minimum") is None else int(document["cuda_minimum"]),
-        cache=cache,
+        cache=_cache_entries(document),
         session=session,
+        stock=None if stock is None else (str(stock["precision"]), _cache_entries(stock)),
     )
 
 
@@ -346,6 +353,10 @@ def _count(document: dict[str, Any], name: str, default: int | None = None, leas
     if type(value) is not int or not least <= value < 2**31:
         raise ValueError(f"{name} is {str(value)[:20]}")
     return value
+
+
+def _cache_entries(document: dict[str, Any]) -> tuple[CacheEntry, ...]:
+    return tuple(_cache_entry(entry) for entry in document.get("cache", []))
 
 
 def _cache_entry(entry: dict[str, Any]) -> CacheEntry:

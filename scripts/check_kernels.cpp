@@ -197,13 +197,17 @@ struct Lanes {
   Lane lane[3];
   int64_t tokens = 0;
 
+  // `parts`: scales of a row, of a latent in one array, of a head's keys and values in one each.
   Lanes(Element element, int64_t groups, int64_t width, int64_t parts, bool latent, int64_t first) {
     const int64_t lengths[3] = {130, 0, 70}, rows[3] = {first, 0, 2};
     for (int i = 0; i < 3; ++i) {
       const int64_t capacity = lengths[i] + rows[i];
       void* keys = cache_of(element, groups, capacity, width, lengths[i]);
       void* values = latent ? nullptr : cache_of(element, groups, capacity, width, lengths[i]);
-      lane[i] = {keys, values, parts ? floats(capacity * parts, 0.05f) : nullptr, capacity, lengths[i], tokens, rows[i]};
+      const auto scales = [&](bool there) { return there ? floats(groups * capacity * parts, 0.05f) : nullptr; };
+      const bool heads = parts && !latent;
+      lane[i] = {keys, values, scales(parts && latent), scales(heads), scales(heads), capacity, lengths[i], tokens,
+                 rows[i]};
       tokens += rows[i];
     }
   }
@@ -212,6 +216,8 @@ struct Lanes {
       free(each.keys);
       free(each.values);
       free(each.scales);
+      free(each.key_scales);
+      free(each.value_scales);
     }
   }
 };
@@ -243,9 +249,11 @@ Attention core_of(const Kernels* kernels, Element element, const Lanes& lanes, i
   return core;
 }
 
-uint64_t run_grouped_one(const Kernels* kernels, Element element, int64_t width, int64_t window, int64_t first) {
+// `channels`: int8 has scales of these, and not of rows.
+uint64_t run_grouped_one(const Kernels* kernels, Element element, int64_t width, int64_t window, int64_t first,
+                         bool channels) {
   const int64_t heads = 6, groups = 2, room = (width + 7) / 8 * 8, pairs = width / 2;
-  const Lanes lanes(element, groups, room, 0, false, first);
+  const Lanes lanes(element, groups, room, element == Element::kByte && !channels, false, first);
   GroupedAttention g{};
   g.core = core_of(kernels, element, lanes, heads, groups, width, width);
   g.core.room = room;
@@ -261,7 +269,8 @@ uint64_t run_grouped_one(const Kernels* kernels, Element element, int64_t width,
   g.k = k;
   g.v = v;
   g.rotation = {cos, sin, pairs, window == 0};
-  if (element == Element::kByte) g.key_scales = g.value_scales = scales;
+  g.products = kernels;
+  if (element == Element::kByte && channels) g.key_scales = g.value_scales = scales;
   const uint64_t found = run_attention_op(g, grouped_scratch, run_grouped, y, count);
   for (float* block : {q, k, v, y, cos, sin, sinks, scales}) free(block);
   return found;
@@ -308,8 +317,10 @@ uint64_t attention_digest(const Kernels* kernels) {
   uint64_t all = 0;
   for (Element element : {Element::kFloat, Element::kHalf, Element::kByte})
     for (int64_t first : {1, 40, 150}) {
-      all = all * 31 + run_grouped_one(kernels, element, 32, 0, first);
-      all = all * 31 + run_grouped_one(kernels, element, 21, 50, first);
+      for (bool channels : {true, false}) {
+        all = all * 31 + run_grouped_one(kernels, element, 32, 0, first, channels);
+        all = all * 31 + run_grouped_one(kernels, element, 21, 50, first, channels);
+      }
       all = all * 31 + run_latent_one(kernels, element, 64, 16, first, 0);
       all = all * 31 + run_latent_one(kernels, element, 64, 16, first, 32);
       all = all * 31 + run_latent_one(kernels, element, 48, 16, first, 16);

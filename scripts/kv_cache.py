@@ -1,18 +1,21 @@
 """What the KV cache's type costs: quality on the sample model, and step times on a bundle of your own.
 
-    python scripts/kv_cache.py -o docs/kv-cache.md
+    python scripts/kv_cache.py -o docs/kv-cache.md --grouped CHECKPOINT
     python scripts/kv_cache.py -o docs/kv-cache.md --times BUNDLE --contexts 512,4096
 
 The sample is exported at int4 and scored on its held-out text with each type (`moedge eval`, the first --characters of
-it). Times are those of one decode step behind so many tokens, the least of twelve, in processor seconds of one thread.
+it, in windows of 1,024 tokens), and so is a model of grouped attention (scripts/train_grouped.py). Times are those of
+one decode step behind so many tokens, the least of twelve, in processor seconds of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,21 +25,43 @@ from moedge.errors import EngineError
 from moedge.profiles.shape import KV_CACHES
 from moedge.runtime.eval import evaluate
 
+INTRODUCTION = """\
+`moedge build BUNDLE --profile cpu` takes int8 for keys and values and fp16 for MLA's latent, where the weights are
+integers and moedge's own kernels are compiled; else fp32. `--kv-cache` asks for another; engine.json says what it is
+(`kv_cache`), and what the graph of onnxruntime's own ops has where that is another (`stock`).
+
+An int8 row has a scale for each head of keys and values, or each block of a latent, made when it is written. The tables
+have bits a byte; the mean divergence (KL, nats a token) from the same model with exact weights and an fp32 cache; that
+from the same int4 weights with an fp32 cache, and its share of what int4 weights cost; how often the likeliest token is
+that of an fp32 cache. Windows are of 1,024 tokens; each token has 512 or more before it where there are so many.
+""".splitlines()
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = KV_CACHES["onnxruntime"]
-STEPS, CHUNK, SEED = 12, 64, 0
+STEPS, CHUNK, SEED, CONTEXT = 12, 64, 0, 1024
 
 
-def score(folder: Path, characters: int) -> list[str]:
+def score(folder: Path, checkpoint: Path, text: str) -> list[str]:
     """Rows of the table of quality."""
-    text = (ROOT / "sample" / "heldout.txt").read_text(encoding="utf-8")[:characters]
-    moedge.export(ROOT / "sample", folder, weights="int4", verify=False)
-    rows = ["| KV cache | bytes a token | perplexity | bits a byte |", "| --- | ---: | ---: | ---: |"]
+    exact, plain, tried = folder / "exact", folder / "plain", folder / "tried"
+    moedge.export(checkpoint, exact, weights="fp32", verify=False)
+    moedge.export(checkpoint, plain, weights="int4", verify=False)
+    shutil.copytree(plain, tried)
+    moedge.build(exact, "cpu", kv_cache="fp32")
+    moedge.build(plain, "cpu", kv_cache="fp32")
+    columns = ["bytes a token", "bits a byte", "from fp32 weights", "from an fp32 cache", "of int4's", "same token"]
+    rows = ["| KV cache | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    settings: dict[str, Any] = {"context": CONTEXT, "stride": CONTEXT // 2, "threads": 1}
+    int4 = 0.0
     for kind in TYPES:
-        engine = moedge.build(folder, "cpu", kv_cache=kind)
+        engine = moedge.build(tried, "cpu", kv_cache=kind)
         nbytes = read_json(engine / ENGINE_MANIFEST, EngineError)["cache_bytes_per_token"]
-        found = evaluate(folder, text, "cpu", threads=1)
-        rows.append(f"| {kind} | {nbytes:,} | {found['perplexity']:.4f} | {found['bits_per_byte']:.4f} |")
+        found = evaluate(tried, text, "cpu", against=exact, **settings)
+        whole = found["against"]["kl_nats"]["mean"]
+        own = evaluate(tried, text, "cpu", against=plain, **settings)["against"]
+        int4 = int4 or whole
+        cells = [f"{nbytes:,}", f"{found['bits_per_byte']:.4f}", f"{whole:.5f}", f"{own['kl_nats']['mean']:.6f}"]
+        cells += [f"{own['kl_nats']['mean'] / int4:.2%}", f"{own['top1_agreement']:.2%}"]
+        rows.append(f"| {kind} | " + " | ".join(cells) + " |")
         print(rows[-1], flush=True)
     return rows
 
@@ -72,14 +97,18 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=20_000)
     parser.add_argument("--times", type=Path, action="append", default=[], metavar="BUNDLE")
     parser.add_argument("--contexts", default="512,4096")
+    parser.add_argument("--grouped", type=Path, metavar="CHECKPOINT", help="what scripts/train_grouped.py wrote")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        quality = score(Path(folder) / "sample", options.characters)
-    page = ["# The KV cache's type", "", "Written by `scripts/kv_cache.py`; not to be edited.", ""]
-    page += ["`moedge build BUNDLE --profile cpu` takes fp16 where the weights are integers and moedge's own kernels"]
-    page += ["are compiled, else fp32. `--kv-cache` asks for another; engine.json says what it is (`kv_cache`).", ""]
-    page += [f"The sample model at int4 on the first {options.characters:,} characters of its held-out text:", ""]
-    page += quality
+    text = (ROOT / "sample" / "heldout.txt").read_text(encoding="utf-8")[: options.characters]
+    models = {"The sample model (MLA's latent)": ROOT / "sample"}
+    if options.grouped:
+        models["A Qwen2-MoE model that `scripts/train_grouped.py` trains (keys and values)"] = options.grouped
+    page = ["# The KV cache's type", "", "Written by `scripts/kv_cache.py`; not to be edited.", "", *INTRODUCTION]
+    for name, checkpoint in models.items():
+        with tempfile.TemporaryDirectory() as folder:
+            quality = score(Path(folder), checkpoint, text)
+        page += ["", f"{name}, at int4, on the first {options.characters:,} characters of the sample's held-out text:"]
+        page += ["", *quality]
     contexts = [int(word) for word in options.contexts.split(",")]
     for bundle in options.times:
         model = Bundle.open(bundle).manifest["model"]["name"]

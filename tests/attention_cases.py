@@ -38,6 +38,7 @@ class Grouped:
     interleaved: bool = False
     kind: str = "fp32"
     norm: str = ""  # of q and k, before they are rotated: "head" or "row"
+    channels: bool = False  # int8 has a scale for each channel, a constant; else one for each row, beside it
 
     @property
     def room(self) -> int:
@@ -94,12 +95,17 @@ class Run:
         return Run(rows, [self.lengths[lane] + first], [count], [self.caches[lane]], self.constants)
 
 
+def has_row_scales(case: Grouped) -> bool:
+    return case.kind == "int8" and not case.channels
+
+
 def grouped_model(case: Grouped, lanes: int, constants: dict[str, Array | None], sizes: bool = True) -> bytes:
     names = ["q", "k", "v", "cos", "sin"]
     attributes = {"num_heads": case.heads, "num_key_value_heads": case.groups, "head_dim": case.size}
     attributes |= {"scale": case.scale, "interleaved": int(case.interleaved), "window": case.window}
     attributes |= {"epsilon": EPSILON} if case.norm else {}
-    caches = [f"{kind}.{lane}" for lane in range(lanes) for kind in ("keys", "values")]
+    kinds = ["keys", "values"] + (["scales.keys", "scales.values"] if has_row_scales(case) else [])
+    caches = [f"{kind}.{lane}" for lane in range(lanes) for kind in kinds]
     return _model("GroupedAttention", names, constants, caches, DTYPES[case.kind], sizes, attributes)
 
 
@@ -152,7 +158,8 @@ def run_model(session: ort.InferenceSession, run: Run) -> Float:
     arrays = {name: np.ascontiguousarray(value) for name, value in run.inputs.items()}
     arrays["lengths"], arrays["sizes"] = np.array(run.lengths, np.int64), np.array(run.sizes, np.int64)
     for lane, caches in enumerate(run.caches):
-        kinds = ("keys", "values") if f"keys.{lane}" in taken else ("rows", "scales")
+        grouped = ("keys", "values", "scales.keys", "scales.values")
+        kinds = grouped if f"keys.{lane}" in taken else ("rows", "scales")
         arrays |= {f"{kind}.{lane}": cache for kind, cache in zip(kinds, caches, strict=False)}
     for name, array in arrays.items():
         if name in taken:
@@ -207,10 +214,20 @@ def attend(q: Float, keys: Array, values: Array, past: int, window: int, scale: 
     return np.einsum("nst,tnv->snv", shares[..., : len(keys)], values.astype(np.float64))
 
 
+def mix(x: Array, size: int) -> Array:
+    """x [..., size] by Hadamard's matrix, in blocks of the power of two that divides it."""
+    block = size & -size
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    found: Array = (x.reshape(*x.shape[:-1], -1, block) @ matrix).reshape(x.shape)
+    return found
+
+
 def grouped_reference(case: Grouped, run: Run) -> Array:
     """y [S, n d]; the caches are changed as the op should change them."""
     y, start = [], 0
-    for length, size, (keys, values) in zip(run.lengths, run.sizes, run.caches, strict=True):
+    for length, size, caches in zip(run.lengths, run.sizes, run.caches, strict=True):
         own = slice(start, start + size)
         start += size
         if size == 0:
@@ -219,16 +236,25 @@ def grouped_reference(case: Grouped, run: Run) -> Array:
         q, k = (normalize(run.inputs[name][own], run.constants.get(f"{name}_norm")) for name in ("q", "k"))
         q = rotate(q.reshape(size, case.heads, case.size), cos, sin, case.interleaved)
         k = rotate(k.reshape(size, case.groups, case.size), cos, sin, case.interleaved)
+        if has_row_scales(case):
+            q, k = mix(q, case.size) / (case.size & -case.size), mix(k, case.size)
         v = run.inputs["v"][own].reshape(size, case.groups, case.size)
         known = []
-        for cache, rows, name in ((keys, k, "key_scales"), (values, v, "value_scales")):
-            steps = run.constants[name]
-            scales = np.ones((case.groups, case.room)) if steps is None else steps.reshape(case.groups, case.room)
+        for index, (rows, name) in enumerate(((k, "key_scales"), (v, "value_scales"))):
+            cache, steps = caches[index], run.constants[name]
+            by_head = rows.transpose(1, 0, 2)
+            scales = np.ones((case.groups, 1, case.room)) if steps is None else steps.reshape(case.groups, 1, -1)
+            if has_row_scales(case):
+                own_scales = np.maximum(np.abs(by_head).max(-1, keepdims=True) / 127, 1e-30)
+                caches[2 + index][0, :, length : length + size] = own_scales
+                scales = np.broadcast_to(own_scales, (*by_head.shape[:2], case.room))
             padded = np.zeros((case.groups, size, case.room))
-            padded[..., : case.size] = rows.transpose(1, 0, 2) / scales[:, None, : case.size]
+            padded[..., : case.size] = by_head / scales[..., : case.size]
             place = cache[0, :, length : length + size]
             place[:] = np.clip(np.rint(padded), -128, 127) if case.kind == "int8" else padded
-            wide = cache[0, :, : length + size].astype(np.float64) * scales[:, None]
+            if has_row_scales(case):
+                scales = caches[2 + index][0, :, : length + size]
+            wide = cache[0, :, : length + size].astype(np.float64) * scales
             known.append(np.repeat(wide[..., : case.size].transpose(1, 0, 2), case.heads // case.groups, axis=1))
         part = attend(q, *known, length, case.window, case.scale, run.constants["sinks"])
         y.append(part.reshape(size, -1))
@@ -333,7 +359,7 @@ def make_run(
         constants: dict[str, Array | None] = {"sinks": normal(case.heads, np.float32) if case.sinks else None}
         for name in ("key_scales", "value_scales"):
             steps = (generator.random(case.groups * case.room, np.float32) + 0.5) / 40
-            constants[name] = steps.astype(np.float32) if case.kind == "int8" else None
+            constants[name] = steps.astype(np.float32) if case.channels else None
         for name, heads in (("q_norm", case.heads), ("k_norm", case.groups)):
             if case.norm:
                 constants[name] = normal(case.size * (heads if case.norm == "row" else 1), np.float32)
@@ -426,4 +452,9 @@ def _make_caches(case: Grouped | Latent, length: int, capacity: int, generator: 
         scales = ((generator.random((capacity, case.parts)) + 0.5) / 60).astype(np.float32)
         scales[length:] = np.nan
         made.append(scales)
+    if isinstance(case, Grouped) and has_row_scales(case):
+        for _ in range(2):
+            steps = ((generator.random((1, case.groups, capacity, 1)) + 0.5) / 60).astype(np.float32)
+            steps[:, :, length:] = np.nan
+            made.append(steps)
     return made

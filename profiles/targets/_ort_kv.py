@@ -1,9 +1,9 @@
 """The KV cache in less than fp32 on onnxruntime's CPU: what is written to it, and how it is read.
 
 The latent of MLA is written out in fp32 for each product. int8: blocks of channels with a scale of their own for each
-token, so that neither a calibration nor an outlier in another token can hurt. Grouped attention leaves both to
-`GroupQueryAttention`, which reads fp16 and int8 itself; its int8 has a scale for each channel, found once by
-`find_scales`. T = rows of a cache, S = tokens of a run, w = width, b = block.
+token, so that neither a calibration nor an outlier in another token can hurt. Grouped attention leaves both to its
+kernel. `GroupQueryAttention` has in int8 a scale for each channel, found once by `find_scales`; our own has one for
+each token and head (_ort_own_attention.py). T = rows of a cache, S = tokens of a run, w = width, b = block.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import onnx_ir as ir
 from ..shape import latent_block
 from ._canonical import Rewriter
 
+DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # of a cache's elements
 _LARGEST = 127.0  # magnitude of an int8 code
 
 
@@ -62,7 +63,7 @@ class LatentCache:
     def entries(self, layer: int) -> list[CacheEntry]:
         name = f"latent.{layer}"
         if self.kind != "int8":
-            return [CacheEntry(name, self.width, dtype={"fp32": "float32", "fp16": "float16"}[self.kind])]
+            return [CacheEntry(name, self.width, dtype=DTYPES[self.kind])]
         parts = self.width // self.block
         codes = CacheEntry(name, self.width, dtype="int8", parts=parts)
         return [codes, CacheEntry(f"scale.{layer}", parts, parts=parts)]
@@ -125,7 +126,7 @@ class GroupedCache:
         self.rewriter = rewriter
         self.kind = kind
         self.scales = scales
-        self.dtype = {"fp32": "float32", "fp16": "float16", "int8": "int8"}[kind]
+        self.dtype = DTYPES[kind]
         self.attributes: dict[str, Any] = {}
         if kind == "int8":
             self.attributes = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
@@ -148,9 +149,3 @@ class GroupedCache:
             self.rewriter.constant(f"scale.{name}", self.scales[name].astype(np.float32).reshape(1, groups, 1, -1))
             for name in names
         ]
-
-    def flat_scales(self, names: list[str]) -> list[ir.Value | None]:
-        """As `scale_inputs`, float32 [width] each; None where there are none."""
-        if self.kind != "int8":
-            return [None for _ in names]
-        return [self.rewriter.constant(f"scale.{name}", self.scales[name].astype(np.float32)) for name in names]

@@ -14,7 +14,7 @@ from ...runtime.kernels import DOMAIN, IN_PLACE
 from ._canonical import attributes_of, find_calls, find_matrix
 from ._ort_attention import GROUPED, AttentionLowering, kernel_head_size, layer_of
 from ._ort_codes import bytes_of, zero_points_of
-from ._ort_kv import CacheEntry
+from ._ort_kv import DTYPES, CacheEntry
 
 
 class OwnAttentionLowering(AttentionLowering):
@@ -68,9 +68,7 @@ class OwnAttentionLowering(AttentionLowering):
     def _lower_grouped_call(self, call: ir.Node) -> None:
         a, layer = attributes_of(call), layer_of(call)
         groups, room = a["num_key_value_heads"], kernel_head_size(a["head_dim"])
-        entries = [
-            CacheEntry(f"{kind}.{layer}", groups * room, groups, self.grouped.dtype) for kind in ("key", "value")
-        ]
+        entries = own_entries(self.kv_cache, layer, groups, room)
         q, k, v, cos, sin, *sinks = call.inputs
         caches = self._take_caches(entries)
         found = [_norm_before(value, a["head_dim"]) for value in (q, k)]
@@ -79,11 +77,11 @@ class OwnAttentionLowering(AttentionLowering):
         if found[0] is not None and found[1] is not None and found[0][2] == found[1][2]:
             (q, *_), (k, *_), attributes = found[0], found[1], {"epsilon": found[0][2]}
             norms = [found[0][1], found[1][1]]
-        rows = [q, k, v, cos, sin, self.lengths, self.sizes, *(sinks or [None])]
+        rows = [q, k, v, cos, sin, self.lengths, self.sizes, *(sinks or [None]), None, None]  # no scales of channels
         window = a["window"] if self.max_seq_len is None or a["window"] < self.max_seq_len else 0
         attended = self.rewriter.op(
             "GroupedAttention",
-            [*rows, *self.grouped.flat_scales([entry.name for entry in entries]), *norms, *caches],
+            [*rows, *norms, *caches],
             domain=DOMAIN,
             **attributes,
             num_heads=a["num_heads"],
@@ -107,6 +105,15 @@ class OwnAttentionLowering(AttentionLowering):
                 found.append(ir.val(self.lanes.name("past", entry.name, lane), entry.onnx_type, shape))
         self.graph.inputs.extend(found)
         return found
+
+
+def own_entries(kind: str, layer: int, groups: int, room: int) -> list[CacheEntry]:
+    """Keys and values of a layer; in int8 with a scale for each token and head, made when a row is written."""
+    dtype = DTYPES[kind]
+    entries = [CacheEntry(f"{name}.{layer}", groups * room, groups, dtype) for name in ("key", "value")]
+    if kind == "int8":
+        entries += [CacheEntry(f"scale.{name}.{layer}", groups, groups) for name in ("key", "value")]
+    return entries
 
 
 def _norm_before(value: ir.Value | None, head_dim: int = 0) -> tuple[ir.Value, ir.Value, float] | None:

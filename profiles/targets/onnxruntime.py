@@ -16,7 +16,7 @@ from ...bundle import MODEL, Progress
 from ...errors import BuildError, require
 from ...export.gating import list_gates
 from ...runtime import kernels
-from ..shape import default_kv_cache
+from ..shape import STOCK_KV_CACHE, default_kv_cache
 from . import BuildRequest
 from ._canonical import (
     Array,
@@ -77,8 +77,9 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     from ._genai import write_genai
 
     fused, lanes, scales = has_router_weights(), count_lanes(request), _find_scales(request, progress)
-    kv_cache = request.kv_cache or default_kv_cache(request.bundle.manifest)
-    quantization = request.bundle.manifest["quantization"]
+    own_kind = request.kv_cache or default_kv_cache(request.bundle.manifest)
+    kinds = {True: own_kind, False: request.kv_cache or STOCK_KV_CACHE}
+    caches: dict[bool, list[CacheEntry]] = {}
     graphs = {MODEL: 1, **({LANES_MODEL: lanes} if lanes > 1 else {})}
     wanted = [(name, count, False) for name, count in graphs.items()]
     wanted += [(name, max(count, OWN_LANES) if count > 1 else 1, True) for name, count in graphs.items()]
@@ -88,7 +89,7 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         model, config = load_canonical(request.bundle)
         products: dict[str, Any] = {"accuracy_level": ACCURACY_LEVEL, "fused_experts": fused, "own_kernels": ours}
         sizes: dict[str, Any] = {"max_seq_len": request.max_seq_len, "lanes": count}
-        cache = lower(model, kv_cache=kv_cache, scales=scales, **products, **sizes)
+        caches[ours] = lower(model, kv_cache=kinds[ours], scales=scales, **products, **sizes)
         (folder / (kernels.own_name(name) if ours else name)).write_bytes(ir.to_proto(model).SerializeToString())
     write_genai(request, folder, fused_experts=fused)
     if progress is not None:
@@ -97,13 +98,12 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
         "backend": "onnxruntime",
         "backend_version": ort.__version__,
         "compute_capability": None,
-        "precision": f"{quantization['weights']} weights, fp32 activations, {kv_cache} KV cache",
         "status": "ready",
         "max_batch": request.max_batch,
         "max_seq_len": request.max_seq_len,
-        "kv_cache": kv_cache,
-        "cache_bytes_per_token": sum(entry.bytes for entry in cache),
-        "cache": [entry.to_json() for entry in cache],
+        **_describe_cache(request, kinds[True], caches[True]),
+        # Sessions take these where our own kernels are not at hand.
+        **({"stock": _describe_cache(request, kinds[False], caches[False])} if caches[False] != caches[True] else {}),
         "session": {
             "moe_layers": list(config.moe.layers),
             "fused_experts": fused,
@@ -114,8 +114,18 @@ def build(request: BuildRequest, folder: Path, progress: Progress | None) -> dic
     }
 
 
+def _describe_cache(request: BuildRequest, kind: str, cache: list[CacheEntry]) -> dict[str, Any]:
+    weights = request.bundle.manifest["quantization"]["weights"]
+    return {
+        "precision": f"{weights} weights, fp32 activations, {kind} KV cache",
+        "kv_cache": kind,
+        "cache_bytes_per_token": sum(entry.bytes for entry in cache),
+        "cache": [entry.to_json() for entry in cache],
+    }
+
+
 def _find_scales(request: BuildRequest, progress: Progress | None) -> dict[str, Array] | None:
-    """What an int8 cache of keys and values is scaled by; None where nothing is."""
+    """What onnxruntime's own int8 cache of keys and values is scaled by; None where nobody asks for it."""
     if request.kv_cache != "int8" or request.bundle.config["attention"]["kind"] != "gqa":
         return None
     if progress is not None:
@@ -169,7 +179,7 @@ def lower(
     its end); outputs logits float32 [R, vocab], new.NAME float32 [S, width] (to be bound to that end), experts.LAYER
     int64 and weights.LAYER float32 [S, k]. A cache by heads has past.NAME and new.NAME float32
     [1, heads, capacity, width / heads], one buffer, and an input length int64 [1], the rows before the run.
-    `kv_cache` gives the caches another type (_ort_kv.py), int8 keys and values with `scales` (_ort_calibration.py).
+    `kv_cache` gives the caches another type (_ort_kv.py); stock int8 keys and values have `scales`, found before.
     With more than one lane each has tensors of its own (cache.NAME.LANE ...), and `Lanes` says what else goes in.
     A load-aware gate has an input load.LAYER float32 [E]. `own_kernels`: every cache is an input past.NAME, whole, that
     the graph changes (_ort_own_attention.py), and nothing of it comes out.

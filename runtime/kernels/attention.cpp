@@ -146,15 +146,20 @@ void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int
     a.kernels->multiply(a.queries + row * a.width, a.width, n, work.panel + at * a.width, kPanelKeys, a.width,
                         least(kPanelKeys, vectors_up(end - at)), scores + at, kBlock);
   scores += first;
+  const Lane& lane = *tile.lane;
+  const int64_t place = tile.group * lane.capacity + start;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t position = tile.position(a, r + i);
     const int64_t from = a.window ? most(first, position - a.window + 1 - start) : first;
     const int64_t to = least(end, position + 1 - start);
-    if (from < to)
-      a.kernels->soften(scores + i * kBlock, columns, from - first, to - first, a.scale, part.largest + i,
-                        part.sums + i);
-    else
+    float* seen = scores + i * kBlock + from - first;
+    if (from >= to) {
       memset(scores + i * kBlock, 0, static_cast<size_t>(columns) * sizeof(float));
+      continue;
+    }
+    if (lane.key_scales) a.kernels->scale(seen, to - from, lane.key_scales + place + from);
+    a.kernels->soften(scores + i * kBlock, columns, from - first, to - first, a.scale, part.largest + i, part.sums + i);
+    if (lane.value_scales) a.kernels->scale(seen, to - from, lane.value_scales + place + from);
   }
   a.kernels->weigh(scores, kBlock, n, values.at(first), end - first, part.columns, part.values, part.columns);
 }

@@ -72,6 +72,8 @@ struct AttentionKernels {
   // As `multiply`, b being values that are read as they are stored.
   void (*weigh)(const float* shares, int64_t shares_stride, int64_t rows, const Rows& values, int64_t depth,
                 int64_t columns, float* c, int64_t c_stride);
+  // Numbers times those of `by`.
+  void (*scale)(float* numbers, int64_t count, const float* by);
   // Scores [count] -> shares, 0 outside of [from, to), with the largest of scale * score and the sum of the shares.
   // `count` is a multiple of kVector.
   void (*soften)(float* scores, int64_t count, int64_t from, int64_t to, float scale, float* largest, float* sum);
@@ -91,6 +93,8 @@ struct Lane {
   void* keys;        // [groups, capacity, room]
   void* values;      // likewise; of a latent the keys
   float* scales;     // of a latent in int8 [capacity, parts]
+  float* key_scales;    // of keys in int8, where each row has its own [groups, capacity]
+  float* value_scales;  // likewise
   int64_t capacity;
   int64_t past;      // rows in the caches before the run
   int64_t first, rows;  // of the run
@@ -145,7 +149,8 @@ struct GroupedAttention {
   PartNorm q_norm, k_norm;
   float epsilon;
   Rotation rotation;
-  const float* key_scales;    // of int8: [groups, room]
+  const Kernels* products;
+  const float* key_scales;    // of int8, where channels have them and not rows: [groups, room]
   const float* value_scales;  // likewise
 };
 

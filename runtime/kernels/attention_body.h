@@ -286,6 +286,14 @@ void narrow(const float* from, int64_t count, uint16_t* to) {
   memcpy(to + at, last_halves, static_cast<size_t>(count - at) * 2);
 }
 
+template <class S>
+void scale(float* numbers, int64_t count, const float* by) {
+  int64_t i = 0;
+  for (; i + S::lanes <= count; i += S::lanes)
+    S::store(numbers + i, S::multiply(S::load(numbers + i), S::load(by + i)));
+  for (; i < count; ++i) numbers[i] *= by[i];
+}
+
 // --- softmax -------------------------------------------------------------------------------------------------------
 
 // e^x by a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]; relative error below 2e-7, the same on every machine.
@@ -374,7 +382,7 @@ template <class S>
 constexpr moedge::AttentionKernels make_attention() {
   static_assert(kVector % S::lanes == 0 && S::slim * S::lanes >= kVector, "columns are multiples of kVector");
   return {widen<S>, narrow<S>, transpose_rows<S>, multiply<S>, score<S>, score_some<S>,
-          weigh<S>, soften<S>, merge<S>};
+          weigh<S>, scale<S>, soften<S>, merge<S>};
 }
 
 }  // namespace

@@ -5,10 +5,11 @@
 // run's own keys and values are written to the caches, which are inputs that change: each is bound once, whole.
 //
 // GroupedAttention  q [S, n d], k and v [S, g d], cos and sin [1, S, pairs], lengths int64 [lanes], sizes int64 [lanes]
-//                   (one lane: left out), sinks [n] (or none), key and value scales [g room] (int8 alone), with the
-//                   attribute epsilon the weights of q's and k's RMSNorm [d], or [n d] and [g d], then for each lane
-//                   keys and values [1, g, capacity, room] float, float16 or int8 -> y [S, n d]; attributes num_heads,
-//                   num_key_value_heads, head_dim, scale, interleaved, window (0: none)
+//                   (one lane: left out), sinks [n] (or none), key and value scales [g room] (of int8 whose channels
+//                   have them), with the attribute epsilon the weights of q's and k's RMSNorm [d], or [n d] and [g d],
+//                   then for each lane keys and values [1, g, capacity, room] float, float16 or int8, after them in
+//                   int8 whose rows have scales those of keys and values, float [1, g, capacity, 1] -> y [S, n d];
+//                   attributes num_heads, num_key_value_heads, head_dim, scale, interleaved, window (0: none)
 // LatentAttention   q [S, n (nope + rope)], latent [S, rank], k_rope [S, rope], or with the attribute epsilon both in one
 //                   [S, rank + rope] and the weight of the latent's RMSNorm [rank], cos and sin [1, S, rope / 2], k_up
 //                   [n, nope, rank] and v_up [n, v, rank] float, or codes of 8 bits uint8, or of 4 uint8 [.., rank / 2],
@@ -45,11 +46,15 @@ struct AttentionOp : KernelBase {
   OrtStatus* check_cache(const Attention& core, const Tensor& cache, const Lane& lane) const;
 };
 
+bool is_by_head(const Tensor& cache, const Attention& core, const Lane& lane, int64_t width) {
+  return cache.rank == 4 && cache.shape[0] == 1 && cache.shape[1] == core.groups && cache.shape[2] == lane.capacity &&
+         cache.shape[3] == width;
+}
+
 OrtStatus* AttentionOp::check_cache(const Attention& core, const Tensor& cache, const Lane& lane) const {
   const int kind = core.element == Element::kFloat ? kFloat : core.element == Element::kHalf ? kHalf : kInt8;
-  const bool grouped = cache.rank == 4 && cache.shape[0] == 1 && cache.shape[1] == core.groups &&
-                       cache.shape[2] == lane.capacity && cache.shape[3] == core.room;
-  const bool fits = core.values_are_keys ? cache.is(lane.capacity, core.room) : grouped;
+  const int64_t room = core.room;
+  const bool fits = core.values_are_keys ? cache.is(lane.capacity, room) : is_by_head(cache, core, lane, room);
   return fits && cache.kind == kind ? nullptr : invalid("moedge.cpu: a KV cache is of another shape or type");
 }
 
@@ -73,7 +78,7 @@ OrtStatus* AttentionOp::read_lanes(const OrtKernelContext* context, const Tensor
     lane.first = begin;
     lane.rows = sizes.data ? sizes.as<int64_t>()[i] : core->tokens;
     if (lane.rows == 0) continue;
-    Tensor caches[2];
+    Tensor caches[4];
     for (size_t c = 0; c < each; ++c)
       if (OrtStatus* status = read_input(ort, context, first + static_cast<size_t>(i) * each + c, caches + c)) return status;
     if (begin == 0) core->element = element_of(caches[0]);
@@ -84,6 +89,11 @@ OrtStatus* AttentionOp::read_lanes(const OrtKernelContext* context, const Tensor
     if (!core->values_are_keys) {
       lane.values = other.data;
       if (OrtStatus* status = check_cache(*core, other, lane)) return status;
+      for (size_t c = 2; c < each; ++c)
+        if (caches[c].kind != kFloat || !is_by_head(caches[c], *core, lane, 1))
+          return invalid("moedge.cpu: a KV cache is of another shape or type");
+      lane.key_scales = static_cast<float*>(caches[2].data);
+      lane.value_scales = static_cast<float*>(caches[3].data);
     } else if (each == 2) {
       lane.scales = static_cast<float*>(other.data);
       if (other.kind != kFloat || !other.is(lane.capacity, core->parts))
@@ -156,7 +166,8 @@ OrtStatus* GroupedOp::run(OrtKernelContext* context) const {
   g.epsilon = epsilon;
   if (OrtStatus* status = read_input(ort, context, first_lane, &cache)) return status;
   g.core.room = cache.rank == 4 ? cache.shape[3] : 0;
-  const bool scaled = cache.kind == kInt8;
+  const bool own_scales = cache.kind == kInt8 && !in[8].data && !in[9].data;  // of rows, beside them
+  const bool scaled = cache.kind == kInt8 && !own_scales;
   const auto scales_fit = [&](const Tensor& scales) {
     return scaled ? scales.data && scales.rank == 1 && scales.shape[0] == groups * g.core.room : !scales.data;
   };
@@ -169,7 +180,8 @@ OrtStatus* GroupedOp::run(OrtKernelContext* context) const {
                                         is_part(g.k_norm, norms[1], head_dim, groups * head_dim)));
   if (!fits) return invalid("moedge.cpu.GroupedAttention: the inputs' shapes do not fit each other");
   Lane lanes[kMostLanes];
-  if (OrtStatus* status = read_lanes(context, in[5], in[6], first_lane, 2, &g.core, lanes)) return status;
+  const size_t caches = own_scales ? 4 : 2;
+  if (OrtStatus* status = read_lanes(context, in[5], in[6], first_lane, caches, &g.core, lanes)) return status;
   OrtValue* value = nullptr;
   void* y = nullptr;
   if (OrtStatus* status = ort.output(context, 0, q.shape, 2, &value)) return status;
@@ -180,6 +192,7 @@ OrtStatus* GroupedOp::run(OrtKernelContext* context) const {
   g.k = k.as<float>();
   g.v = v.as<float>();
   g.rotation = {cos.as<float>(), sin.as<float>(), pairs, interleaved != 0};
+  g.products = kernels;
   g.key_scales = in[8].as<float>();
   g.value_scales = in[9].as<float>();
   return with_scratch(context, grouped_scratch(g),

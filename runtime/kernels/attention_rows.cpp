@@ -92,10 +92,27 @@ const float* normalize(const PartNorm& norm, float epsilon, const float* x, int6
   return room + token * count;
 }
 
+// The power of two that divides a head: so many words are mixed.
+int64_t mixed_words(int64_t width) { return width & -width; }
+
+// A head's words by a Hadamard matrix, block by block. Queries and keys that both went through it have the same products,
+// times the block; but a channel that is large in every key, of which real models have some, is spread over all of them
+// before one scale must do (QuaRot, arXiv:2404.00456).
+void mix(float* x, int64_t width) {
+  for (int64_t half = 1; half < mixed_words(width); half *= 2)
+    for (int64_t at = 0; at < width; at += 2 * half)
+      for (int64_t i = at; i < at + half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a + b;
+        x[i + half] = a - b;
+      }
+}
+
 // A token's queries.
 void prepare_queries(const GroupedAttention& g, const GroupedScratch& s, int64_t token) {
   const Attention& a = g.core;
-  if (!lane_of(a, token)) {
+  const Lane* lane = lane_of(a, token);
+  if (!lane) {
     memset(a.out + token * a.heads * a.value_width, 0, static_cast<size_t>(a.heads * a.value_width) * sizeof(float));
     return;
   }
@@ -107,7 +124,21 @@ void prepare_queries(const GroupedAttention& g, const GroupedScratch& s, int64_t
     float* query = s.queries + ((group * a.tokens + token) * heads + head % heads) * width;
     rotate(g.rotation, token, q + head * width, width, query);
     for (int64_t i = 0; key_scales && i < width; ++i) query[i] *= key_scales[i];
+    if (!lane->key_scales) continue;
+    mix(query, width);
+    for (int64_t i = 0; i < width; ++i) query[i] *= 1.0f / static_cast<float>(mixed_words(width));
   }
+}
+
+// A row of keys or values; in int8 with its scale where it has one of its own.
+void store_head(const GroupedAttention& g, const float* row, const float* channels, void* cache, float* scales,
+                int64_t place) {
+  const Attention& a = g.core;
+  if (!scales) return store_row(a, row, a.width, channels, cache, place);
+  int8_t* to = static_cast<int8_t*>(cache) + place * a.room;
+  int32_t sum;
+  g.products->quantize(row, 8, 0, {to, scales + place, &sum, a.width, 1});
+  memset(to + a.width, 0, static_cast<size_t>(a.room - a.width));
 }
 
 // A token's keys and values, into the caches.
@@ -122,9 +153,11 @@ void store_token(const GroupedAttention& g, const GroupedScratch& s, int64_t tok
     const float* value_scales = g.value_scales ? g.value_scales + group * a.room : nullptr;
     float* key = s.heads + token * width;
     rotate(g.rotation, token, k + group * width, width, key);
-    store_row(a, key, width, key_scales, lane->keys, group * lane->capacity + place);
+    if (lane->key_scales) mix(key, width);
     const float* value = g.v + (token * a.groups + group) * width;
-    store_row(a, value, width, value_scales, lane->values, group * lane->capacity + place);
+    const int64_t row = group * lane->capacity + place;
+    store_head(g, key, key_scales, lane->keys, lane->key_scales, row);
+    store_head(g, value, value_scales, lane->values, lane->value_scales, row);
   }
 }
 

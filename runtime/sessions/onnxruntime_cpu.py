@@ -70,6 +70,8 @@ def open_session(bundle: Bundle, info: EngineInfo, options: SessionOptions) -> S
     several = options.lanes > 1 and int(info.session.get("lanes", 1)) > 1
     session, threads = open_onnxruntime(bundle, info, options, LANES_MODEL if several else MODEL)
     capacity = options.max_seq_len or info.max_seq_len
+    if not is_marked(session, kernels.IN_PLACE):  # also where this onnxruntime takes no ops of ours
+        info = info.by_stock_ops()
     if not several:
         return OnnxruntimeCpuSession(session, info, capacity, threads)
     from ._ort_lanes import LaneRunner, LaneSession
