@@ -35,9 +35,6 @@ CASES: list[Grouped | Latent] = [
     Grouped(4, 2, 32, 16, kind="fp16"),
     Grouped(4, 2, 40, 20, kind="int8"),
     Grouped(8, 2, 12, 6, sinks=True, kind="int8"),
-    Grouped(9, 3, 13, 4, window=9, kind="int8"),
-    Grouped(16, 1, 128, 64, window=130, sinks=True, interleaved=True, kind="int8"),
-    Grouped(4, 2, 40, 20, kind="int8", channels=True),
     Latent(4, 16, 8, 32, 16),
     Latent(3, 24, 16, 40, 20, interleaved=False),
     Latent(2, 5, 2, 7, 3, kind="fp16"),
@@ -53,6 +50,9 @@ CASES: list[Grouped | Latent] = [
     Latent(2, 24, 8, 96, 20, kind="int8", parts=13, group=32, bits=(4, 8), norm=True),
     Grouped(6, 2, 24, 12, norm="head"),
     Grouped(4, 2, 20, 10, kind="int8", norm="row"),
+    Grouped(9, 3, 13, 4, window=9, kind="int8"),
+    Grouped(16, 1, 128, 64, window=130, sinks=True, interleaved=True, kind="int8"),
+    Grouped(4, 2, 40, 20, kind="int8", channels=True),
 ]
 # Rows in the caches, rows of the run: by lane. Blocks are of 128 keys, panels of 64.
 RUNS = [
