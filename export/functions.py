@@ -397,33 +397,45 @@ BiasedExperts <alpha, limit> (x, experts, weights, gate_up, gate_up_bias, down, 
 }
 """
 
-# packed uint8 [n, 3 k / 4] (blocks of 48 bytes: `export.quantization.pack_int6`) -> codes uint8 [n, k], whose middle is
-# 128, as that of any 8-bit code.
-SIX_BIT_CODES = """
+# packed uint8 [3, n, k / 4] (`export.quantization.pack_int6`) -> codes uint8 [n, k], whose middle is 128, as any
+# 8-bit code has. Bundles of before have `SixBitCodes`, of blocks, in their own graphs.
+SIX_BIT_PLANES = """
 <domain: "moedge", opset_import: ["" : 23]>
-SixBitCodes (packed) => (codes)
+SixBitPlanes (packed) => (codes)
 {
-    block_shape = Constant <value_ints = [0, -1, 48]> ()
-    row_shape = Constant <value_ints = [0, -1]> ()
-    sizes = Constant <value_ints = [32, 16]> ()
+    two_thirds = Constant <value_ints = [2, 1]> ()
+    rows = Shape <start = 1, end = 2> (packed)
+    wide = Constant <value_ints = [-1]> ()
+    row_shape = Concat <axis = 0> (rows, wide)
+    last = Constant <value_ints = [2]> ()
     two = Constant <value = uint8 {2}> ()
     four = Constant <value = uint8 {4}> ()
+    six = Constant <value = uint8 {6}> ()
     low_bits = Constant <value = uint8 {15}> ()
-    high_bits = Constant <value = uint8 {48}> ()
+    pair = Constant <value = uint8 {3}> ()
     shift = Constant <value = uint8 {96}> ()
-    blocks = Reshape (packed, block_shape)
-    pairs, fours = Split <axis = 2> (blocks, sizes)
-    first_half = BitwiseAnd (pairs, low_bits)
-    second_half = BitShift <direction = "RIGHT"> (pairs, four)
-    lower = Concat <axis = 2> (first_half, second_half)
-    by_four = BitShift <direction = "LEFT"> (fours, four)
-    by_two = BitShift <direction = "LEFT"> (fours, two)
-    back = BitShift <direction = "RIGHT"> (fours, two)
-    moved = Concat <axis = 2> (by_four, by_two, fours, back)
-    upper = BitwiseAnd (moved, high_bits)
-    six = BitwiseOr (lower, upper)
-    centred = Add (six, shift)
-    codes = Reshape (centred, row_shape)
+    upper_plane, lower_plane = Split <axis = 0> (packed, two_thirds)
+    bytes = Reshape (upper_plane, row_shape)
+    first = BitwiseAnd (bytes, low_bits)
+    second = BitShift <direction = "RIGHT"> (bytes, four)
+    first_column = Unsqueeze (first, last)
+    second_column = Unsqueeze (second, last)
+    both = Concat <axis = 2> (first_column, second_column)
+    upper = Reshape (both, row_shape)
+    fours = Reshape (lower_plane, row_shape)
+    by_two = BitShift <direction = "RIGHT"> (fours, two)
+    by_four = BitShift <direction = "RIGHT"> (fours, four)
+    by_six = BitShift <direction = "RIGHT"> (fours, six)
+    fours_column = Unsqueeze (fours, last)
+    two_column = Unsqueeze (by_two, last)
+    four_column = Unsqueeze (by_four, last)
+    six_column = Unsqueeze (by_six, last)
+    all = Concat <axis = 2> (fours_column, two_column, four_column, six_column)
+    flat = Reshape (all, row_shape)
+    lower = BitwiseAnd (flat, pair)
+    moved = BitShift <direction = "LEFT"> (upper, two)
+    whole = BitwiseOr (moved, lower)
+    codes = Add (whole, shift)
 }
 """
 
@@ -459,6 +471,6 @@ FUNCTIONS = {
     "SwiGLU": SWIGLU,
     "Experts": EXPERTS,
     "BiasedExperts": BIASED_EXPERTS,
-    "SixBitCodes": SIX_BIT_CODES,
+    "SixBitPlanes": SIX_BIT_PLANES,
     "Float8Scales": FLOAT8_SCALES,
 }

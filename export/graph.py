@@ -34,7 +34,7 @@ DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
     "float8": ir.DataType.UINT8,  # no type of ONNX's
     "uint8": ir.DataType.UINT8,
-    "uint6": ir.DataType.UINT8,  # packed
+    "uint6": ir.DataType.UINT8,  # in planes
     "uint4": ir.DataType.UINT4,
     "int64": ir.DataType.INT64,
 }
@@ -299,7 +299,7 @@ class _GraphBuilder:
         stored = self.layout[name]
         data = self.external(stored.data)
         if stored.data.dtype == "uint6":
-            data = self.call("SixBitCodes", [data])
+            data = self.call("SixBitPlanes", [data])
         if stored.scales is not None and stored.zero_points is not None:
             scales = self.external(stored.scales)
             if stored.scales.dtype == "float16":  # whose products onnx would round to float16

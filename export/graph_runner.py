@@ -170,7 +170,12 @@ class GraphRunner:
         inputs = {name for node in nodes for name in _names(node.inputs)} - made - set(initializers)
         graph = onnx.GraphProto(name="part")
         graph.node.extend(ir.serde.serialize_node(node) for node in nodes)
-        graph.initializer.extend(_slice_tensor(value, part) for value in initializers.values())
+        planes = _find_planes(nodes)
+        for name, value in initializers.items():
+            if name in planes and part is not None:
+                graph.initializer.append(_slice_planes(value, part, self.folder))
+            else:
+                graph.initializer.append(_slice_tensor(value, part))
         for name in sorted(inputs):
             kind = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
             graph.input.append(onnx.helper.make_tensor_value_info(name, kind, values[name].shape))
@@ -221,6 +226,23 @@ def _shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     return tuple(tensor.shape.numpy())
 
 
+def _find_planes(nodes: Iterable[ir.Node]) -> set[str]:
+    """Initializers whose second axis is that of rows: codes of 6 bits."""
+    return {name for node in nodes if node.op_type == "SixBitPlanes" for name in _names(node.inputs)}
+
+
+def _slice_planes(value: ir.Value, part: tuple[int, int], folder: Path) -> onnx.TensorProto:
+    """Rows `part` of external codes of 6 bits, held in the graph: they lie in two places."""
+    tensor = value.const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    place = {"offset": tensor.offset or 0, "shape": _shape_of(tensor)}
+    held: Array = np.memmap(folder / tensor.location, np.uint8, "r", **place)  # type: ignore[call-overload]
+    rows = slice(*part)
+    upper, lower = held[:2].reshape(held.shape[1], -1)[rows], held[2, rows]
+    planes = np.concatenate([upper.reshape(-1), lower.reshape(-1)]).reshape(3, *lower.shape)
+    return ir.serde.serialize_tensor(ir.tensor(planes, name=value.name))
+
+
 def _slice_tensor(value: ir.Value, part: tuple[int, int] | None) -> onnx.TensorProto:
     """An initializer, or its entries `part` along the first axis; external ones stay external."""
     tensor = value.const_value
@@ -228,7 +250,7 @@ def _slice_tensor(value: ir.Value, part: tuple[int, int] | None) -> onnx.TensorP
     shape = list(_shape_of(tensor))
     if not isinstance(tensor, ir.ExternalTensor):
         array = tensor.numpy() if part is None else tensor.numpy()[part[0] : part[1]]
-        return ir.serde.serialize_tensor(ir.tensor(array, name=value.name))
+        return ir.serde.serialize_tensor(ir.tensor(np.ascontiguousarray(array), name=value.name))
     offset, length = tensor.offset or 0, tensor.length or 0
     if part is not None:
         bits = math.prod(shape[1:]) * tensor.dtype.bitwidth
@@ -281,8 +303,8 @@ def _make_step(
     made = 0
     for maker in makers:
         shape = next((shapes[name] for name in _names(maker.inputs) if name in shapes), ())
-        if maker.op_type == "SixBitCodes":
-            shape = (*shape[:-1], shape[-1] * 4 // 3)
+        if maker.op_type == "SixBitPlanes":
+            shape = (shape[1], shape[2] * 4)
         shapes.update(dict.fromkeys(_names(maker.outputs), shape))
         if maker.op_type != "Transpose":
             made += _FLOAT * math.prod(shape)
@@ -292,7 +314,9 @@ def _make_step(
     if node.domain:  # a function, whose body may hold copies; what is stored as float32 is mapped, not copied
         times = (_MIXTURE if split == "experts" else _FUNCTION) - (0 if made else 1)
         cost = stored + max(made, int(times * _FLOAT * sum(math.prod(shape) for shape in operands)))
-    leading = {_shape_of(tensor)[0] for tensor in tensors if len(tensor.shape)}
+    planes = _find_planes(makers)
+    named = zip(initializers, tensors, strict=True)
+    leading = {_shape_of(tensor)[value.name in planes] for value, tensor in named if len(tensor.shape)}
     if split is None or len(leading) != 1:
         return Step(node, makers, initializers, cost)
     copied = 0

@@ -2,8 +2,8 @@
 
 Every tensor is stored once, 64-byte aligned. int4 is unsigned, two to a byte, low nibble first, blocks along the
 input dimension, so that one offset serves `DequantizeLinear`, `MatMulNBits` and `QMoE`. int6, which ONNX does not
-know, is bytes that `moedge.SixBitCodes` takes (`quantization.pack_int6`); its zero points are those of the 8-bit codes
-that it gives.
+know, is bytes that `moedge.SixBitPlanes` takes: the upper four bits of all codes as int4, then the lower two
+(`quantization.pack_int6`); its zero points are those of the 8-bit codes that it gives.
 
 Scales of codes of 4 bits are float8 (`quantization.FLOAT8`), those of 6 bits, of MLA's matrices by head and of what a
 quantized checkpoint brings float16. Where a matrix has one that this does not hold, its scales are of the next wider
@@ -42,8 +42,8 @@ class Slot:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """As the graph has it: 6-bit codes are bytes there."""
-        return (*self.shape[:-1], self.shape[-1] * 3 // 4) if self.dtype == "uint6" else self.shape
+        """As the graph has it: 6-bit codes are bytes there, two thirds of them the upper bits."""
+        return (3, *self.shape[:-1], self.shape[-1] // 4) if self.dtype == "uint6" else self.shape
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,10 @@ class WeightsReader:
     def read_codes(self, slot: Slot, start: int, stop: int) -> Array:
         """Elements `start` to `stop` of a slot as float32; int6, by whole rows, as the 8-bit codes of the graph."""
         if slot.dtype == "uint6":
-            first, last = start * 3 // 4, stop * 3 // 4
-            packed = np.fromfile(self.path, np.uint8, last - first, offset=slot.offset + first)
-            return widen_int6(packed).astype(np.float32)
+            behind, count = slot.offset + math.prod(slot.shape) // 2, stop - start
+            upper = np.fromfile(self.path, np.uint8, count // 2, offset=slot.offset + start // 2)
+            lower = np.fromfile(self.path, np.uint8, count // 4, offset=behind + start // 4)
+            return widen_int6(upper, lower).astype(np.float32)
         if slot.dtype == "uint4":
             first, last = start // 2, (stop + 1) // 2
             packed = np.fromfile(self.path, np.uint8, last - first, offset=slot.offset + first)

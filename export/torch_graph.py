@@ -396,7 +396,7 @@ class _Writer:
         """A stored weight in float32."""
         data, name = self._external(stored.data), f"{stored.weight.name}.float"
         if stored.data.dtype == "uint6":
-            data = self._once(f"{stored.weight.name}.codes", "SixBitCodes", [data], domain=DOMAIN)
+            data = self._once(f"{stored.weight.name}.codes", "SixBitPlanes", [data], domain=DOMAIN)
         if stored.scales is not None and stored.zero_points is not None:
             scales = self._external(stored.scales)
             if stored.scales.dtype == "float16":

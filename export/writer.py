@@ -245,7 +245,9 @@ def _write_codes(stream: BinaryIO, slot: Slot, first: int, codes: Array) -> None
     if slot.dtype == "uint4":
         _write_at(stream, slot.offset + first // 2, pack_int4(codes.reshape(-1)))
     elif slot.dtype == "uint6":
-        _write_at(stream, slot.offset + first * 3 // 4, pack_int6(codes))
+        upper, lower = pack_int6(codes)
+        _write_at(stream, slot.offset + first // 2, upper)
+        _write_at(stream, slot.offset + math.prod(slot.shape) // 2 + first // 4, lower)
     else:
         _write_at(stream, slot.offset + first, codes)
 

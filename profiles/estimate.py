@@ -188,7 +188,7 @@ def _dense_work(shape: ModelShape, tokens: int, precision: str, bits: int) -> li
 
 def _head_work(shape: ModelShape, rows: int, precision: str) -> Work:
     flops = 2 * rows * shape.vocab_size * shape.hidden_size
-    return Work("head", shape.sizes.get("head", 0), flops, precision, shape.head_bits)
+    return Work("head", shape.head_bytes(rows), flops, precision, shape.head_bits)
 
 
 def _expert_flops(shape: ModelShape, tokens: int, experts: int) -> float:

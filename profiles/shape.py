@@ -26,6 +26,9 @@ STOCK_KV_CACHE = "fp32"  # by itself, of graphs that onnxruntime's own ops run
 # Whose kernels, where they are compiled, read codes of 6 bits, scales of either type and routers in bf16. Elsewhere
 # codes become 8-bit ones, at build or when the graph is loaded, scales what the target computes in, routers float32.
 _OWN_KERNELS = ("onnxruntime",)
+# Of a head's 6 bits these kernels read four of each row, and the lower two of rows whose logit is among the largest
+# (runtime/kernels/planes.cpp): rows by blocks of so many, and how many blocks' maxima a logit is compared with.
+_BLOCK_ROWS, _BEST_BLOCKS = 16, 2048
 _MOST_BLOCK = 64  # channels of an int8 latent that share a scale
 
 
@@ -95,6 +98,25 @@ class ModelShape:
     def embedding_row_bytes(self) -> float:
         """One token's row; a tied embedding is counted with the head."""
         return (self.sizes.get("embedding") or self.sizes.get("head", 0)) / self.vocab_size
+
+    def head_bytes(self, tokens: int) -> float:
+        """What `tokens` tokens read of the head in one step; of 6 bits as our own kernels do (see `on`)."""
+        whole = self.sizes.get("head", 0)
+        if self.head_bits != 6:
+            return whole
+        unread = self.vocab_size - self.distinct_refined_rows(tokens)
+        return whole - unread * self.hidden_size * 2 / 8
+
+    def distinct_refined_rows(self, tokens: int) -> float:
+        """Expected number of the head's rows whose lower two bits some of `tokens` tokens read.
+
+        Of B blocks n have a largest logit above the threshold; logits that do not depend on each other are above it
+        with the probability p for which 1 - (1 - p)^16 = n / B. Tokens that follow each other in one text have more
+        rows in common than such have.
+        """
+        blocks = math.ceil(self.vocab_size / _BLOCK_ROWS)
+        share = 1.0 if blocks <= _BEST_BLOCKS else 1.0 - (1.0 - _BEST_BLOCKS / blocks) ** (1 / _BLOCK_ROWS)
+        return self.vocab_size * (1.0 - (1.0 - share) ** tokens)
 
     def cache_bytes(self, tokens: int, element_bytes: float) -> int:
         """The KV cache of `tokens` tokens over all layers."""
@@ -174,7 +196,8 @@ def bytes_per_token(
     of each sequence.
     """
     shape = ModelShape.from_manifest(manifest).on(target)
-    weights = sum(shape.sizes.get(name, 0) for name in (*READ_IN_FULL, *READ_IN_FULL_OF_TORCH))
+    weights: float = sum(shape.sizes.get(name, 0) for name in (*READ_IN_FULL, *READ_IN_FULL_OF_TORCH) if name != "head")
+    weights += shape.head_bytes(batch)
     rows = batch * shape.embedding_row_bytes
     cache = batch * shape.cache_bytes(context, cache_bytes_per_element)
     return round(weights + rows + shape.expert_bytes(batch) + cache)

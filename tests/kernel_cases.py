@@ -35,11 +35,12 @@ class Stack:
         return int(self.codes.shape[-1] // self.scales.shape[-1])
 
     def packed(self, values: Array) -> NDArray[np.uint8]:
-        """As weights.bin has them: nibbles by twos, the low one first."""
+        """As weights.bin has them: nibbles by twos, the low one first; 6 bits of one matrix in planes."""
         if self.bits == 8:
             return values
         if self.bits == 6:
-            return pack_int6(values)
+            planes = np.concatenate([plane.reshape(-1) for plane in pack_int6(values)])
+            return planes.reshape(1, 3, values.shape[1], -1)
         if values.shape[-1] % 2:
             values = np.concatenate([values, np.zeros_like(values[..., :1])], -1)
         return (values[..., ::2] | values[..., 1::2] << 4).astype(np.uint8)

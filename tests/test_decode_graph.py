@@ -31,7 +31,7 @@ MOST_NODES = {
     "qwen3_moe": (40, 9),
 }
 # On the way from codes of 6 bits to what a stock kernel takes.
-MAKERS = ("SixBitCodes", "Float8Scales", "Reshape")
+MAKERS = ("SixBitPlanes", "Float8Scales", "Reshape")
 # What may take a cache: products with it and the kernels that update it in place. Shapes read nothing.
 READERS = {"FusedMatMul", "MatMul", "GroupQueryAttention", "Shape", "GroupedAttention", "LatentAttention"}
 
@@ -70,8 +70,8 @@ def count_nodes(graph: onnx.GraphProto) -> int:
 def made_of(node: onnx.NodeProto, given: onnx.TensorProto) -> onnx.TensorProto:
     """The constant that a node makes of another: its type, and how many there are."""
     *lead, width = given.dims
-    if node.op_type == "SixBitCodes":
-        width = width * 4 // 3
+    if node.op_type == "SixBitPlanes":
+        lead, width = lead[1:], width * 4
     kind = onnx.TensorProto.FLOAT if node.op_type in ("Cast", "Float8Scales") else given.data_type
     return onnx.TensorProto(data_type=kind, dims=[*lead, width])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -198,14 +199,33 @@ def test_targets_without_such_kernels_count_eight_bits(monkeypatch: pytest.Monke
     """In what a step reads and in what must fit; an int8 head's figures are the same."""
     six, eight = deepseek_v2_lite(head="int6"), deepseek_v2_lite(head="int8")
     codes = 102400 * 2048
-    assert bytes_per_token(six, 64) == bytes_per_token(eight, 64) - round(codes * (2 + 24 / 128) / 8)
-    assert bytes_per_token(six, 64, target="tensorrt_rtx") == bytes_per_token(six, 64) + codes // 4
+    wide = bytes_per_token(eight, 64) - round(codes * (2 + 24 / 128) / 8) + codes // 4
+    assert bytes_per_token(six, 64, target="tensorrt_rtx") == wide
+    unread = wide - bytes_per_token(six, 64) - codes // 4
+    assert 0.97 * codes // 4 < unread < 0.98 * codes // 4
     fits = [check_fit(six, load_profile(name)).weight_bytes for name in ("cpu", "rtx4090")]
     assert fits[1] - fits[0] == codes // 4
     shown = [estimate(six, load_profile(name))["bytes_per_token"] for name in ("raspberry-pi-5", "rtx4090")]
     monkeypatch.setenv("MOEDGE_KERNELS", "stock")
     assert estimate(six, load_profile("rtx4090"))["bytes_per_token"] == shown[1]
     assert estimate(six, load_profile("raspberry-pi-5"))["bytes_per_token"] > shown[0]
+
+
+@pytest.mark.parametrize("vocabulary", [102_400, 50_304, 33_000, 32_000])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_rows_of_the_head_that_are_read_whole(vocabulary: int, tokens: int) -> None:
+    """As many as are counted among random logits; all rows of a small vocabulary."""
+    generator = np.random.default_rng(vocabulary)
+    shape = dataclasses.replace(ModelShape.from_manifest(deepseek_v2_lite(head="int6")), vocab_size=vocabulary)
+    found = []
+    for _ in range(12):
+        read = np.zeros(vocabulary, bool)
+        for _ in range(tokens):
+            logits = generator.standard_normal(vocabulary)
+            maxima = np.sort([logits[at : at + 16].max() for at in range(0, vocabulary, 16)])
+            read |= logits >= (maxima[-2048] if len(maxima) > 2048 else -np.inf)
+        found.append(read.sum())
+    assert abs(np.mean(found) / shape.distinct_refined_rows(tokens) - 1) < 0.05
 
 
 def test_the_command_and_a_bundle_of_before(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:

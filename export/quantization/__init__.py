@@ -10,7 +10,7 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
-from ..options import ALGORITHMS, GROUP_SIZES, SIX_BIT_BLOCK
+from ..options import ALGORITHMS, GROUP_SIZES
 
 Array = np.ndarray[Any, Any]
 
@@ -195,36 +195,27 @@ def pack_int4(codes: Array) -> Array:
     return result
 
 
-def pack_int6(codes: Array) -> Array:
-    """uint8 [..., n] of values 0 to 63 -> uint8 [..., 3 n / 4], by blocks of 64, which must divide n.
-
-    A block is 32 bytes of the codes' lower four bits, code i low and code 32 + i high, then 16 bytes of their upper
-    two, codes i, 16 + i, 32 + i and 48 + i from the lowest bits on: a vector of neighbours comes out of each load.
+def pack_int6(codes: Array) -> tuple[Array, Array]:
+    """uint8 [..., n] of values 0 to 63 -> their upper four bits uint8 [..., n/2] as `pack_int4` gives them, and their
+    lower two uint8 [..., n/4], four to a byte, the lowest bits first. weights.bin has all of the former before those.
     """
-    blocks = codes.reshape(*codes.shape[:-1], -1, SIX_BIT_BLOCK)
-    upper = blocks >> 4
-    packed = np.empty((*blocks.shape[:-1], 48), np.uint8)
-    packed[..., :32] = blocks[..., :32] & 15 | blocks[..., 32:] << 4
-    packed[..., 32:] = upper[..., :16] | upper[..., 16:32] << 2 | upper[..., 32:48] << 4 | upper[..., 48:] << 6
-    result: Array = packed.reshape(*codes.shape[:-1], -1)
-    return result
+    lower = codes.reshape(*codes.shape[:-1], -1, 4) & 3
+    packed: Array = lower[..., 0] | lower[..., 1] << 2 | lower[..., 2] << 4 | lower[..., 3] << 6
+    return pack_int4(codes >> 2), packed
 
 
-def unpack_int6(packed: Array) -> Array:
-    """The inverse of `pack_int6`: uint8 [..., 3 n / 4] -> uint8 [..., n]."""
-    blocks = packed.reshape(*packed.shape[:-1], -1, 48)
-    lower, upper = blocks[..., :32], blocks[..., 32:]
-    codes = np.empty((*blocks.shape[:-1], SIX_BIT_BLOCK), np.uint8)
-    codes[..., :32], codes[..., 32:] = lower & 15, lower >> 4
+def unpack_int6(upper: Array, lower: Array) -> Array:
+    """The inverse of `pack_int6`: uint8 [..., n]."""
+    codes = unpack_int4(upper) << 2
+    pairs = codes.reshape(*lower.shape, 4)
     for place in range(4):
-        codes[..., 16 * place : 16 * (place + 1)] |= (upper >> 2 * place & 3) << 4
-    unpacked: Array = codes.reshape(*packed.shape[:-1], -1)
-    return unpacked
+        pairs[..., place] |= lower >> 2 * place & 3
+    return codes
 
 
-def widen_int6(packed: Array) -> Array:
-    """As `unpack_int6`, the codes as 8-bit ones, whose middle is 128: what `moedge.SixBitCodes` gives."""
-    widened: Array = unpack_int6(packed) + np.uint8(96)
+def widen_int6(upper: Array, lower: Array) -> Array:
+    """As `unpack_int6`, the codes as 8-bit ones, whose middle is 128: what `moedge.SixBitPlanes` gives."""
+    widened: Array = unpack_int6(upper, lower) + np.uint8(96)
     return widened
 
 

@@ -19,27 +19,31 @@ from ...export.load_balance import start_load
 from . import BuildRequest
 
 Array = np.ndarray[Any, Any]
+SIX_BITS, SIX_BITS_BEFORE = "SixBitPlanes", "SixBitCodes"  # functions that make 8-bit codes of 6-bit ones
 
 
 @dataclass(frozen=True)
 class Matrix:
     """How a weight [..., out, in] reaches the node that multiplies by it: codes with scales, or floating point.
 
-    `six_bits`: `data` is the bytes that `moedge.SixBitCodes` takes. `scales`: float32, float16 or, as
-    bytes, float8 (`export.quantization.FLOAT8`), as they are stored.
+    `six_bits`: `data` is the bytes of codes of 6 bits, of which this function of the graph makes 8-bit ones: SIX_BITS,
+    or in bundles of before another, of other bytes. `scales`: float32, float16 or, as bytes, float8
+    (`export.quantization.FLOAT8`), as they are stored.
     """
 
     data: ir.Value
     scales: ir.Value | None = None
     zero_points: ir.Value | None = None
     block_size: int = 0
-    six_bits: bool = False
+    six_bits: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
         assert self.data.shape is not None
         shape = self.data.shape.numpy()
-        return (*shape[:-1], shape[-1] * 4 // 3) if self.six_bits else shape
+        if self.six_bits:
+            return (shape[1], shape[2] * 4) if self.six_bits == SIX_BITS else (shape[0], shape[1] * 4 // 3)
+        return shape
 
     @property
     def bits(self) -> int:
@@ -156,9 +160,9 @@ def find_matrix(value: ir.Value | None) -> Matrix:
         return Matrix(value)
     source = node.inputs[0]
     codes = None if source is None else source.producer()
-    six_bits = codes is not None and codes.op_type == "SixBitCodes"
-    if codes is not None and six_bits:
-        source = codes.inputs[0]
+    six_bits = ""
+    if codes is not None and codes.op_type in (SIX_BITS, SIX_BITS_BEFORE):
+        source, six_bits = codes.inputs[0], codes.op_type
     assert source is not None and source.producer() is None, f"{node.op_type} of {source} is no stored matrix"
     if node.op_type == "Cast":
         return Matrix(source)

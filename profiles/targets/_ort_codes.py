@@ -14,7 +14,9 @@ from ._ort_attention import MS
 
 
 def bytes_of(rewriter: Rewriter, matrix: Matrix) -> ir.Value:
-    """Codes [..., out, in] as the bytes [..., out, in * bits / 8] that `QMoE` takes."""
+    """Codes [..., out, in] as the bytes [..., out, in * bits / 8] that `QMoE` takes; of 6 bits as they are."""
+    if matrix.six_bits:
+        return matrix.data
     *lead, width = matrix.shape
     return view_bytes(rewriter, matrix.data, [*lead, width * matrix.bits // 8])
 
@@ -105,7 +107,7 @@ def multiply_codes(
     rows, width = matrix.shape
     blocks, block, bits = width // matrix.block_size, matrix.block_size, matrix.bits
     if matrix.six_bits:
-        bits, wide = 8, rewriter.op("SixBitCodes", [matrix.data], domain=DOMAIN)
+        bits, wide = 8, rewriter.op(matrix.six_bits, [matrix.data], domain=DOMAIN)
         codes = rewriter.op("Reshape", [wide, rewriter.ints(rows, blocks, block)])
     else:
         codes = view_bytes(rewriter, matrix.data, [rows, blocks, block * bits // 8])

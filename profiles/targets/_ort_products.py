@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...runtime.kernels import DOMAIN
-from ._canonical import Rewriter, as_float, attributes_of, linear_matrix
+from ._canonical import SIX_BITS_BEFORE, Rewriter, as_float, attributes_of, linear_matrix
 from ._ort_codes import bytes_of, find_experts, mix_experts, multiply_codes, zero_points_of
 
 
@@ -67,7 +67,7 @@ class OwnProducts(StockProducts):
 
     def lower_linear(self, node: ir.Node) -> list[ir.Value]:
         matrix = linear_matrix(node)
-        if not matrix.bits:
+        if not matrix.bits or matrix.six_bits == SIX_BITS_BEFORE:
             return super().lower_linear(node)
         inputs = [node.inputs[0], bytes_of(self.rewriter, matrix), matrix.scales]
         if not matrix.symmetric:

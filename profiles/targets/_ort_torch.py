@@ -16,6 +16,8 @@ from ...errors import require
 from ...export.gating import list_gates
 from . import BuildRequest
 from ._canonical import (
+    SIX_BITS,
+    SIX_BITS_BEFORE,
     attributes_of,
     find_calls,
     find_linears,
@@ -83,7 +85,7 @@ def _is_coded(node: ir.Node) -> bool:
     if source is None or source.op_type != "DequantizeLinear" or source.inputs[0] is None:
         return False
     codes = source.inputs[0].producer()
-    stored = source.inputs[0].is_initializer() or (codes is not None and codes.op_type == "SixBitCodes")
+    stored = source.inputs[0].is_initializer() or (codes is not None and codes.op_type in (SIX_BITS, SIX_BITS_BEFORE))
     return stored and bool(linear_matrix(node).bits)
 
 

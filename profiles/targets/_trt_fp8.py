@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...export.quantization import unpack_int6
-
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -36,11 +34,13 @@ class Scales:
 class Values:
     """A stored matrix as float32, dequantized slice by slice: what indexing and slicing of its leading axes give."""
 
-    def __init__(self, matrix: Matrix, read: Callable[[Any], Array], zero_points: Callable[[Any], Array]) -> None:
+    def __init__(
+        self, matrix: Matrix, data: Any, read: Callable[[Any], Array], zero_points: Callable[[Any], Array]
+    ) -> None:
         self.shape = matrix.shape
         self.itemsize = 4
         self._matrix = matrix
-        self._data = read(matrix.data)
+        self._data = read(data)
         self._scales = None if matrix.scales is None else read(Scales(matrix.scales))
         self._zero_points: Array | None = None
         if self._scales is not None and matrix.zero_points is not None and not matrix.symmetric:
@@ -58,9 +58,7 @@ class Values:
             return np.asarray(data, np.float32)
         if self._matrix.bits == 4:
             data = np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
-        if self._matrix.six_bits:
-            data = unpack_int6(data)
-        middle = np.float32(1 << (self._matrix.bits - 1))
+        middle = np.float32(128 if self._matrix.six_bits else 1 << (self._matrix.bits - 1))
         points = middle if self._zero_points is None else self._spread(self._zero_points[key])
         values: Array = (data.astype(np.float32) - points) * self._spread(self._scales[key])
         return values

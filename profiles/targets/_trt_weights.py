@@ -21,7 +21,7 @@ import onnx_ir as ir
 from ...bundle import Progress
 from ...errors import BuildError
 from ...export.quantization import FLOAT8, widen_int6
-from ._canonical import Matrix
+from ._canonical import SIX_BITS, Matrix
 from ._trt_fp8 import Scales, Values, codes_of, rounded, scales_of
 
 Array = np.ndarray[Any, Any]
@@ -86,7 +86,7 @@ class LoweredWeights:
         if self.fp8 and not as_it_is:
             sources = [self._values(matrix) for matrix in matrices]
             return self._by_row(name, (rows, width), lambda change: _each_row(sources, change)())
-        data = [_SixBits(matrix.data) if matrix.six_bits else matrix.data for matrix in matrices]
+        data = [_SixBits(matrix) if matrix.six_bits else matrix.data for matrix in matrices]
         if not first.bits:
             return Stored(self.add(name, self.real, (rows, width), _each_row(data, self._real)), None, 0, 0)
         block, bits = _split_block(first.block_size, width), _stored_bits(first)
@@ -170,7 +170,7 @@ class LoweredWeights:
         return Stored(codes, scales, experts.bits, block, offsets)
 
     def _values(self, matrix: Matrix) -> Values:
-        return Values(matrix, _bytes_or_floats, _zero_points)
+        return Values(matrix, _SixBits(matrix) if matrix.six_bits else matrix.data, _bytes_or_floats, _zero_points)
 
     def _by_row(self, name: str, shape: tuple[int, int], rows: Callable[[Callable[[Array], Array]], Any]) -> Stored:
         """FP8 codes [N, K] and scales [N] of the float values whose whole rows `rows` gives to a function."""
@@ -301,25 +301,31 @@ class LoweredWeights:
 
 @dataclass(frozen=True)
 class _SixBits:
-    """Packed codes of 6 bits that are to be 8-bit ones; stands for the value of the bytes."""
+    """Codes of 6 bits that are to be 8-bit ones; stands for the value of their bytes."""
 
-    data: ir.Value
+    matrix: Matrix
 
 
 class _SixBitRows:
-    """The 8-bit codes of a mapped view of such bytes, rows by slices."""
+    """The 8-bit codes of mapped bytes [3, N, K / 4], rows by slices."""
 
     itemsize = 1
 
-    def __init__(self, packed: Array) -> None:
-        self.packed = packed
-        self.shape = (len(packed), packed.shape[1] * 4 // 3)
+    def __init__(self, matrix: Matrix) -> None:
+        if matrix.six_bits != SIX_BITS:
+            raise BuildError(
+                "the head's 6-bit codes lie as an earlier version of moedge wrote them, and only --profile cpu still "
+                "takes them; export the bundle again"
+            )
+        packed = _bytes_or_floats(matrix.data)
+        self.shape = matrix.shape
+        self.upper, self.lower = packed[:2].reshape(len(self), -1), packed[2]
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: slice) -> Array:
-        return widen_int6(self.packed[rows])
+    def __getitem__(self, rows: Any) -> Array:
+        return widen_int6(self.upper[rows], self.lower[rows])
 
 
 class _Float8Rows:
@@ -406,7 +412,7 @@ def _bytes_or_floats(source: Any) -> Any:
     if isinstance(source, _Offsets):
         return source.read()
     if isinstance(source, _SixBits):
-        return _SixBitRows(_bytes_or_floats(source.data))
+        return _SixBitRows(source.matrix)
     if isinstance(source, _Narrowed):
         assert source.matrix.scales is not None
         view = np.asarray(_bytes_or_floats(Scales(source.matrix.scales)))

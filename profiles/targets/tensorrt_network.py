@@ -56,7 +56,8 @@ _INLINED = (
     "LongRotaryAngles",
     "DynamicRotaryAngles",
     "SwiGLU",
-    "SixBitCodes",
+    "SixBitPlanes",
+    "SixBitCodes",  # of bundles of before, which is told where its weights are read
     "Float8Scales",
 )
 _LOWERED = {

@@ -47,6 +47,10 @@ struct Vectors256 {
   static Float to_floats(Int a) { return _mm256_cvtepi32_ps(a); }
   static Int low_nibbles(Int a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
   static Int high_nibbles(Int a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
+  template <int place>
+  static Int pairs(Int a) {
+    return _mm256_and_si256(_mm256_srli_epi16(a, 2 * place), _mm256_set1_epi8(3));
+  }
 
   static void turn(Int* a) {
     const Int low = _mm256_unpacklo_epi8(a[0], a[1]), high = _mm256_unpackhi_epi8(a[0], a[1]);
@@ -55,16 +59,6 @@ struct Vectors256 {
     a[1] = _mm256_unpackhi_epi16(low, low_two);
     a[2] = _mm256_unpacklo_epi16(high, high_two);
     a[3] = _mm256_unpackhi_epi16(high, high_two);
-  }
-
-  static void unpack(const uint8_t* block, Int* out) {
-    const Int lower = load_bytes(block);
-    const Int upper = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 32)));
-    const Int both = _mm256_set1_epi8(48);
-    const Int first = _mm256_sllv_epi32(upper, _mm256_setr_epi32(4, 4, 4, 4, 2, 2, 2, 2));
-    const Int second = _mm256_srlv_epi32(upper, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2));
-    out[0] = _mm256_or_si256(low_nibbles(lower), _mm256_and_si256(first, both));
-    out[1] = _mm256_or_si256(high_nibbles(lower), _mm256_and_si256(second, both));
   }
 
   static Int sums(Int* of) {

@@ -14,7 +14,7 @@
 //          dot_word<bits>  the same where all lanes have one word of activations; only where `few` is not 0
 //          turn            four rows' bytes so that a lane has those of one column; which columns a vector has is the
 //                          order of unpacking bytes and then pairs of bytes, within each 128 bits
-//          unpack          a block of 6-bit codes (six_bits.h), 0 to 63, as 64 / (4 * lanes) vectors
+//          pairs<place>    two bits of each byte, the `place`th from the lowest
 // Everything is in an anonymous namespace: two files must never share a function that was compiled for one of them.
 
 #pragma once
@@ -27,13 +27,11 @@ using moedge::kMaxGroup;
 using moedge::kAhead;
 using moedge::kMaxTile;
 using moedge::kMaxTokens;
+using moedge::kLowerZero;
 using moedge::kMostWidth;
 using moedge::kRowsTogether;
-using moedge::kSixBitBlock;
 using moedge::Matrix;
 using moedge::zero_point;
-
-constexpr int64_t kPackedBlock = kSixBitBlock * 6 / 8;
 
 // --- weights -----------------------------------------------------------------------------------------------------
 
@@ -45,7 +43,7 @@ struct Strip {
   alignas(64) uint8_t words[kMaxGroup * tile];
 
   static int64_t width(const Matrix& matrix) {
-    const int64_t held = matrix.bits == 6 ? kSixBitBlock : 4 * S::lanes * 8 / matrix.bits;
+    const int64_t held = 4 * S::lanes * 8 / matrix.bits;
     return matrix.group > held ? matrix.group : held;
   }
 };
@@ -57,18 +55,6 @@ struct Groups {
   alignas(64) float scales[S::lanes * S::lanes];
   alignas(64) int32_t zeros[S::lanes * S::lanes];
 };
-
-// `S::unpack` for vectors of four lanes, out of `upper<place>` (two bits of each byte, the `place`th from the lowest, as
-// bits 4 and 5) and `either` (a | b).
-template <class S>
-inline void unpack_by_parts(const uint8_t* block, typename S::Int* out) {
-  const typename S::Int first = S::load_bytes(block), second = S::load_bytes(block + 16);
-  const typename S::Int uppers = S::load_bytes(block + 32);
-  out[0] = S::either(S::low_nibbles(first), S::template upper<0>(uppers));
-  out[1] = S::either(S::low_nibbles(second), S::template upper<1>(uppers));
-  out[2] = S::either(S::high_nibbles(first), S::template upper<2>(uppers));
-  out[3] = S::either(S::high_nibbles(second), S::template upper<3>(uppers));
-}
 
 template <class S>
 inline void load_transposed(const uint8_t* const* rows, int64_t at, typename S::Int* out) {
@@ -146,55 +132,30 @@ void load_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_
   if (matrix.zero_points) load_zeros<S>(matrix, rows, from, count, groups->zeros);
 }
 
-// Bytes of a row that are turned at once, and the words that they come to.
-template <class S, int bits>
-struct Piece {
-  static constexpr int64_t bytes = bits == 6 ? kPackedBlock : 4 * S::lanes;
-  static constexpr int64_t words = bits == 6 ? kSixBitBlock / 4 : S::lanes;
-};
-
-// A piece of `lanes` rows: words of four codes, of 4 bits two such words in one. `count`: the bytes that there are.
-template <class S, int bits>
-inline void load_piece(const uint8_t* const* rows, int64_t at, int64_t count, typename S::Int* words) {
-  constexpr int64_t lanes = S::lanes, vectors = Piece<S, bits>::words / lanes;
-  if constexpr (bits == 6) {
-    typename S::Int codes[vectors][lanes];
-    for (int64_t r = 0; r < lanes; ++r) {
-      typename S::Int block[vectors];
-      S::unpack(rows[r] + at, block);
-      for (int64_t v = 0; v < vectors; ++v) codes[v][r] = block[v];
-    }
-    for (int64_t v = 0; v < vectors; ++v) S::transpose(codes[v], words + v * lanes);
-  } else {
-    load_turned<S>(rows, at, count, words);
-  }
-}
-
 // Columns `from` to `from + count` of each of the tile's rows.
 template <class S, int bits>
 void load_strip(const Matrix& matrix, const uint8_t* const* rows, int64_t from, int64_t count, Strip<S>* strip) {
-  using P = Piece<S, bits>;
-  constexpr int64_t lanes = S::lanes, tile = Strip<S>::tile;
+  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes, tile = Strip<S>::tile;
   const int64_t first = from * bits / 8, bytes = count * bits / 8;
   // The next tile while this is turned, in the order that it lies in.
   const uint8_t* ahead = rows[0] + tile * (matrix.row_bytes() + first);
   const int64_t half = bits == 4 ? half_block<S>(matrix.group) / 4 : 0;
   for (int64_t side = 0; side < tile; side += lanes) {
     uint8_t* into = strip->words + 4 * side;
-    for (int64_t at = 0; at < bytes; at += P::bytes) {
-      for (int64_t line = 0; line < lanes * P::bytes; line += 64, ahead += 64) __builtin_prefetch(ahead);
-      typename S::Int words[P::words];
-      load_piece<S, bits>(rows + side, first + at, least(P::bytes, bytes - at), words);
-      for (int64_t w = 0; w < P::words; ++w) {
+    for (int64_t at = 0; at < bytes; at += chunk) {
+      for (int64_t line = 0; line < lanes * chunk; line += 64, ahead += 64) __builtin_prefetch(ahead);
+      typename S::Int words[lanes];
+      load_turned<S>(rows + side, first + at, least(chunk, bytes - at), words);
+      for (int64_t w = 0; w < lanes; ++w) {
         if (bits == 4) {  // the low nibbles of a block's words, then their high ones
           uint8_t* low = into + (w + (w & -half)) * 4 * tile;
           S::store_codes(low, S::low_nibbles(words[w]));
           S::store_codes(low + half * 4 * tile, S::high_nibbles(words[w]));
         } else {
-          S::store_codes(into + w * 4 * tile, bits == 8 ? S::prepare(words[w]) : words[w]);
+          S::store_codes(into + w * 4 * tile, S::prepare(words[w]));
         }
       }
-      into += P::words * (bits == 4 ? 8 : 4) * tile;
+      into += lanes * (bits == 4 ? 8 : 4) * tile;
     }
   }
 }
@@ -259,7 +220,7 @@ void multiply_tile(const Matrix& matrix, const int64_t* rows, const Activations&
   for (int64_t r = 0; r < tile; ++r) sources[r] = matrix.codes + rows[r] * matrix.row_bytes();
   Strip<S> strip;
   Groups<S> groups[2];
-  constexpr int kind = bits == 8 && S::middle ? 8 : 6;  // what is unpacked differs in its range at most
+  constexpr int kind = bits == 8 && S::middle ? 8 : 4;  // what is unpacked differs in its range at most
   int64_t place = 0;
   for (int64_t from = 0; from < matrix.width; from += wide) {
     const int64_t held = least(wide, matrix.width - from);
@@ -288,8 +249,7 @@ void multiply_tile(const Matrix& matrix, const int64_t* rows, const Activations&
 template <class S, int bits, int M>
 void multiply_few(const Matrix& matrix, const int64_t* rows, const Activations& x, const int64_t* ids, int32_t zero,
                   float* acc) {
-  using P = Piece<S, bits>;
-  constexpr int64_t lanes = S::lanes, tile = Strip<S>::tile;
+  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes, tile = Strip<S>::tile;
   constexpr int chains = M > 4 ? 1 : 2;  // so that no dot product need wait for the last
   const int64_t bytes = matrix.row_bytes(), group_bytes = matrix.group * bits / 8;
   Groups<S> groups;
@@ -304,15 +264,15 @@ void multiply_few(const Matrix& matrix, const int64_t* rows, const Activations& 
       typename S::Int sums[M][chains];
       for (int m = 0; m < M; ++m)
         for (int c = 0; c < chains; ++c) sums[m][c] = S::ints(0);
-      for (int64_t at = b * group_bytes; at < (b + 1) * group_bytes; at += P::bytes) {
-        typename S::Int words[P::words];
-        load_piece<S, bits>(sources, at, P::bytes, words);
+      for (int64_t at = b * group_bytes; at < (b + 1) * group_bytes; at += chunk) {
+        typename S::Int words[lanes];
+        load_transposed<S>(sources, at, words);
         const int8_t* parts[M];
         for (int m = 0; m < M; ++m) parts[m] = x.codes + ids[m] * x.width + at * 8 / bits;
 #pragma GCC unroll 16
-        for (int64_t w = 0; w < P::words; ++w) {
+        for (int64_t w = 0; w < lanes; ++w) {
           // The next rows while these are multiplied, in the order that they lie in, and not at once: they would wait.
-          if (w * 64 < lanes * P::bytes) __builtin_prefetch(sources[0] + lanes * (bytes + at) + w * 64);
+          if (w * 64 < lanes * chunk) __builtin_prefetch(sources[0] + lanes * (bytes + at) + w * 64);
           const typename S::Int whole = bits == 8 ? S::prepare(words[w]) : words[w];
           const typename S::Int low = bits == 4 ? S::low_nibbles(words[w]) : whole;
           const int c = bits == 4 ? 0 : w % chains;
@@ -357,7 +317,7 @@ void multiply_many(const Matrix& matrix, int64_t first, int64_t rows, const Acti
   const int32_t zero = zero_point(matrix, 0, 0) - (bits == 8 ? S::middle : 0);
   for (int64_t at = 0; at < rows; at += tile) {
     for (int64_t r = 0; r < tile; ++r) own[r] = least(first + at + r, matrix.rows - 1);
-    if (count <= S::few && matrix.group * bits / 8 % Piece<S, bits>::bytes == 0) {
+    if (count <= S::few && matrix.group * bits / 8 % (4 * S::lanes) == 0) {
       multiply_few<S, bits, S::few>(count, matrix, own, x, ids, zero, acc);
     } else {
       memset(acc, 0, static_cast<size_t>((count + more) * tile) * sizeof(float));
@@ -390,31 +350,36 @@ inline typename S::Int sum_groups(const uint8_t* codes, const uint8_t* ahead, co
   return S::sums(sums);
 }
 
-// Adds up each row's groups in their order: `integers` [lanes][groups] of rows from `first`.
+// Adds groups `from` to `from + count` of `lanes` rows, in their order: `integers` [lanes][stride] of these groups.
 template <class S>
-void add_groups(const Matrix& matrix, int64_t first, const int32_t* integers, const Activations& x, int64_t token,
-                float* out) {
+inline typename S::Float add_some(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count,
+                                  const int32_t* integers, int64_t stride, int32_t zero, const Activations& x,
+                                  typename S::Float total) {
+  constexpr int64_t lanes = S::lanes;
+  Groups<S> some;
+  const uint8_t* sources[lanes];
+  load_groups<S>(matrix, rows, from, count, &some);
+  for (int64_t r = 0; r < lanes; ++r) sources[r] = reinterpret_cast<const uint8_t*>(integers + r * stride);
+  typename S::Int sums[lanes];
+  load_transposed<S>(sources, 0, sums);
+  for (int64_t b = 0; b < count; ++b)
+    total = add_group<S>(sums[b], S::load_floats(some.scales + b * lanes),
+                         matrix.zero_points ? S::load_ints(some.zeros + b * lanes) : S::ints(zero), x.sums[from + b],
+                         x.scales[from + b], total);
+  return total;
+}
+
+// Adds up each row's groups: `integers` [lanes][groups] of rows from `first`.
+template <class S>
+void add_groups(const Matrix& matrix, int64_t first, const int32_t* integers, const Activations& x, float* out) {
   constexpr int64_t lanes = S::lanes;
   const int64_t groups = x.groups;
-  const float* own_scales = x.scales + token * groups;
-  const int32_t* own_sums = x.sums + token * groups;
   const int32_t zero = zero_point(matrix, 0, 0) - (matrix.bits == 8 ? S::middle : 0);
   int64_t rows[lanes];
   for (int64_t r = 0; r < lanes; ++r) rows[r] = first + r;
-  Groups<S> some;
   typename S::Float total = S::floats(0.0f);
-  for (int64_t from = 0; from < groups; from += lanes) {
-    const uint8_t* sources[lanes];
-    const int64_t count = least(lanes, groups - from);
-    load_groups<S>(matrix, rows, from, count, &some);
-    for (int64_t r = 0; r < lanes; ++r) sources[r] = reinterpret_cast<const uint8_t*>(integers + r * groups + from);
-    typename S::Int sums[lanes];
-    load_transposed<S>(sources, 0, sums);
-    for (int64_t b = 0; b < count; ++b)
-      total = add_group<S>(sums[b], S::load_floats(some.scales + b * lanes),
-                           matrix.zero_points ? S::load_ints(some.zeros + b * lanes) : S::ints(zero),
-                           own_sums[from + b], own_scales[from + b], total);
-  }
+  for (int64_t from = 0; from < groups; from += lanes)
+    total = add_some<S>(matrix, rows, from, least(lanes, groups - from), integers + from, groups, zero, x, total);
   S::store_floats(out, total);
 }
 
@@ -450,7 +415,7 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
     alignas(64) float totals[lanes];
     const int64_t fetched = matrix.next_codes && done + lanes >= rows ? lanes * groups * matrix.scale_size : 0;
     for (int64_t at = 0; at < fetched; at += 64) __builtin_prefetch(matrix.next_scales + at);
-    add_groups<S>(matrix, start, integers, x, token, totals);
+    add_groups<S>(matrix, start, integers, x.from(token), totals);
     const int64_t skipped = first + done - start;
     memcpy(out + done, totals + skipped, static_cast<size_t>(least(lanes - skipped, rows - done)) * sizeof *out);
   }
@@ -459,7 +424,7 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
 }  // namespace
 
 #include "floats.h"
-#include "six_bits.h"
+#include "refine.h"
 #include "turned.h"
 
 namespace {
@@ -470,12 +435,7 @@ void multiply_bits(const Matrix& matrix, int64_t first, int64_t rows, const Acti
   if (count == 1 && matrix.rows >= S::lanes && matrix.width <= kMostWidth) {
     constexpr int64_t chunk = 4 * S::lanes;
     const int64_t group_bytes = matrix.group * bits / 8;
-    if constexpr (bits == 6) {
-      if (matrix.group % kSixBitBlock == 0 && matrix.width <= kMostWidth / 4) {
-        const auto run = matrix.group == 2 * kSixBitBlock ? multiply_six_one<S, 2> : multiply_six_one<S, 0>;
-        return run(matrix, first, rows, x, index ? index[0] : 0, out);
-      }
-    } else if (group_bytes % chunk == 0) {
+    if (group_bytes % chunk == 0) {
       constexpr int usual = 128 * bits / 8 / chunk;  // of groups as they are exported
       const auto run = group_bytes == usual * chunk ? multiply_one<S, bits, usual> : multiply_one<S, bits, 0>;
       return run(matrix, first, rows, x, index ? index[0] : 0, out);
@@ -487,14 +447,14 @@ void multiply_bits(const Matrix& matrix, int64_t first, int64_t rows, const Acti
 template <class S>
 void multiply(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
               int64_t count, float* out, int64_t stride) {
-  const auto wide = matrix.bits == 6 ? multiply_bits<S, 6> : multiply_bits<S, 8>;
-  const auto run = matrix.bits == 4 ? multiply_bits<S, 4> : wide;
+  const auto run = matrix.bits == 4 ? multiply_bits<S, 4> : multiply_bits<S, 8>;
   run(matrix, first, rows, x, index, count, out, stride);
 }
 
 template <class S>
 constexpr moedge::Kernels make_kernels(const char* name) {
-  return {name, Strip<S>::tile, S::middle, quantize<S>, multiply<S>, multiply_turned<S>, multiply_floats<S>, swiglu};
+  return {name, Strip<S>::tile, S::middle, quantize<S>, multiply<S>, refine<S>, multiply_turned<S>,
+          multiply_floats<S>, swiglu};
 }
 
 }  // namespace

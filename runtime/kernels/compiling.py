@@ -22,7 +22,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 INSTALL = "install from a clone, which compiles them: pip install --force-reinstall --no-deps CLONE"
 CALLS = ("moe", "ops", "step_ops", "moe_ops", "attention_ops")  # without a loop over numbers
-COMMON = ("mixture", "step", "gate", "attention", "attention_rows", *CALLS)
+COMMON = ("mixture", "planes", "step", "gate", "attention", "attention_rows", *CALLS)
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno "
     "-fno-asynchronous-unwind-tables "

@@ -51,6 +51,10 @@ struct Avx512 {
   static Float to_floats(Int a) { return _mm512_cvtepi32_ps(a); }
   static Int low_nibbles(Int a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
   static Int high_nibbles(Int a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
+  template <int place>
+  static Int pairs(Int a) {
+    return _mm512_and_si512(_mm512_srli_epi16(a, 2 * place), _mm512_set1_epi8(3));
+  }
   static Int prepare(Int a) { return a; }
   template <int bits>
   static Int dot(Int acc, Int codes, Int x) {
@@ -70,14 +74,6 @@ struct Avx512 {
     a[1] = _mm512_unpackhi_epi16(low, low_two);
     a[2] = _mm512_unpacklo_epi16(high, high_two);
     a[3] = _mm512_unpackhi_epi16(high, high_two);
-  }
-  static void unpack(const uint8_t* block, Int* out) {
-    const Int pairs = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block)));
-    const Int fours = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 32)));
-    const Int lower = _mm512_srlv_epi64(pairs, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
-    const Int upper = _mm512_rorv_epi64(fours, _mm512_setr_epi64(60, 60, 62, 62, 0, 0, 2, 2));
-    const Int six = _mm512_ternarylogic_epi64(_mm512_set1_epi8(15), lower, upper, 0xca);  // where 1 lower, else upper
-    out[0] = _mm512_and_si512(six, _mm512_set1_epi8(63));
   }
 
   static Int sums(Int* of) {

@@ -47,13 +47,10 @@ struct Neon {
     return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(15)));
   }
   static Int high_nibbles(Int a) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(a), 4)); }
-  static Int either(Int a, Int b) { return vorrq_s32(a, b); }
   template <int place>
-  static Int upper(Int a) {
+  static Int pairs(Int a) {
     const uint8x16_t bytes = vreinterpretq_u8_s32(a);
-    const uint8x16_t low = place == 0 ? vshlq_n_u8(bytes, 4) : vshlq_n_u8(bytes, 2);
-    const uint8x16_t moved = place < 2 ? low : place == 2 ? bytes : vshrq_n_u8(bytes, 2);
-    return vreinterpretq_s32_u8(vandq_u8(moved, vdupq_n_u8(48)));
+    return vreinterpretq_s32_u8(vandq_u8(vshlq_u8(bytes, vdupq_n_s8(-2 * place)), vdupq_n_u8(3)));
   }
   static void turn(Int* a) {
     const auto bytes = [](Int v) { return vreinterpretq_u8_s32(v); };
@@ -66,7 +63,6 @@ struct Neon {
     a[2] = vreinterpretq_s32_u16(vzip1q_u16(high, high_two));
     a[3] = vreinterpretq_s32_u16(vzip2q_u16(high, high_two));
   }
-  static void unpack(const uint8_t* block, Int* out) { unpack_by_parts<Neon>(block, out); }
   // The instruction multiplies signed bytes: 8-bit codes less 128.
   static Int prepare(Int a) {
     return vreinterpretq_s32_u8(veorq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(128)));

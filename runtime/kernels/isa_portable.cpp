@@ -82,15 +82,9 @@ struct Portable {
   static Int high_nibbles(Int a) {
     return each<Int>([&](int i) { return (a.lane[i] >> 4) & 0x0f0f0f0f; });
   }
-  static Int either(Int a, Int b) {
-    return each<Int>([&](int i) { return a.lane[i] | b.lane[i]; });
-  }
   template <int place>
-  static Int upper(Int a) {
-    return each<Int>([&](int i) {
-      const uint32_t bits = static_cast<uint32_t>(a.lane[i]);
-      return static_cast<int32_t>((place < 2 ? bits << (4 - 2 * place) : bits >> (2 * place - 4)) & 0x30303030u);
-    });
+  static Int pairs(Int a) {
+    return each<Int>([&](int i) { return (a.lane[i] >> (2 * place)) & 0x03030303; });
   }
   static void turn(Int* a) {
     uint8_t rows[4][16], columns[16][4];
@@ -99,7 +93,6 @@ struct Portable {
       for (int c = 0; c < 16; ++c) columns[c][r] = rows[r][c];
     memcpy(a, columns, sizeof columns);
   }
-  static void unpack(const uint8_t* block, Int* out) { unpack_by_parts<Portable>(block, out); }
   static Int prepare(Int a) { return a; }
   template <int bits>
   static Int dot(Int acc, Int codes, Int x) {

@@ -15,6 +15,7 @@ constexpr int64_t kMaxGroup = 512;  // codes that share a scale: a power of two 
 constexpr int64_t kMaxTile = 32;    // rows of a tile, over all instruction sets
 constexpr int64_t kMaxTokens = 128; // tokens of one call of `multiply`
 constexpr int64_t kRowsTogether = 8; // of `multiply_turned`
+constexpr int32_t kLowerZero = 32;  // of 6-bit codes
 // Bytes from what is read to what is fetched: further ahead than hardware is in a stream that is read once.
 constexpr int64_t kAhead = 8192;
 
@@ -22,11 +23,10 @@ constexpr int64_t kAhead = 8192;
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t kMostWidth = 32768;  // of a matrix of 6-bit codes, and of any that has a path of its own for one token
-constexpr int64_t kSixBitBlock = 64;  // codes that are packed together
+constexpr int64_t kMostWidth = 32768;  // of a matrix that has a path of its own for one token
 
-// One matrix [rows, width] as it lies in weights.bin: codes of 4 bits (two to a byte, low nibble first), 6 (six_bits.h)
-// or 8.
+// One matrix [rows, width] as it lies in weights.bin: codes of 4 bits (two to a byte, low nibble first) or 8. Of 6-bit
+// codes the upper four, around 8, with the lower two apart (planes.cpp).
 struct Matrix {
   const uint8_t* codes;
   const void* scales;          // [rows, groups] float, fp16 or float8, as `scale_size` says
@@ -34,6 +34,7 @@ struct Matrix {
   int64_t rows, width, group;
   int bits;
   int64_t scale_size = 4;      // bytes of a scale
+  const uint8_t* lower = nullptr;  // [rows, width / 4]: four codes to a byte, the lowest bits first
   // What is read when one token's product with these rows is done, where that is known: its beginning is fetched.
   const uint8_t* next_codes = nullptr;
   const uint8_t* next_scales = nullptr;
@@ -43,10 +44,6 @@ struct Matrix {
   int64_t zero_row_bytes() const { return (groups() * bits + 7) / 8; }
   const uint8_t* scale(int64_t row, int64_t group) const {
     return static_cast<const uint8_t*>(scales) + (row * groups() + group) * scale_size;
-  }
-  // Codes of 6 bits come in whole blocks and lie around the middle.
-  bool is_packed_well() const {
-    return bits != 6 || (width % kSixBitBlock == 0 && width <= kMostWidth && !zero_points);
   }
   Matrix before(const Matrix& next, int64_t row) const {
     Matrix one = *this;
@@ -94,6 +91,11 @@ struct Kernels {
   // Null index: rows 0 to count. `first` is a multiple of the tile.
   void (*multiply)(const Matrix& matrix, int64_t first, int64_t rows, const Activations& x, const int32_t* index,
                    int64_t count, float* out, int64_t stride);
+
+  // Adds to y[r], for `count` rows r in ascending order, what their lower codes bring: over groups, in order,
+  // float(sum of lower code * activation - kLowerZero * x.sums) * (weight scale * x.scales). x.codes are four planes of
+  // x.width / 4: every fourth column's from 0, 1, 2 and 3 on, each filled up to a multiple of 64.
+  void (*refine)(const Matrix& matrix, const int64_t* rows, int64_t count, const Activations& x, float* y);
 
   // By a matrix [rows, width] of 4-bit or 8-bit codes as it lies: out[i * stride + c] = x.scales[i, g] * float(the sum over
   // rows k of (code[k, c] - middle) * x.codes[i, g, k], less x.sums[i, g]), g being the column's group, and the middle that

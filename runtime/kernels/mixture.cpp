@@ -124,7 +124,17 @@ void run_mixture(const Mixture& mixture, void* scratch, const Parallel& parallel
              workers_for(most(steps.up_units, down_units), most(outer.numbers, inner.numbers)));
 }
 
+namespace {
+
+Planes planes_of(const Linear& l) {
+  const Norm none{l.tokens, l.matrix.width, l.x, nullptr, nullptr, 0.0f, nullptr, nullptr};
+  return {l.kernels, none, l.matrix, l.bias, l.y};
+}
+
+}  // namespace
+
 size_t linear_scratch(const Linear& linear) {
+  if (linear.matrix.lower) return planes_scratch(planes_of(linear));
   Blocks blocks{nullptr};
   blocks.take_activations(linear.tokens, linear.matrix);
   return blocks.used;
@@ -146,6 +156,7 @@ void multiply_rows(const Kernels& kernels, const Matrix& matrix, const Activatio
 }
 
 void run_linear(const Linear& l, void* scratch, const Parallel& parallel) {
+  if (l.matrix.lower) return run_planes(planes_of(l), scratch, parallel);
   Blocks blocks{static_cast<char*>(scratch)};
   const Activations x = blocks.take_activations(l.tokens, l.matrix);
   const Quantizing quantizing{*l.kernels, l.x, l.tokens * l.matrix.width, l.matrix.bits, x};

@@ -59,7 +59,7 @@ struct ExpertsForm {
              int64_t width, Matrix* out) const {
     *out = {codes.as<uint8_t>(), scales.data, zero_points.as<uint8_t>(), rows, width, width / scales.shape[2], bits,
             scales.scale_size()};
-    return out->scale_size && out->is_packed_well() && codes.is(experts, rows, out->row_bytes()) &&
+    return out->scale_size && codes.is(experts, rows, out->row_bytes()) &&
            scales.is(experts, rows, out->groups()) &&
            (!zero_points.data || zero_points.is(experts, rows, out->zero_row_bytes()));
   }

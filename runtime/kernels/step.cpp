@@ -52,7 +52,14 @@ void run_norm(const Norm& norm, int64_t first, int64_t rows) {
   }
 }
 
+namespace {
+
+Planes planes_of(const Projections& p) { return {p.kernels, p.norm, p.matrices[0], p.biases[0], p.y[0]}; }
+
+}  // namespace
+
 size_t projections_scratch(const Projections& projections) {
+  if (projections.matrices[0].lower) return planes_scratch(planes_of(projections));
   Blocks blocks{nullptr};
   Norm norm = projections.norm;
   take_norm(&norm, &blocks);
@@ -61,6 +68,7 @@ size_t projections_scratch(const Projections& projections) {
 }
 
 void run_projections(const Projections& p, void* scratch, const Parallel& parallel) {
+  if (p.matrices[0].lower) return run_planes(planes_of(p), scratch, parallel);
   Blocks blocks{static_cast<char*>(scratch)};
   Norm norm = p.norm;
   take_norm(&norm, &blocks);

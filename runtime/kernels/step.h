@@ -69,13 +69,25 @@ struct Projections {
   const Kernels* kernels;
   Norm norm;  // without residual and weight: x goes in as it is
   int64_t count;
-  Matrix matrices[kMaxMatrices];  // of one width, group and bits
+  Matrix matrices[kMaxMatrices];  // of one width, group and bits; one with lower codes is alone
   const float* biases[kMaxMatrices];
   float* y[kMaxMatrices];
 };
 
 size_t projections_scratch(const Projections& projections);
 void run_projections(const Projections& projections, void* scratch, const Parallel& parallel);
+
+// y = norm(x) by a matrix with lower codes, plus bias where there is one: see planes.cpp.
+struct Planes {
+  const Kernels* kernels;
+  Norm norm;
+  Matrix matrix;
+  const float* bias;
+  float* y;
+};
+
+size_t planes_scratch(const Planes& planes);
+void run_planes(const Planes& planes, void* scratch, const Parallel& parallel);
 
 // addend + sigmoid(share * x) * down * (silu(gate) * up): gate_up [2 I, H], the rows of gate first. x is normed; the
 // sigmoid in double precision. Null addend or share: without it.

@@ -2,7 +2,7 @@
 // these are given: x float [T, H], residual float [T, H], norm weight float [H], the last two optional.
 //
 // Projections  x, residual, norm, then one to three times: codes uint8 [N, H bits / 8], scales float or fp16 [N,
-//              groups], optional: zero points, bias [N]; attributes bits, epsilon
+//              groups], optional: zero points, bias [N]; attributes bits, epsilon; 6 bits as Linear, then once
 //              -> y float [T, N] of the first, optional: x + residual [T, H], y of the second and the third
 // Mlp          x, residual, norm, gate_up uint8 [2 I, H bits / 8] (gate's rows first), its scales, zero points, down
 //              uint8 [H, I bits / 8], its scales, zero points, optional: what is added to y float [T, H], a row
@@ -19,7 +19,7 @@ namespace {
 
 constexpr size_t kMatrixInputs = 4;
 
-struct ProjectionsOp : QuantizedStep {
+struct ProjectionsOp : PlanesStep {
   OrtStatus* run(OrtKernelContext* context) const {
     Tensor in[kMaxInputs];
     if (OrtStatus* status = read_all(context, in)) return status;
@@ -33,7 +33,7 @@ struct ProjectionsOp : QuantizedStep {
              (!own[3].data || is_row(own[3], matrix->rows));
       p.biases[p.count] = own[3].as<float>();
     }
-    if (!fits || p.count == 0) return invalid("moedge.cpu.Projections: the inputs' shapes do not fit each other");
+    if (!fits || p.count == 0 || (bits == 6 && p.count > 1)) return invalid("moedge.cpu.Projections: the inputs' shapes do not fit each other");
     const size_t places[] = {0, 2, 3};
     for (int64_t i = 0; i < p.count; ++i)
       if (OrtStatus* status = make_output(context, places[i], p.norm.tokens, p.matrices[i].rows, p.y + i)) return status;

@@ -16,19 +16,24 @@ inline bool is_row(const Tensor& tensor, int64_t width) { return tensor.rank == 
 
 // A matrix of codes, scales and optional zero points in a row; false where they do not fit a width.
 inline bool read_matrix(const Tensor* in, int64_t width, int bits, Matrix* out) {
-  if (!in[0].data || !in[1].data || in[0].rank != 2 || in[1].rank != 2 || !good_group(width, in[1].shape[1])) return false;
-  *out = {in[0].as<uint8_t>(),    in[1].data, in[2].as<uint8_t>(),   in[0].shape[0], width,
-          width / in[1].shape[1], bits,       in[1].scale_size()};
-  return out->scale_size && out->is_packed_well() && in[0].is(out->rows, out->row_bytes()) && in[1].is(out->rows, out->groups()) &&
+  if (!in[0].data || !in[1].data || in[1].rank != 2 || !good_group(width, in[1].shape[1])) return false;
+  *out = {in[0].as<uint8_t>(),    in[1].data,           in[2].as<uint8_t>(),  in[1].shape[0], width,
+          width / in[1].shape[1], bits == 6 ? 4 : bits, in[1].scale_size()};
+  if (bits == 6) {
+    out->lower = out->codes + out->rows * out->row_bytes();
+    return out->scale_size && in[0].is(3, out->rows, width / 4) && !in[2].data;
+  }
+  return out->scale_size && in[0].is(out->rows, out->row_bytes()) &&
          (!in[2].data || in[2].is(out->rows, out->zero_row_bytes()));
 }
 
-inline OrtStatus* read_bits(const Ort& ort, const OrtKernelInfo* info, const char* name, int* bits) {
+// `planes`: whether the op takes codes of 6 bits.
+inline OrtStatus* read_bits(const Ort& ort, const OrtKernelInfo* info, const char* name, int* bits, bool planes = false) {
   int64_t value = 0;
   if (OrtStatus* status = ort.attribute(info, name, &value)) return status;
   *bits = static_cast<int>(value);
-  return value == 4 || value == 6 || value == 8 ? nullptr
-                                                : ort.fail(kInvalidArgument, "moedge.cpu: bits must be 4, 6 or 8");
+  if (value == 4 || value == 8 || (value == 6 && planes)) return nullptr;
+  return ort.fail(kInvalidArgument, "moedge.cpu: bits must be 4 or 8, of Linear and Projections also 6");
 }
 
 struct StepKernel : KernelBase {
@@ -68,6 +73,21 @@ struct QuantizedStep : StepKernel {
   OrtStatus* read_attributes(const OrtKernelInfo* info) {
     if (OrtStatus* status = read_bits(ort, info, "bits", &bits)) return status;
     return StepKernel::read_attributes(info);
+  }
+};
+
+// Of codes of 6 bits too.
+struct PlanesStep : QuantizedStep {
+  OrtStatus* read_attributes(const OrtKernelInfo* info) {
+    if (OrtStatus* status = read_bits(ort, info, "bits", &bits, true)) return status;
+    return StepKernel::read_attributes(info);
+  }
+  OrtStatus* read_constants(const OrtKernelInfo* info, size_t limit) {
+    if (OrtStatus* status = StepKernel::read_constants(info, limit)) return status;
+    const Tensor* codes = constants;
+    while (codes < constants + kMaxInputs && codes->kind != kUint8) ++codes;
+    const bool blocks = bits == 6 && codes < constants + kMaxInputs && codes->rank == 2;
+    return blocks ? invalid("moedge.cpu: its 6-bit codes are in blocks, as an earlier version had them") : nullptr;
   }
 };
 
