@@ -214,14 +214,20 @@ def attend(q: Float, keys: Array, values: Array, past: int, window: int, scale: 
     return np.einsum("nst,tnv->snv", shares[..., : len(keys)], values.astype(np.float64))
 
 
+def mixed_words(size: int) -> int:
+    return 1 if size % 16 else size & -size
+
+
 def mix(x: Array, size: int) -> Array:
-    """x [..., size] by Hadamard's matrix, in blocks of the power of two that divides it."""
-    block = size & -size
+    """x [..., size] by Hadamard's matrix, in blocks of `mixed_words`; rows of each sixteen in another order."""
+    block = mixed_words(size)
     matrix = np.ones((1, 1))
     while len(matrix) < block:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    found: Array = (x.reshape(*x.shape[:-1], -1, block) @ matrix).reshape(x.shape)
-    return found
+    mixed: Array = x.reshape(*x.shape[:-1], -1, block) @ matrix
+    if block > 1:
+        mixed = mixed.reshape(*x.shape[:-1], -1, 4, 4).swapaxes(-1, -2)
+    return mixed.reshape(x.shape)
 
 
 def grouped_reference(case: Grouped, run: Run) -> Array:
@@ -237,7 +243,7 @@ def grouped_reference(case: Grouped, run: Run) -> Array:
         q = rotate(q.reshape(size, case.heads, case.size), cos, sin, case.interleaved)
         k = rotate(k.reshape(size, case.groups, case.size), cos, sin, case.interleaved)
         if has_row_scales(case):
-            q, k = mix(q, case.size) / (case.size & -case.size), mix(k, case.size)
+            q, k = mix(q, case.size) / mixed_words(case.size), mix(k, case.size)
         v = run.inputs["v"][own].reshape(size, case.groups, case.size)
         known = []
         for index, (rows, name) in enumerate(((k, "key_scales"), (v, "value_scales"))):

@@ -106,7 +106,7 @@ def test_equal_to_numpy_and_to_the_bit_on_every_path(
 
 def check_result(case: Grouped | Latent, apart: np.ndarray) -> None:
     """By codes a word that lies between two integers may be rounded to the other one, in few of the heads."""
-    exact = 2e-4 if case.kind == "int8" else 4e-6
+    exact = 5e-4 if case.kind == "int8" else 4e-6
     if isinstance(case, Grouped) or not case.group:
         assert apart.max() < exact
     else:

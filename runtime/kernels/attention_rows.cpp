@@ -92,19 +92,40 @@ const float* normalize(const PartNorm& norm, float epsilon, const float* x, int6
   return room + token * count;
 }
 
-// The power of two that divides a head: so many words are mixed.
-int64_t mixed_words(int64_t width) { return width & -width; }
+using Four = float __attribute__((vector_size(16), aligned(4), may_alias));
+
+inline void mix_four(Four* x) {
+  const Four a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
+  x[0] = a + c;
+  x[1] = b + d;
+  x[2] = a - c;
+  x[3] = b - d;
+}
+
+// Words of a head that are mixed with each other: the power of two that divides it; from 16 on, else none are.
+int64_t mixed_words(int64_t width) { return width % 16 ? 1 : width & -width; }
 
 // A head's words by a Hadamard matrix, block by block. Queries and keys that both went through it have the same products,
 // times the block; but a channel that is large in every key, of which real models have some, is spread over all of them
 // before one scale must do (QuaRot, arXiv:2404.00456).
-void mix(float* x, int64_t width) {
-  for (int64_t half = 1; half < mixed_words(width); half *= 2)
+void mix(float* head, int64_t width) {
+  const int64_t block = mixed_words(width);
+  for (int64_t at = 0; block > 1 && at < width; at += 16) {
+    Four* x = reinterpret_cast<Four*>(head + at);
+    mix_four(x);
+    Four turned[4];
+    for (int i = 0; i < 4; ++i) turned[i] = Four{x[0][i], x[1][i], x[2][i], x[3][i]};
+    mix_four(turned);
+    for (int i = 0; i < 4; ++i) x[i] = turned[i];
+  }
+  for (int64_t half = 16; half < block; half *= 2)
     for (int64_t at = 0; at < width; at += 2 * half)
-      for (int64_t i = at; i < at + half; ++i) {
-        const float a = x[i], b = x[i + half];
-        x[i] = a + b;
-        x[i + half] = a - b;
+      for (int64_t i = at; i < at + half; i += 4) {
+        Four& low = *reinterpret_cast<Four*>(head + i);
+        Four& high = *reinterpret_cast<Four*>(head + i + half);
+        const Four a = low, b = high;
+        low = a + b;
+        high = a - b;
       }
 }
 
