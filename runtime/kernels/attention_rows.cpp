@@ -145,9 +145,7 @@ void prepare_queries(const GroupedAttention& g, const GroupedScratch& s, int64_t
     float* query = s.queries + ((group * a.tokens + token) * heads + head % heads) * width;
     rotate(g.rotation, token, q + head * width, width, query);
     for (int64_t i = 0; key_scales && i < width; ++i) query[i] *= key_scales[i];
-    if (!lane->key_scales) continue;
-    mix(query, width);
-    for (int64_t i = 0; i < width; ++i) query[i] *= 1.0f / static_cast<float>(mixed_words(width));
+    if (lane->key_scales) mix(query, width);
   }
 }
 
@@ -385,6 +383,7 @@ void run_grouped(const GroupedAttention& g, void* scratch, const Parallel& paral
   };
   Attention core = g.core;
   core.queries = s.queries;
+  if (core.element == Element::kByte && !g.key_scales) core.scale /= static_cast<float>(mixed_words(core.width));
   run_attention(core, blocks.base + blocks.used, parallel, phase(2 * core.tokens, prepare),
                 phase(g.value_scales ? core.tokens : 0, scale), attention_workers(core));
 }
