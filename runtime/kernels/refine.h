@@ -11,11 +11,11 @@ template <class S>
 inline void sum_lower(const Matrix& matrix, int64_t row, int64_t from, int64_t count, const Activations& x, int32_t* out) {
   constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
   alignas(64) int32_t parts[lanes * kMaxGroup / kPart];
+  alignas(64) uint8_t end[chunk] = {};
   const int64_t bytes = count * matrix.group / 4, plane = x.width / 4, first = from * matrix.group / 4;
   const uint8_t* codes = matrix.lower + row * (matrix.width / 4) + first;
   const int8_t* own = x.codes + first;
   for (int64_t at = 0; at < bytes; at += chunk) {
-    alignas(64) uint8_t end[chunk] = {};
     const uint8_t* source = codes + at;
     if (bytes - at < chunk) source = static_cast<const uint8_t*>(memcpy(end, source, static_cast<size_t>(bytes - at)));
     const typename S::Int word = S::load_bytes(source);
@@ -28,8 +28,13 @@ inline void sum_lower(const Matrix& matrix, int64_t row, int64_t from, int64_t c
   }
   const int64_t each = matrix.group / kPart;
   for (int64_t b = 0; b < count; ++b) {
-    out[b] = 0;
-    for (int64_t i = b * each; i < (b + 1) * each; ++i) out[b] += parts[i];
+    const int32_t* own_parts = parts + b * each;
+    int32_t sum = 0;
+    int64_t i = 0;
+    for (; i + 8 <= each; i += 8)  // as groups of 128 have them
+      for (int64_t k = 0; k < 8; ++k) sum += own_parts[i + k];
+    for (; i < each; ++i) sum += own_parts[i];
+    out[b] = sum;
   }
 }
 
