@@ -228,6 +228,7 @@ struct Lanes {
       const bool heads = parts && !latent;
       lane[i] = {keys, values, scales(parts && latent), scales(heads), scales(heads), capacity, lengths[i], tokens,
                  rows[i]};
+      for (int64_t s = 0; lane[i].scales && s < capacity * parts; ++s) lane[i].scales[s] = fabsf(lane[i].scales[s]) + 0.01f;
       tokens += rows[i];
     }
   }
@@ -316,6 +317,7 @@ uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, i
   l.k_rope = k_rope;
   l.rotation = {cos, sin, rope / 2, true};
   l.products = kernels;
+  l.core.products = l.core.has_integer_blocks() ? kernels : nullptr;
   const int64_t of_group = group ? group : rank;
   const Matrix k_codes = matrices(heads, nope, rank, of_group, bits, true, bits < 8 ? 2 : 4);
   const Matrix v_codes = matrices(heads, size, rank, of_group, 8, false);
@@ -348,6 +350,8 @@ uint64_t attention_digest(const Kernels* kernels) {
       all = all * 31 + run_latent_one(kernels, element, 48, 16, first, 16, 4);
       all = all * 31 + run_latent_one(kernels, element, 256, 16, first, 64, 4);
       all = all * 31 + run_latent_one(kernels, element, 26, 6, first, 0);
+      all = all * 31 + run_latent_one(kernels, element, 64, 64, first, 0);
+      all = all * 31 + run_latent_one(kernels, element, 32, 32, first, 32);
     }
   return all;
 }

@@ -26,6 +26,13 @@ inline int64_t half_block(int64_t group) {
   return least(4 * S::lanes, group / 2);
 }
 
+// Columns of two rows as pairs of 16 bits.
+inline void turn_pairs(const int8_t* const* rows, int64_t count, int32_t* out) {
+  const int8_t *first = rows[0], *second = rows[1];
+  for (int64_t i = 0; i < (count & -32); ++i)
+    out[i] = static_cast<int32_t>(static_cast<uint16_t>(first[i]) | static_cast<uint32_t>(second[i]) << 16);
+}
+
 inline int32_t bits_of(float value) {
   int32_t bits;
   memcpy(&bits, &value, 4);

@@ -10,6 +10,7 @@ namespace moedge {
 namespace {
 
 constexpr int64_t kStep = 24;          // rows that share one look at which keys they see
+constexpr int64_t kIntegerStep = 48;   // likewise by integers: a multiple of kSideBySide
 constexpr int64_t kMostValues = 24576; // of a tile: its results stay in a second-level cache
 // From this many tiles on each goes through its keys by itself; below, threads share out the blocks of a tile.
 constexpr int64_t kManyTiles = 16;
@@ -31,9 +32,11 @@ struct Tile {
   int64_t end_block(const Attention& a) const { return position(a, rows - 1) / kBlock + 1; }
 };
 
+int64_t step_of(const Attention& a) { return a.products ? kIntegerStep : kStep; }
+
 int64_t tile_rows(const Attention& a) {
-  const int64_t rows = kMostValues / vectors_up(a.value_width) / kStep * kStep;
-  return rows < kStep ? kStep : least(rows, 4 * kStep);
+  const int64_t step = step_of(a), rows = kMostValues / vectors_up(a.value_width) / step * step;
+  return rows < step ? step : least(rows, 4 * kStep);
 }
 
 int64_t lane_tiles(const Attention& a, const Lane& lane) {
@@ -82,7 +85,7 @@ bool as_they_lie(const Attention& a, int64_t width, int64_t rows) {
 
 // One worker's memory.
 struct Work {
-  float* panel;   // keys [width, kBlock], in halves of kPanelKeys; of some queries [width, kPanelKeys]
+  float* panel;   // keys [width, kBlock], in halves of kPanelKeys; of some queries [width, kPanelKeys]; of integers scores
   float* keys;    // [kBlock, vectors_up(width)], null where they are read as they lie
   float* values;  // [kBlock, vectors_up(value_width)], likewise
   float* scores;  // [rows, kBlock]
@@ -91,11 +94,11 @@ struct Work {
 
 Work take_work(const Attention& a, int64_t rows, Blocks* blocks) {
   Work work{};
-  work.panel = blocks->take<float>(a.width * kBlock);
-  if (!as_they_lie(a, a.width, kBlock)) work.keys = blocks->take<float>(vectors_up(a.width) * kBlock);
+  work.panel = blocks->take<float>((a.products ? kSideBySide : a.width) * kBlock);
+  if (!a.products && !as_they_lie(a, a.width, kBlock)) work.keys = blocks->take<float>(vectors_up(a.width) * kBlock);
   if (!as_they_lie(a, a.value_width, kBlock) && !a.values_are_keys)
     work.values = blocks->take<float>(vectors_up(a.value_width) * kBlock);
-  work.scores = blocks->take<float>(rows * kBlock);
+  work.scores = blocks->take<float>(divide_up(rows, kSideBySide) * kSideBySide * kBlock);
   work.part = take_part(a, rows, blocks);
   work.state = take_part(a, rows, blocks);
   return work;
@@ -124,6 +127,32 @@ Rows read_rows(const Attention& a, const Lane& lane, const void* cache, int64_t 
       for (int64_t i = p * block; i < (p + 1) * block; ++i) row[i] *= scales[p];
   }
   return {room, stride, Element::kFloat};
+}
+
+// As attend_rows, of a latent in int8 and by integers.
+void attend_integers(const Attention& a, const Tile& tile, int64_t r, int64_t n, int64_t start, const Work& work,
+                     const Part& part) {
+  const Lane& lane = *tile.lane;
+  const int64_t end = least(kBlock, tile.position(a, r + n - 1) + 1 - start);
+  memset(part.sums, 0, static_cast<size_t>(n) * sizeof(float));
+  if (end <= 0) return;
+  const Cached cached{static_cast<const int8_t*>(lane.keys) + start * a.width, lane.scales + start * a.parts, a.width, a.parts};
+  float* scores = work.scores + r * kBlock;
+  for (int64_t i = 0; i < n; i += kSideBySide) {
+    a.products->score_cached(a.integers, a.query_row(lane) + tile.row + r + i, cached, end, work.panel);
+    for (int64_t at = 0; at < end; at += kPanelKeys)
+      a.kernels->transpose(work.panel + at * kSideBySide, kSideBySide, least(kPanelKeys, end - at), kSideBySide,
+                           scores + i * kBlock + at, kBlock);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t to = least(end, tile.position(a, r + i) + 1 - start);
+    if (to > 0)
+      a.kernels->soften(scores + i * kBlock, divide_up(end, kPanelKeys) * kPanelKeys, 0, to, a.scale, part.largest + i,
+                        part.sums + i);
+    else
+      memset(scores + i * kBlock, 0, kBlock * sizeof(float));
+  }
+  a.products->weigh_cached(scores, kBlock, n, cached, end, a.value_width, part.values, part.columns);
 }
 
 // `n` rows of a tile from `r` on, over the `count` keys of a block that starts at `start`.
@@ -167,6 +196,9 @@ void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int
 // What one block of keys gives to a tile's rows.
 void attend_block(const Attention& a, const Tile& tile, int64_t block, const Work& work, const Part& part) {
   const Lane& lane = *tile.lane;
+  for (int64_t r = 0; a.products && r < tile.rows; r += kIntegerStep)
+    attend_integers(a, tile, r, least(kIntegerStep, tile.rows - r), block * kBlock, work, part.from(r));
+  if (a.products) return;
   const int64_t start = block * kBlock, count = least(kBlock, tile.position(a, tile.rows - 1) + 1 - start);
   float* room = as_they_lie(a, a.width, tile.rows) ? nullptr : work.keys;
   const Rows keys = read_rows(a, lane, lane.keys, tile.group, start, count, a.width, room);

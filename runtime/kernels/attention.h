@@ -4,7 +4,8 @@
 // fused multiply-adds over the key's words; its share is e^(scale * score - the row's largest in this block); shares are
 // added in kVector sums (by place modulo kVector), which a tree adds; an output is a chain of fused multiply-adds over
 // the keys. Blocks are merged in order. That is the whole of the arithmetic: it names no vector width, no number of
-// rows and no thread, so a row has the same bits alone and among others, on every path.
+// rows and no thread, so a row has the same bits alone and among others, on every path. By a latent in int8 scores and
+// outputs are of integers (`score_cached` and `weigh_cached` of Kernels), which is as independent of all that.
 
 #pragma once
 
@@ -115,9 +116,18 @@ struct Attention {
   const Lane* lanes;
   int64_t lane_count;
   const float* queries;        // [groups, tokens, heads / groups, width]
+  const Kernels* products;     // by a latent in int8, in integers; null: its rows become floats
+  Queries integers;            // then in place of `queries`; a lane's first row is that of query_row
   float* out;                  // [tokens, heads, value_width]
 
   int64_t heads_a_group() const { return heads / groups; }
+  // Whether a latent in int8 has blocks that the kernels multiply as integers.
+  bool has_integer_blocks() const {
+    const int64_t block = parts ? width / parts : 0;
+    return (block == kMostCachedBlock || 2 * block == kMostCachedBlock) && value_width % block == 0;
+  }
+  int64_t query_row(const Lane& lane) const { return (lane.first * heads / kSideBySide + (&lane - lanes)) * kSideBySide; }
+  int64_t query_rows() const { return (tokens * heads / kSideBySide + lane_count) * kSideBySide; }
 };
 
 // As many threads as it is worth, memory for so many, and the run, between what comes before and what comes after it.

@@ -260,6 +260,7 @@ OrtStatus* LatentOp::run(OrtKernelContext* context) const {
     l.core.parts = scales.rank == 2 ? scales.shape[1] : 0;
     if (l.core.parts < 1 || l.core.width % l.core.parts)
       return invalid("moedge.cpu.LatentAttention: the scales of a row are not of blocks of one size");
+    l.core.products = l.core.has_integer_blocks() ? kernels : nullptr;
   }
   const bool fits = heads > 0 && l.rank > 0 && l.rope >= 0 && l.rope % 2 == 0 &&
                     q.is(tokens, heads * (l.nope + l.rope)) &&

@@ -195,6 +195,7 @@ struct HeadWork {
 
 struct LatentScratch {
   float* queries;  // [tokens, heads, rank + rope]
+  Queries integers;  // of them, where those are multiplied
   float* mixed;    // [tokens, heads, rank]
   float* rows;     // [tokens, rank + rope]: what goes into the cache
   HeadWork* works;
@@ -210,6 +211,11 @@ LatentScratch take_latent(const LatentAttention& l, Blocks* blocks) {
   const int64_t rank = vectors_up(l.rank), rows = least(a.tokens, kRowsATime);
   LatentScratch s{};
   s.queries = blocks->take<float>(a.tokens * a.heads * a.width);
+  if (a.products) {
+    const int64_t rows = a.query_rows();
+    s.integers = {blocks->take<int32_t>(rows * a.width / 2), blocks->take<float>(rows * a.parts),
+                  blocks->take<int32_t>(rows * a.parts), a.width, a.parts};
+  }
   s.mixed = blocks->take<float>(a.tokens * a.heads * l.rank);
   s.rows = blocks->take<float>(a.tokens * a.width);
   const bool small = a.tokens * a.heads * l.rank * (l.nope + l.value_size) < kAloneProducts;
@@ -292,6 +298,10 @@ void absorb_queries(const LatentAttention& l, const LatentScratch& s, int64_t he
   }
   for (int64_t i = 0; i < count; ++i)
     rotate(l.rotation, first + i, q + i * a.heads * size + l.nope, l.rope, queries + i * a.heads * a.width + l.rank);
+  for (int64_t i = 0; a.products && i < count; ++i)
+    if (const Lane* lane = lane_of(a, first + i))
+      a.products->put_query(queries + i * a.heads * a.width,
+                            a.query_row(*lane) + (first + i - lane->first) * a.heads + head, s.integers);
 }
 
 // The results of one head: mixed v_up, transposed.
@@ -414,6 +424,8 @@ void run_latent(const LatentAttention& l, void* scratch, const Parallel& paralle
   };
   Attention core = l.core;
   core.queries = s.queries;
+  core.integers = s.integers;
+  for (int64_t i = 0; core.products && i < core.query_rows() * core.parts; ++i) s.integers.sums[i] = 0;
   core.out = s.mixed;
   run_attention(core, blocks.base + blocks.used, parallel, phase(tokens + units, prepare), phase(units, expand),
                 s.workers);

@@ -52,6 +52,16 @@ struct Vectors256 {
     return _mm256_and_si256(_mm256_srli_epi16(a, 2 * place), _mm256_set1_epi8(3));
   }
 
+  static Int larger(Int a, Int b) { return _mm256_max_epi32(a, b); }
+  static int32_t largest(Int a) {
+    for (int i = 0; i < 3; ++i) a = larger(a, _mm256_permutevar8x32_epi32(a, _mm256_xor_si256(ints(1 << i), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))));
+    return _mm256_cvtsi256_si32(a);
+  }
+  static Int upper_half(Int a) { return _mm256_slli_epi32(a, 16); }
+  static Int magnitude(Int a) { return _mm256_and_si256(a, ints(INT32_MAX)); }
+  static constexpr int together = 2, share_rows = 4, keys = 4, cached_middle = 128;
+  static Int cached_word(const int8_t* from) { return _mm256_xor_si256(ints(word_at(from)), _mm256_set1_epi8(-128)); }
+  static void turn_columns(const int8_t* const* rows, int64_t count, int32_t* out) { turn_pairs(rows, count, out); }
   static void turn(Int* a) {
     const Int low = _mm256_unpacklo_epi8(a[0], a[1]), high = _mm256_unpackhi_epi8(a[0], a[1]);
     const Int low_two = _mm256_unpacklo_epi8(a[2], a[3]), high_two = _mm256_unpackhi_epi8(a[2], a[3]);

@@ -15,6 +15,11 @@
 //          turn            four rows' bytes so that a lane has those of one column; which columns a vector has is the
 //                          order of unpacking bytes and then pairs of bytes, within each 128 bits
 //          pairs<place>    two bits of each byte, the `place`th from the lowest
+//          cached_word     four codes of a cache in all lanes, `cached_middle` (0 or 128) more than they are
+//          larger          the larger one of integers; largest: of a vector's; magnitude: without the sign's bit
+//          together        keys that a word of shares has, 2 or 4, and dot_shares, turn_columns: see latent.h
+//          share_rows      rows of shares that are multiplied at once
+//          keys            that are scored at once
 // Everything is in an anonymous namespace: two files must never share a function that was compiled for one of them.
 
 #pragma once
@@ -424,6 +429,7 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
 }  // namespace
 
 #include "floats.h"
+#include "latent.h"
 #include "refine.h"
 #include "turned.h"
 
@@ -454,7 +460,7 @@ void multiply(const Matrix& matrix, int64_t first, int64_t rows, const Activatio
 template <class S>
 constexpr moedge::Kernels make_kernels(const char* name) {
   return {name, Strip<S>::tile, S::middle, quantize<S>, multiply<S>, refine<S>, multiply_turned<S>,
-          multiply_floats<S>, swiglu};
+          multiply_floats<S>, put_query<S>, score_cached<S>, weigh_cached<S>, swiglu};
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ struct Avx2 : Vectors256 {
                                 : _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
     return add(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
+  static Int dot_shares(Int acc, Int columns, Int shares) { return add(acc, _mm256_madd_epi16(columns, shares)); }
   template <int bits>
   static Int dot_word(Int acc, Int codes, const int8_t* x) {
     return dot<bits>(acc, codes, ints(word_at(x)));

@@ -67,6 +67,29 @@ struct Avx512 {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*reinterpret_cast<const Word*>(x)));
     return acc;
   }
+  static Int larger(Int a, Int b) { return _mm512_max_epi32(a, b); }
+  static int32_t largest(Int a) { return _mm512_reduce_max_epi32(a); }
+  static Int upper_half(Int a) { return _mm512_slli_epi32(a, 16); }
+  static Int magnitude(Int a) { return _mm512_and_si512(a, ints(INT32_MAX)); }
+  static constexpr int together = 2, share_rows = 8, keys = 8, cached_middle = 128;
+  static Int cached_word(const int8_t* from) {
+    return _mm512_xor_si512(ints(*reinterpret_cast<const Word*>(from)), ints(INT32_C(-0x7f7f7f80)));
+  }
+  static Int dot_shares(Int acc, Int columns, Int shares) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(columns), "v"(shares));
+    return acc;
+  }
+  static void turn_columns(const int8_t* const* rows, int64_t count, int32_t* out) {
+    for (int64_t at = 0; at < count; at += 32, out += 32) {  // columns in their order: fours are moved before they are paired
+      const auto wide = [&](const int8_t* row) {
+        const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + at));
+        return _mm512_cvtepi8_epi16(_mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+      };
+      const Int first = wide(rows[0]), second = wide(rows[1]);
+      store_ints(out, _mm512_unpacklo_epi16(first, second));
+      store_ints(out + 16, _mm512_unpackhi_epi16(first, second));
+    }
+  }
   static void turn(Int* a) {
     const Int low = _mm512_unpacklo_epi8(a[0], a[1]), high = _mm512_unpackhi_epi8(a[0], a[1]);
     const Int low_two = _mm512_unpacklo_epi8(a[2], a[3]), high_two = _mm512_unpackhi_epi8(a[2], a[3]);

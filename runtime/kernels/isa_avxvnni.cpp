@@ -12,6 +12,7 @@ struct AvxVnni : Vectors256 {
   static Int dot(Int acc, Int codes, Int x) {
     return _mm256_dpbusd_avx_epi32(acc, codes, x);
   }
+  static Int dot_shares(Int acc, Int columns, Int shares) { return _mm256_dpwssd_avx_epi32(acc, columns, shares); }
   template <int bits>
   static Int dot_word(Int acc, Int codes, const int8_t* x) {
     return dot<bits>(acc, codes, ints(word_at(x)));

@@ -71,6 +71,31 @@ struct Neon {
   static Int dot(Int acc, Int codes, Int x) {
     return vdotq_s32(acc, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x));
   }
+  static Int larger(Int a, Int b) { return vmaxq_s32(a, b); }
+  static int32_t largest(Int a) { return vmaxvq_s32(a); }
+  static Int magnitude(Int a) { return vandq_s32(a, ints(INT32_MAX)); }
+  // Of keys 16 apart: bytes of the upper digits and of the lower ones.
+  static void store_digits(const int32_t* codes, int32_t* upper, int32_t* lower) {
+    Int high = ints(0), low = ints(0);
+    for (int t = 3; t >= 0; --t) {
+      const Int code = load_ints(codes + t * 16);
+      high = vorrq_s32(vshlq_n_s32(high, 8), vshrq_n_s32(code, 7));
+      low = vorrq_s32(vshlq_n_s32(low, 8), vandq_s32(code, ints(127)));
+    }
+    store_ints(upper, high);
+    store_ints(lower, low);
+  }
+  static constexpr int together = 4, share_rows = 4, keys = 4, cached_middle = 0;
+  static Int cached_word(const int8_t* from) { return ints(word_at(from)); }
+  static Int dot_shares(Int acc, Int columns, Int shares) { return dot<8>(acc, columns, shares); }
+  static void turn_columns(const int8_t* const* rows, int64_t count, int32_t* out) {
+    for (int64_t at = 0; at < count; at += 16, out += 16) {
+      Int columns[4];
+      for (int r = 0; r < 4; ++r) columns[r] = load_bytes(rows[r] + at);
+      turn(columns);
+      for (int r = 0; r < 4; ++r) store_ints(out + 4 * r, columns[r]);
+    }
+  }
   static Int sums(Int* of) { return vpaddq_s32(vpaddq_s32(of[0], of[1]), vpaddq_s32(of[2], of[3])); }
 
   static void transpose(Int* a, Int* out) {

@@ -106,6 +106,31 @@ struct Portable {
       return acc.lane[i] + w[0] * v[0] + w[1] * v[1] + w[2] * v[2] + w[3] * v[3];
     });
   }
+  static Int larger(Int a, Int b) {
+    return each<Int>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  static int32_t largest(Int a) {
+    int32_t most = a.lane[0];
+    for (int32_t one : a.lane) most = one > most ? one : most;
+    return most;
+  }
+  static Int upper_half(Int a) {
+    return each<Int>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) << 16); });
+  }
+  static Int magnitude(Int a) {
+    return each<Int>([&](int i) { return a.lane[i] & INT32_MAX; });
+  }
+  static constexpr int together = 2, share_rows = 2, keys = 2, cached_middle = 128;
+  static Int cached_word(const int8_t* from) {
+    return ints(static_cast<int32_t>(static_cast<uint32_t>(word_at(from)) ^ 0x80808080u));
+  }
+  static Int dot_shares(Int acc, Int columns, Int shares) {
+    return each<Int>([&](int i) {
+      const int32_t a = columns.lane[i], b = shares.lane[i];
+      return acc.lane[i] + static_cast<int16_t>(a) * static_cast<int16_t>(b) + (a >> 16) * (b >> 16);
+    });
+  }
+  static void turn_columns(const int8_t* const* rows, int64_t count, int32_t* out) { turn_pairs(rows, count, out); }
   static Int sums(Int* of) {
     return each<Int>([&](int i) { return of[i].lane[0] + of[i].lane[1] + of[i].lane[2] + of[i].lane[3]; });
   }

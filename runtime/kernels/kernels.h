@@ -79,6 +79,29 @@ struct Activations {
   }
 };
 
+// Attention over a cache in int8. A number is an integer of two digits to the base kDigit, of which the upper one and the
+// lower one are bytes; the scores' queries and the values' shares are such integers.
+constexpr int64_t kSideBySide = 16;  // queries whose words do
+constexpr int64_t kCachedKeys = 128; // of one call
+constexpr int64_t kMostCachedBlock = 64;
+constexpr int32_t kDigit = 128;
+constexpr float kMostQuery = 63 * kDigit, kMostShare = 127 * kDigit;  // two products of 64 * 255 stay within 16 bits
+
+// Rows of queries, kSideBySide of them together, with a scale and the sum of its integers for each block of columns.
+struct Queries {
+  int32_t* words;  // [rows / 16, width / 4, 2, 16]: four columns' upper digits, then their lower ones
+  float* scales;   // [rows / 16, parts, 16]
+  int32_t* sums;   // likewise
+  int64_t width, parts;
+};
+
+// Rows of a cache [keys, width], `parts` blocks of columns with a scale each; a block is of 32 or 64.
+struct Cached {
+  const int8_t* codes;
+  const float* scales;  // [keys, parts]
+  int64_t width, parts;
+};
+
 struct Kernels {
   const char* name;
   int64_t tile;    // rows that `multiply` computes at once for several tokens
@@ -107,6 +130,20 @@ struct Kernels {
   // 64th column in order, then added up by halves. Products and sums are rounded apart. `half`: the matrix is bf16.
   void (*multiply_floats)(const void* matrix, bool half, int64_t rows, int64_t width, const float* x, int64_t count,
                           float* out, int64_t stride);
+
+  // A query [width] as row `row`. Blocks that hold no finite value everywhere get the scale NaN.
+  void (*put_query)(const float* x, int64_t row, const Queries& out);
+
+  // scores [keys, 16] of the queries from `row`, a multiple of 16, on: the sum over blocks, in order, of
+  // float(sum of integer * code) * (query's scale * key's), each added by one fused multiply-add. Keys up to a
+  // multiple of 8 are written.
+  void (*score_cached)(const Queries& queries, int64_t row, const Cached& cached, int64_t keys, float* scores);
+
+  // out [rows, columns], `stride` apart: of each block of columns, shares [rows, keys] times the keys' scales are rounded to
+  // integers, of which the largest is kMostShare; out = float(sum over keys of integer * code) * their scale. Shares are 0 up
+  // to the next multiple of 64 keys; keys <= kCachedKeys.
+  void (*weigh_cached)(const float* shares, int64_t shares_stride, int64_t rows, const Cached& cached, int64_t keys,
+                       int64_t columns, float* out, int64_t stride);
 
   // pairs [2 * count] (gate, up, gate, up ...) -> h [count]: gate * sigmoid(alpha * gate) * (up + offset), the gate at
   // most `limit`, up between -limit and limit.

@@ -1,0 +1,212 @@
+// Products of attention by a latent cache in int8, in integers: see `score_cached` and `weigh_cached` of Kernels.
+
+#pragma once
+
+namespace {
+
+using moedge::Cached;
+using moedge::kCachedKeys;
+using moedge::kDigit;
+using moedge::kMostQuery;
+using moedge::kMostShare;
+using moedge::kSideBySide;
+using moedge::Queries;
+
+constexpr int64_t kPieces = 2 * kSideBySide;  // numbers that loops take at once: they come in multiples of it
+
+// The scale that makes an integer `code` of the largest magnitude; NaN of what is none, or infinite.
+inline float code_scale(int32_t largest, float code) {
+  return largest < 0x7f800000 ? float_of(largest) * (1.0f / code) : float_of(0x7fc00000);
+}
+
+// Numbers times the factor, rounded to integers. What is no number gives what nobody takes.
+template <class S>
+inline void round_all(const float* x, int64_t count, float factor, int32_t* codes) {
+  for (int64_t i = 0; i < count; i += S::lanes) {
+    const typename S::Float shifted = S::add(S::multiply(S::load_some(x + i), S::floats(factor)), S::floats(kRound));
+    S::store_ints(codes + i, S::subtract(S::as_ints(shifted), S::ints(bits_of(kRound))));
+  }
+}
+
+template <class S>
+void put_query(const float* x, int64_t row, const Queries& out) {
+  const int64_t block = out.width / out.parts & -kPieces, group = row / kSideBySide, side = row % kSideBySide;
+  int32_t* words = out.words + group * out.width / 4 * 2 * kSideBySide + side;
+  for (int64_t b = 0; b < out.parts; ++b, x += block) {
+    typename S::Int most = S::ints(0);  // magnitudes' bits order as they do, infinities and NaN last
+    for (int64_t i = 0; i < block; i += S::lanes)
+      most = S::larger(most, S::magnitude(S::as_ints(S::load_some(x + i))));
+    const int32_t largest = S::largest(most);
+    const bool nothing = largest >= 0x7f800000 || float_of(largest) < 1e-30f;
+    int8_t upper[moedge::kMostCachedBlock], lower[moedge::kMostCachedBlock];
+    alignas(64) int32_t codes[moedge::kMostCachedBlock] = {};
+    int32_t sum = 0;
+    if (!nothing) round_all<S>(x, block, kMostQuery / float_of(largest), codes);
+    for (int64_t i = 0; i < block; ++i) {
+      const int32_t digit = (codes[i] + kDigit / 2) >> 7;
+      upper[i] = static_cast<int8_t>(digit);
+      lower[i] = static_cast<int8_t>(codes[i] - digit * kDigit);
+      sum += codes[i];
+    }
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < block; i += 4, words += 2 * kSideBySide) {
+      words[0] = word_at(upper + i);
+      words[kSideBySide] = word_at(lower + i);
+    }
+    const int64_t place = (group * out.parts + b) * kSideBySide + side;
+    out.scales[place] = nothing && largest < 0x7f800000 ? 0.0f : code_scale(largest, kMostQuery);
+    out.sums[place] = sum;
+  }
+}
+
+// Lanes are queries; one key's words after the other are multiplied with all of them, K keys side by side.
+template <class S, int K>
+__attribute__((noinline)) void score_keys(const Queries& queries, int64_t group, int64_t half, const Cached& cached,
+                                          int64_t first, int64_t keys, float* out) {
+  using Int = typename S::Int;
+  using Float = typename S::Float;
+  const int64_t words = cached.width / cached.parts / 4;
+  const int32_t* own = queries.words + group * cached.width / 4 * 2 * kSideBySide + half;
+  const float* own_scales = queries.scales + group * cached.parts * kSideBySide + half;
+  const int32_t* own_sums = queries.sums + group * cached.parts * kSideBySide + half;
+  const int8_t* key[K];
+  const float* scales[K];
+  Float total[K];
+  for (int k = 0; k < K; ++k) {
+    const int64_t place = least(first + k, keys - 1);
+    key[k] = cached.codes + place * cached.width;
+    scales[k] = cached.scales + place * cached.parts;
+    total[k] = S::floats(0.0f);
+  }
+  for (int64_t b = 0; b < cached.parts; ++b) {
+    Int upper[K], lower[K];
+    const Int less = S::multiply(S::load_ints(own_sums + b * kSideBySide), S::ints(-S::cached_middle));
+    for (int k = 0; k < K; ++k) {
+      upper[k] = S::ints(0);
+      lower[k] = less;
+      __builtin_prefetch(key[k] + kAhead);
+    }
+    for (int64_t w = 0; w < words; ++w, own += 2 * kSideBySide) {
+      const Int first_digits = S::load_bytes(own), last_digits = S::load_bytes(own + kSideBySide);
+      for (int k = 0; k < K; ++k) {
+        const Int codes = S::cached_word(key[k] + 4 * w);
+        upper[k] = S::template dot<6>(upper[k], codes, first_digits);
+        lower[k] = S::template dot<6>(lower[k], codes, last_digits);
+      }
+    }
+    const Float scale = S::load_some(own_scales + b * kSideBySide);
+    for (int k = 0; k < K; ++k) {
+      key[k] += 4 * words;
+      const Int sum = S::add(S::multiply(upper[k], S::ints(kDigit)), lower[k]);
+      total[k] = S::fused(S::to_floats(sum), S::multiply(scale, S::floats(scales[k][b])), total[k]);
+    }
+  }
+  for (int k = 0; k < K; ++k) S::store_floats(out + k * kSideBySide, total[k]);
+}
+
+template <class S>
+void score_cached(const Queries& queries, int64_t row, const Cached& cached, int64_t keys, float* scores) {
+  for (int64_t key = 0; key < keys; key += S::keys)
+    for (int64_t half = 0; half < kSideBySide; half += S::lanes)
+      score_keys<S, S::keys>(queries, row / kSideBySide, half, cached, key, keys, scores + key * kSideBySide + half);
+}
+
+// Shares by the scales of their keys' blocks as integers, `S::together` of them in a word. Returns the scale.
+template <class S>
+float round_shares(const float* shares, const float* scales, int64_t keys, int32_t* words) {
+  constexpr int64_t together = S::together, side = kSideBySide;
+  alignas(64) float products[kCachedKeys];
+  alignas(64) int32_t codes[kCachedKeys];
+  typename S::Int most = S::ints(0);
+  for (int64_t k = 0; k < keys; k += S::lanes) {
+    const typename S::Float product = S::multiply(S::load_some(shares + k), S::load_some(scales + k));
+    S::store_floats(products + k, product);
+    most = S::larger(most, S::as_ints(product));
+  }
+  const int32_t largest = S::largest(most);
+  if (largest == 0) {
+    memset(words, 0, kCachedKeys / 2 * sizeof *words);
+    return 0.0f;
+  }
+  round_all<S>(products, keys, kMostShare / float_of(largest), codes);
+  for (int64_t k = 0; k < keys; k += together * side)
+    for (int64_t i = 0; i < side; i += S::lanes, words += S::lanes) {
+      const int32_t* from = codes + k + i;
+      if constexpr (together == 2)
+        S::store_ints(words, S::add(S::load_ints(from), S::upper_half(S::load_ints(from + side))));
+      else
+        S::store_digits(from, words, words + kCachedKeys / together);
+    }
+  return code_scale(largest, kMostShare);
+}
+
+// Codes of a block's columns as the words of shares want them: [keys / together][block]. Keys beyond the last one are
+// that one again: their shares are 0.
+template <class S>
+void turn_values(const int8_t* codes, int64_t width, int64_t known, int64_t keys, int64_t block, int32_t* panel) {
+  constexpr int64_t together = S::together, side = kSideBySide;
+  for (int64_t k = 0; k < keys; k += together * side)
+    for (int64_t i = 0; i < side; ++i, panel += block) {
+      const int8_t* row[together];
+      for (int64_t t = 0; t < together; ++t) row[t] = codes + least(k + t * side + i, known - 1) * width;
+      S::turn_columns(row, block, panel);
+    }
+}
+
+// M rows of shares by a panel.
+template <class S, int M>
+__attribute__((noinline)) void weigh_rows(const int32_t* words, const float* scales, int64_t rows, const int32_t* panel,
+                                          int64_t block, int64_t steps, float* out, int64_t stride) {
+  using Int = typename S::Int;
+  constexpr int digits = S::together / 2, vectors = 2;
+  for (int64_t at = 0; at < block; at += vectors * S::lanes) {
+    Int sum[M][digits][vectors];
+    for (int m = 0; m < M; ++m)
+      for (int d = 0; d < digits; ++d)
+        for (int v = 0; v < vectors; ++v) sum[m][d][v] = S::ints(0);
+    for (int64_t s = 0; s < steps; ++s) {
+      Int column[vectors];
+      for (int v = 0; v < vectors; ++v) column[v] = S::load_bytes(panel + s * block + at + v * S::lanes);
+      for (int m = 0; m < M; ++m)
+        for (int d = 0; d < digits; ++d) {
+          const Int share = S::ints(words[(m * digits + d) * (kCachedKeys / S::together) + s]);
+          for (int v = 0; v < vectors; ++v) sum[m][d][v] = S::dot_shares(sum[m][d][v], column[v], share);
+        }
+    }
+    for (int m = 0; m < M && m < rows; ++m)
+      for (int v = 0; v < vectors; ++v) {
+        Int all = sum[m][0][v];
+        if (digits == 2) all = S::add(S::multiply(all, S::ints(kDigit)), sum[m][digits - 1][v]);
+        const typename S::Float value = S::multiply(S::to_floats(all), S::floats(scales[m]));
+        S::store_ints(reinterpret_cast<int32_t*>(out + m * stride + at + v * S::lanes), S::as_ints(value));
+      }
+  }
+}
+
+template <class S>
+void weigh_cached(const float* shares, int64_t shares_stride, int64_t rows, const Cached& cached, int64_t keys,
+                  int64_t columns, float* out, int64_t stride) {
+  constexpr int M = S::share_rows;
+  constexpr int64_t together = S::together;
+  const int64_t block = cached.width / cached.parts, whole = divide_up(keys, together * kSideBySide) * together * kSideBySide;
+  alignas(64) int32_t panel[kCachedKeys / together * moedge::kMostCachedBlock];
+  alignas(64) int32_t words[M * kCachedKeys / 2];
+  float scales[kCachedKeys], own[M];
+  for (int64_t g = 0; g * block < columns; ++g) {
+    memset(scales, 0, sizeof scales);
+#pragma GCC novector
+    for (int64_t k = 0; k < keys; ++k) {
+      const float scale = cached.scales[k * cached.parts + g];
+      scales[k] = scale == scale ? scale : 0.0f;  // who sees such a key gets no number by its score
+    }
+    turn_values<S>(cached.codes + g * block, cached.width, keys, whole, block, panel);
+    for (int64_t r = 0; r < rows; r += M) {
+      for (int64_t m = 0; m < M; ++m)
+        if (r + m < rows)
+          own[m] = round_shares<S>(shares + (r + m) * shares_stride, scales, whole, words + m * kCachedKeys / 2);
+      weigh_rows<S, M>(words, own, rows - r, panel, block, whole / together, out + r * stride + g * block, stride);
+    }
+  }
+}
+
+}  // namespace
