@@ -291,7 +291,10 @@ void scale(float* numbers, int64_t count, const float* by) {
   int64_t i = 0;
   for (; i + S::lanes <= count; i += S::lanes)
     S::store(numbers + i, S::multiply(S::load(numbers + i), S::load(by + i)));
-  for (; i < count; ++i) numbers[i] *= by[i];
+  for (; i < count; ++i) {
+    numbers[i] *= by[i];
+    asm volatile("" ::: "memory");  // or the few that are left get a loop of vectors too
+  }
 }
 
 // --- softmax -------------------------------------------------------------------------------------------------------
