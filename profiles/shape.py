@@ -30,6 +30,7 @@ _OWN_KERNELS = ("onnxruntime",)
 # (runtime/kernels/planes.cpp): rows by blocks of so many, and how many blocks' maxima a logit is compared with.
 _BLOCK_ROWS, _BEST_BLOCKS = 16, 2048
 _MOST_BLOCK = 64  # channels of an int8 latent that share a scale
+_INTEGER_BLOCKS = (32, 64)  # which the kernels multiply as integers; others become floats first, slower than fp16 does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +158,17 @@ def default_kv_cache(manifest: Mapping[str, Any]) -> str:
     """The type of the KV cache where there is a choice and nobody asks for one.
 
     fp32 where weights are exact, and where onnxruntime's own ops run, which are slower with fp16. Beside integer
-    weights, whose rounding is coarser by far (docs/kv-cache.md), int8 for keys and values, fp16 for MLA's latent.
+    weights, whose rounding is coarser by far (docs/kv-cache.md), int8, but fp16 for a latent of MLA's whose blocks are
+    smaller than those that the kernels multiply as integers.
     """
     integers = manifest["quantization"].get("weights") in ("int4", "int8")
     if not integers or kernels.library() is None:
         return STOCK_KV_CACHE
-    return "int8" if manifest["config"]["attention"]["kind"] == "gqa" else "fp16"
+    attention = manifest["config"]["attention"]
+    if attention["kind"] != "mla":
+        return "int8"
+    block = latent_block(attention["kv_lora_rank"], attention["qk_rope_head_dim"])
+    return "int8" if block in _INTEGER_BLOCKS else "fp16"
 
 
 def cache_element_bytes(manifest: Mapping[str, Any], target: str, kv_cache: str | None = None) -> float:

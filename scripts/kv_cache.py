@@ -26,7 +26,7 @@ from moedge.profiles.shape import KV_CACHES
 from moedge.runtime.eval import evaluate
 
 INTRODUCTION = """\
-`moedge build BUNDLE --profile cpu` takes int8 for keys and values and fp16 for MLA's latent, where the weights are
+`moedge build BUNDLE --profile cpu` takes int8, or fp16 for a latent of MLA's in blocks below 32, where the weights are
 integers and moedge's own kernels are compiled; else fp32. `--kv-cache` asks for another; engine.json says what it is
 (`kv_cache`), and what the graph of onnxruntime's own ops has where that is another (`stock`).
 

@@ -183,7 +183,7 @@ def test_wrong_types_are_refused(tiny_bundle: Path) -> None:
 def test_what_nobody_asks_for(
     tiny_bundle: Path, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fp16 of a latent beside integers where our own ops run; everybody who counts bytes counts those."""
+    """int8 beside integers where our own ops run, fp16 of a latent in small blocks; who counts bytes counts those."""
     exact, device = Bundle.open(bundles["fp32"]).manifest, load_profile("raspberry-pi-5")
     integers = Bundle.open(tiny_bundle).manifest
     for manifest, variable, kind in ((integers, "", "fp16"), (exact, "", "fp32"), (integers, "stock", "fp32")):
@@ -194,6 +194,9 @@ def test_what_nobody_asks_for(
         assert by_itself["bytes_per_token"] == asked["bytes_per_token"]
         assert by_itself["fit"] == asked["fit"] == check_fit(manifest, device, 1, 10).to_json()
     monkeypatch.delenv(kernels.VARIABLE)
+    config = integers["config"]
+    for attention in ({"kind": "gqa"}, {**config["attention"], "kv_lora_rank": 512, "qk_rope_head_dim": 64}):
+        assert default_kv_cache({**integers, "config": {**config, "attention": attention}}) == "int8"
     path = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     result = CliRunner().invoke(cli.main, ["build", str(path), "--profile", "cpu"], catch_exceptions=False)
     assert "int4 weights, fp32 activations, fp16 KV cache" in result.stdout
