@@ -3,6 +3,7 @@
 Each is exported with the parity check, run by the cpu engine and scored on sample/heldout.txt as `moedge eval` does.
 gptq calibrates with pieces of this Python's standard library, none of them from held-out files. The results go to
 docs/quantization.json, and docs/quantization.md is made from them. The status is 1 where the quality bar is not met.
+`--planes` measures anew only what a head in planes costs (head_planes.py), and writes the page with what else is known.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from check_estimate import plan_manifest
+from head_planes import measure_planes, planes_section
 from synthetic_checkpoint import read_shape
 
 import moedge
@@ -80,15 +82,20 @@ GOOD_128 = [Variant("int4", name, 128, zero) for name in ("hqq", "gptq") for zer
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="threads that compute (default: physical cores)")
+    parser.add_argument("--planes", action="store_true", help="only the head in planes")
     arguments = parser.parse_args()
+    known = PAGE.with_suffix(".json")
     with tempfile.TemporaryDirectory(prefix="bench-quantization-") as folder:
         calibration = write_calibration(Path(folder) / "calibration.txt")
-        results = []
-        for variant in VARIANTS:
+        results = json.loads(known.read_text())["results"] if arguments.planes else []
+        for variant in () if arguments.planes else VARIANTS:
             results.append(measure(variant, calibration, Path(folder), arguments.threads))
             print(f"{variant.describe()}: {results[-1]['bits_per_byte']:.4f} bits per byte", file=sys.stderr)
+        text = (SAMPLE / "heldout.txt").read_text(encoding="utf-8")
+        planes = measure_planes(text, SAMPLE, Path(folder), calibration)
     document = {"date": datetime.date.today().isoformat(), "moedge": moedge.__version__, "results": results}
-    PAGE.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    document["planes"] = planes
+    known.write_text(json.dumps(document, indent=1) + "\n")
     PAGE.write_text(make_page(document))
     bars = check_bars(results)
     print("\n".join(f"{'met' if met else 'NOT MET'}: {what}" for what, met in bars))
@@ -258,6 +265,7 @@ def make_page(document: dict[str, Any]) -> str:
     lines += ["", "What is asked of it:", ""]
     lines += [f"- {what}: {'met' if met else 'not met'}" for what, met in check_bars(results)]
     lines += ["", *_head_section(results)]
+    lines += ["", *planes_section(document["planes"])]
     return "\n".join([*lines, "", f"moedge {document['moedge']}, {document['date']}.", ""])
 
 

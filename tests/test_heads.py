@@ -11,6 +11,8 @@ from typing import Any
 import checkpoints
 import family_cases
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -26,7 +28,7 @@ from moedge.export.checkpoint import Checkpoint
 from moedge.export.families import find_family
 from moedge.export.heads import untie_head
 from moedge.export.layout import plan_layout
-from moedge.export.quantization import find_algorithm
+from moedge.export.quantization import find_algorithm, unpack_int6
 from moedge.export.reader import WeightsReader
 from moedge.profiles.device import load_profile
 from moedge.profiles.estimate import bytes_per_token, estimate
@@ -226,6 +228,94 @@ def test_rows_of_the_head_that_are_read_whole(vocabulary: int, tokens: int) -> N
             read |= logits >= (maxima[-2048] if len(maxima) > 2048 else -np.inf)
         found.append(read.sum())
     assert abs(np.mean(found) / shape.distinct_refined_rows(tokens) - 1) < 0.05
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_large_vocabulary_is_ranked_as_by_all_six_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside onnxruntime's kernels, which take six bits of each row: the likeliest are the same, the others near."""
+    checkpoints.save_model(checkpoints.make_model(vocab_size=33_500, hidden_size=64), tmp_path / "checkpoint")
+    moedge.export(tmp_path / "checkpoint", tmp_path / "bundle", group_size=32, verify=False)
+    moedge.build(tmp_path / "bundle", "cpu")
+    ids, found = np.random.default_rng(2).integers(0, 33_500, 9), []
+    for kernels in ("", "stock"):
+        if kernels:
+            monkeypatch.setenv("MOEDGE_KERNELS", kernels)
+        with moedge.load(tmp_path / "bundle", "cpu") as engine:
+            found.append(engine.logits(ids))
+    own, stock = found
+    noise = np.abs(own - stock)
+    best = stock >= np.sort(stock, axis=1)[:, -500, None]
+    assert np.median(noise[best]) < 0.7 * np.median(noise[~best]) < 0.1 * stock.std()
+    np.testing.assert_array_equal(own.argmax(1), stock.argmax(1))
+
+
+BLOCKS = """
+<domain: "moedge", opset_import: ["" : 23]>
+SixBitCodes (packed) => (codes)
+{
+    block_shape = Constant <value_ints = [0, -1, 48]> ()
+    row_shape = Constant <value_ints = [0, -1]> ()
+    sizes = Constant <value_ints = [32, 16]> ()
+    two = Constant <value = uint8 {2}> ()
+    four = Constant <value = uint8 {4}> ()
+    low_bits = Constant <value = uint8 {15}> ()
+    high_bits = Constant <value = uint8 {48}> ()
+    shift = Constant <value = uint8 {96}> ()
+    blocks = Reshape (packed, block_shape)
+    pairs, fours = Split <axis = 2> (blocks, sizes)
+    first_half = BitwiseAnd (pairs, low_bits)
+    second_half = BitShift <direction = "RIGHT"> (pairs, four)
+    lower = Concat <axis = 2> (first_half, second_half)
+    by_four = BitShift <direction = "LEFT"> (fours, four)
+    by_two = BitShift <direction = "LEFT"> (fours, two)
+    back = BitShift <direction = "RIGHT"> (fours, two)
+    moved = Concat <axis = 2> (by_four, by_two, fours, back)
+    upper = BitwiseAnd (moved, high_bits)
+    six = BitwiseOr (lower, upper)
+    centred = Add (six, shift)
+    codes = Reshape (centred, row_shape)
+}
+"""
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_bundle_with_codes_in_blocks(tmp_path: Path) -> None:
+    """As earlier versions wrote them: the CPU takes them still, TensorRT says what to do."""
+    bundle = export(*CASES[0], tmp_path, head="int6", verify=False)
+    moedge.build(bundle.path, "cpu")
+    with moedge.load(bundle.path, "cpu") as engine:
+        wanted = engine.logits([1, 5, 9, 2])
+    model = onnx.load(bundle.file(MODEL), load_external_data=False)
+    (node,) = [node for node in model.graph.node if node.op_type == "SixBitPlanes"]
+    (tensor,) = [each for each in model.graph.initializer if each.name == node.input[0]]
+    offset = int(next(each.value for each in tensor.external_data if each.key == "offset"))
+    _, rows, quarter = tensor.dims
+    planes = np.memmap(bundle.file("weights.bin"), np.uint8, "r+", offset, (3, rows, quarter))
+    codes = unpack_int6(planes[:2].reshape(rows, -1), planes[2]).reshape(rows, -1, 64)
+    blocks, high = np.empty((rows, codes.shape[1], 48), np.uint8), codes >> 4
+    blocks[..., :32] = codes[..., :32] & 15 | codes[..., 32:] << 4
+    blocks[..., 32:] = high[..., :16] | high[..., 16:32] << 2 | high[..., 32:48] << 4 | high[..., 48:] << 6
+    planes[:] = blocks.reshape(planes.shape)
+    planes.flush()
+    node.op_type, tensor.dims[:] = "SixBitCodes", [rows, 3 * quarter]
+    for value in [each for each in (*model.graph.value_info, *model.graph.input) if each.name == tensor.name]:
+        value.CopyFrom(onnx.helper.make_tensor_value_info(tensor.name, onnx.TensorProto.UINT8, tensor.dims))
+    kept = [each for each in model.functions if each.name != "SixBitPlanes"]
+    del model.functions[:]
+    model.functions.extend([*kept, onnx.parser.parse_function(BLOCKS)])
+    bundle.file(MODEL).write_bytes(model.SerializeToString())
+    canonical, _ = load_canonical(bundle)
+    cache = target.lower(canonical, accuracy_level=0, fused_experts=target.has_router_weights())
+    found = LoweredGraph(canonical, cache, bundle.path).step(np.array([1, 5, 9, 2]))["logits"]
+    assert np.abs(found - wanted).max() < 0.1 * wanted.std()
+    canonical, config = load_canonical(bundle)
+    with pytest.raises(moedge.BuildError) as raised:
+        lower_network(canonical, config, 40, real=ir.DataType.FLOAT16).weights.write(tmp_path / WEIGHTS_FILE)
+    told = (
+        "the head's 6-bit codes lie as an earlier version of moedge wrote them, and only --profile cpu still takes "
+        "them; export the bundle again"
+    )
+    assert str(raised.value) == told
 
 
 def test_the_command_and_a_bundle_of_before(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
