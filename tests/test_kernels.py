@@ -198,7 +198,7 @@ def test_inputs_that_do_not_fit_are_refused(
 def test_other_bits_are_refused(library: Path) -> None:
     gate_up = make_stack(np.random.default_rng(0), (2, 32, 16), 16, 8)
     wrong = Stack(gate_up.codes, gate_up.scales, 5)
-    with pytest.raises(Exception, match="bits must be 4, 6 or 8"):
+    with pytest.raises(Exception, match="bits must be 4 or 8, of Linear and Projections also 6"):
         open_model(experts_model(wrong, wrong), library)
 
 
