@@ -165,10 +165,10 @@ def default_kv_cache(manifest: Mapping[str, Any]) -> str:
     if not integers or kernels.library() is None:
         return STOCK_KV_CACHE
     attention = manifest["config"]["attention"]
-    if attention["kind"] != "mla":
-        return "int8"
-    block = latent_block(attention["kv_lora_rank"], attention["qk_rope_head_dim"])
-    return "int8" if block in _INTEGER_BLOCKS else "fp16"
+    if attention["kind"] == "mla":
+        block = latent_block(attention["kv_lora_rank"], attention["qk_rope_head_dim"])
+        return "int8" if block in _INTEGER_BLOCKS else "fp16"
+    return "int8" if attention["kind"] == "gqa" else "fp16"
 
 
 def cache_element_bytes(manifest: Mapping[str, Any], target: str, kv_cache: str | None = None) -> float:

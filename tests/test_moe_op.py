@@ -25,7 +25,7 @@ CASES = [
     (SOFTMAX, 6, 2, 256, 640, 128, 4, 4, 384, {"norm", "residual"}),
     (SIGMOID, 8, 3, 48, 80, 16, 4, 8, 48, {"norm", "residual", "zeros", "correction"}),
     (SOFTMAX, 5, 5, 128, 96, 32, 8, 4, 160, {"norm", "share", "logits_bias"}),
-    (SOFTMAX, 70, 1, 128, 64, 64, 6, 6, 192, {"norm", "residual", "share"}),
+    (SOFTMAX, 70, 1, 128, 64, 64, 4, 4, 192, {"norm", "residual", "share"}),
     (SOFTMAX, 9, 4, 1056, 32, 32, 4, 0, 0, {"norm", "residual", "biases"}),
     (SIGMOID, 4, 2, 64, 64, 64, 8, 0, 0, set()),
 ]

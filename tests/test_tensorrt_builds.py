@@ -110,6 +110,7 @@ def test_dry_run_is_the_arithmetic_by_hand(tiny: Bundle) -> None:
     scores, logits = 2 * config["num_attention_heads"] * 96 * 96 * 2, config["vocab_size"] * 4
     workspace = round(1.04 * 96 * widest * 2) + scores + logits + (8 << 20)
     weights = sum(tiny.sizes.values()) + config["vocab_size"] * config["hidden_size"] // 4  # the head: 8 bits, not 6
+    weights += sum(entry.get("float8_scales", 0) for entry in tiny.manifest["quantization"]["classes"].values())
     assert fit["weight_bytes"] == weights
     assert fit["cache_bytes"] == cache
     assert fit["workspace_bytes"] == workspace

@@ -194,8 +194,12 @@ def _keep_experts(model: ir.Model, first: int, count: int) -> None:
 
 def _keep_rows(model: ir.Model, vocabulary: int, view: View) -> None:
     for name, value in model.graph.initializers.items():
-        if name.startswith(("embed.", "head.")) and value.shape is not None and value.shape[0] == vocabulary:
+        if not name.startswith(("embed.", "head.")) or value.shape is None:
+            continue
+        if value.shape[0] == vocabulary:
             _slice_rows(value, view.first_row, view.rows)
+        elif value.shape.rank() == 3 and value.shape[1] == vocabulary:
+            _slice_planes(value, view.first_row, view.rows)
     shape = model.graph.initializers["shape.vocab"]
     shape.const_value = ir.tensor(np.array([view.rows], np.int64), name="shape.vocab")
     logits = model.graph.outputs[0]
@@ -220,6 +224,19 @@ def _slice_rows(value: ir.Value, first: int, count: int) -> None:
         base_dir=tensor.base_dir,
     )
     value.shape = ir.Shape([count, *rest])
+
+
+def _slice_planes(value: ir.Value, first: int, count: int) -> None:
+    """Rows of codes of 6 bits, which lie in two places: copied."""
+    tensor = value.const_value
+    assert tensor is not None
+    _, rows, width = (int(size) for size in tensor.shape.numpy())
+    held = tensor.numpy()
+    upper, lower = held[:2].reshape(rows, 2 * width), held[2]
+    part = slice(first, first + count)
+    planes = np.concatenate([upper[part].reshape(2, count, width), lower[None, part]])
+    value.const_value = ir.tensor(planes, name=str(value.name))
+    value.shape = ir.Shape(planes.shape)
 
 
 def _expert_calls(model: ir.Model) -> list[ir.Node]:

@@ -421,7 +421,9 @@ def _bytes_or_floats(source: Any) -> Any:
         view = _bytes_or_floats(source.stored)
         return _Float8Rows(view) if source.stored.dtype == ir.DataType.UINT8 else view
     tensor = source.const_value
-    assert isinstance(tensor, ir.ExternalTensor) and tensor.length is not None
+    if not isinstance(tensor, ir.ExternalTensor):  # a part that was copied
+        return tensor.numpy()
+    assert tensor.length is not None
     shape = _shape_of(tensor)
     others = {ir.DataType.BFLOAT16: tensor.dtype.numpy(), ir.DataType.INT64: np.int64}
     dtype: Any = {**_FLOATS, **others}.get(tensor.dtype, np.uint8)
