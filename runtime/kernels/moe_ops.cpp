@@ -2,7 +2,7 @@
 // those of step_ops.cpp do: x float [T, H], residual float [T, H], norm weight float [H], the last two optional.
 //
 // Experts  x float [T, H], experts int64 [T, k], weights float [T, k], then the experts: gate_up uint8 [E, 2 I, H bits /
-//          8], its scales float or fp16 [E, 2 I, groups], down uint8 [E, H, I bits / 8], its scales; optional: gate_up's
+//          8], its scales float, fp16 or float8 [E, 2 I, groups], down uint8 [E, H, I bits / 8], its scales; optional: gate_up's
 //          and down's zero points (uint8), gate_up's and down's biases (float); attributes bits, alpha, limit, offset
 //          -> y float [T, H]
 // Router   x, residual, norm, matrix float or bf16 [E, H], optional: bias of the logits [E], bias of the choice [E];

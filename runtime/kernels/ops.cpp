@@ -1,7 +1,7 @@
 // The custom ops of the domain `moedge.cpu`, as onnxruntime registers and calls them.
 //
 // Linear   x float [..., K], codes uint8 [N, K bits / 8], of 6 bits [3, N, K / 4] (two thirds 4 bits of each, a third
-//          2), scales float or fp16 [N, groups]; optional: zero points, bias [N]; attribute bits -> y float [..., N]
+//          2), scales float, fp16 or float8 [N, groups]; optional: zero points, bias [N]; attribute bits -> y float [..., N]
 
 #include <string.h>
 

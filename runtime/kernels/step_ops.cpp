@@ -1,7 +1,7 @@
 // The custom ops that take several nodes' place. All begin with the residual sum and the norm of their input, where
 // these are given: x float [T, H], residual float [T, H], norm weight float [H], the last two optional.
 //
-// Projections  x, residual, norm, then one to three times: codes uint8 [N, H bits / 8], scales float or fp16 [N,
+// Projections  x, residual, norm, then one to three times: codes uint8 [N, H bits / 8], scales float, fp16 or float8 [N,
 //              groups], optional: zero points, bias [N]; attributes bits, epsilon; 6 bits as Linear, then once
 //              -> y float [T, N] of the first, optional: x + residual [T, H], y of the second and the third
 // Mlp          x, residual, norm, gate_up uint8 [2 I, H bits / 8] (gate's rows first), its scales, zero points, down

@@ -14,7 +14,7 @@ inline bool good_group(int64_t width, int64_t groups) {
 
 inline bool is_row(const Tensor& tensor, int64_t width) { return tensor.rank == 1 && tensor.shape[0] == width; }
 
-// A matrix of codes, scales and optional zero points in a row; false where they do not fit a width.
+// A matrix of codes, scales (float8 ones are uint8) and optional zero points in a row; false where they do not fit a width.
 inline bool read_matrix(const Tensor* in, int64_t width, int bits, Matrix* out) {
   if (!in[0].data || !in[1].data || in[1].rank != 2 || !good_group(width, in[1].shape[1])) return false;
   *out = {in[0].as<uint8_t>(),    in[1].data,           in[2].as<uint8_t>(),  in[1].shape[0], width,
