@@ -35,7 +35,7 @@ from .plan import explain_parts, parts_table
 @click.option("--max-memory", metavar="SIZE", help="Memory that building may take (16GiB): then several engines.")
 @click.option("--prefill-chunk", type=int, metavar="N", help="Tokens of a prompt in one run (TensorRT). [default: 256]")
 @click.option("--expert-buckets", is_flag=True, help="Chunks in buckets of bounded size (TensorRT).")
-@click.option("--kv-cache", metavar="TYPE", help="fp32, fp16 or int8 (CPU). [default: int8 beside integer weights]")
+@click.option("--kv-cache", metavar="TYPE", help="fp32, fp16, int8 (CPU). [default: int8 beside integers, else fp32]")
 @click.option(
     "--latent-attention",
     default="auto",

@@ -52,7 +52,7 @@ def profiles_command(name: str | None, as_json: bool) -> None:
     "--batch", "--max-batch", "batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."
 )
 @click.option("--max-seq-len", type=click.IntRange(1), help="Room in the KV cache. [default: prompt and new tokens]")
-@click.option("--kv-cache", metavar="TYPE", help="fp32, fp16 or int8 (CPU). [default: as of build]")
+@click.option("--kv-cache", metavar="TYPE", help="fp32, fp16 or int8 (CPU). [default: what build takes by itself]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout (a list for several profiles).")
 def estimate_command(
     bundle: Path,

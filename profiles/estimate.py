@@ -101,7 +101,8 @@ def check_kv_cache(device: DeviceProfile, kv_cache: str | None) -> None:
     known = KV_CACHES.get(device.target, ())
     if kv_cache is not None and kv_cache not in known:
         has = f"has {', '.join(known)}" if known else "has no choice of it"
-        raise UsageError(f"kv_cache {kv_cache!r}: target {device.target} {has}; leave --kv-cache out, or change it")
+        change = "change it" if known else "give it to a profile of its own that has"
+        raise UsageError(f"kv_cache {kv_cache!r}: target {device.target} {has}; leave --kv-cache out, or {change}")
 
 
 def decode_work(

@@ -84,8 +84,8 @@ def sizes_table(document: dict[str, Any]) -> Table:
         stored = classes.get(name, {})
         error = stored.get("relative_error")
         group = f", group {stored['group_size']}" if stored.get("group_size") else ""
-        scales = [f"fp{bits} scales" for bits in (8, 16) if stored.get(f"float{bits}_scales")]
-        kind = ", ".join([f"{stored.get('dtype', '')}{group}", *scales])
+        scales = [f"{bits}-bit scales" for bits in (8, 16) if stored.get(f"float{bits}_scales")]
+        kind = "; ".join([", ".join([f"{stored.get('dtype', '')}{group}", *scales]), *stored.get("also", [])])
         share = f"{100 * count / total:.1f}%"
         table.add_row(name, kind, "" if error is None else f"{100 * error:.2f}%", size(count), share)
     table.add_row("all", "", "", size(total), "", style="bold")
@@ -120,7 +120,9 @@ def _note(engine: dict[str, Any]) -> str:
     if not engine["runs_here"]:
         return str(engine["reason"])
     made_by, why = engine.get("kernels"), engine.get("why_not_own_kernels")
-    return f"{engine['profile']}: its kernels here are {made_by}{f' ({why})' if why else ''}" if made_by else ""
+    if not made_by:
+        return ""
+    return f"{engine['profile']}: its kernels here are {made_by}{f' ({why})' if why else ''}\n  {engine['precision']}"
 
 
 def size(count: float) -> str:
