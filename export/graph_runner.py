@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import require
+from .quantization import slice_int6
 
 Array = np.ndarray[Any, Any]
 Values = dict[str, Array]
@@ -237,10 +238,7 @@ def _slice_planes(value: ir.Value, part: tuple[int, int], folder: Path) -> onnx.
     assert isinstance(tensor, ir.ExternalTensor)
     place = {"offset": tensor.offset or 0, "shape": _shape_of(tensor)}
     held: Array = np.memmap(folder / tensor.location, np.uint8, "r", **place)  # type: ignore[call-overload]
-    rows = slice(*part)
-    upper, lower = held[:2].reshape(held.shape[1], -1)[rows], held[2, rows]
-    planes = np.concatenate([upper.reshape(-1), lower.reshape(-1)]).reshape(3, *lower.shape)
-    return ir.serde.serialize_tensor(ir.tensor(planes, name=value.name))
+    return ir.serde.serialize_tensor(ir.tensor(slice_int6(held, *part), name=value.name))
 
 
 def _slice_tensor(value: ir.Value, part: tuple[int, int] | None) -> onnx.TensorProto:
@@ -250,7 +248,7 @@ def _slice_tensor(value: ir.Value, part: tuple[int, int] | None) -> onnx.TensorP
     shape = list(_shape_of(tensor))
     if not isinstance(tensor, ir.ExternalTensor):
         array = tensor.numpy() if part is None else tensor.numpy()[part[0] : part[1]]
-        return ir.serde.serialize_tensor(ir.tensor(np.ascontiguousarray(array), name=value.name))
+        return ir.serde.serialize_tensor(ir.tensor(array, name=value.name))
     offset, length = tensor.offset or 0, tensor.length or 0
     if part is not None:
         bits = math.prod(shape[1:]) * tensor.dtype.bitwidth

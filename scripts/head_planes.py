@@ -15,6 +15,7 @@ import onnxruntime as ort
 
 import moedge
 from moedge.bundle import MODEL, Bundle
+from moedge.runtime.eval import log_softmax
 
 Array = np.ndarray[Any, Any]
 SHARES = (0.024, 0.05, 0.1)  # the first is that of 2,400 of 100,000
@@ -114,18 +115,12 @@ def compare(found: list[Array], wanted: list[Array], tokens: list[Array]) -> dic
     """Over all windows: mean divergence from `wanted` in nats, share of the same likeliest, mean loss in nats."""
     spread, same, loss, count = 0.0, 0, 0.0, 0
     for mine, others, ids in zip(found, wanted, tokens, strict=True):
-        p, q = _log_softmax(others), _log_softmax(mine)
+        p, q = log_softmax(others), log_softmax(mine)
         spread += float((np.exp(p) * (p - q)).sum())
         same += int((mine.argmax(1) == others.argmax(1)).sum())
         loss -= float(q[np.arange(len(ids) - 1), ids[1:]].sum())
         count += len(ids)
     return {"kl_nats": spread / count, "top1_agreement": same / count, "loss_nats": loss / (count - len(tokens))}
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return result
 
 
 def planes_section(results: list[dict[str, Any]]) -> list[str]:

@@ -28,7 +28,7 @@ from moedge.export.checkpoint import Checkpoint
 from moedge.export.families import find_family
 from moedge.export.heads import untie_head
 from moedge.export.layout import plan_layout
-from moedge.export.quantization import find_algorithm, unpack_int6
+from moedge.export.quantization import find_algorithm, split_int6, unpack_int6
 from moedge.export.reader import WeightsReader
 from moedge.profiles.device import load_profile
 from moedge.profiles.estimate import bytes_per_token, estimate
@@ -291,7 +291,7 @@ def test_a_bundle_with_codes_in_blocks(tmp_path: Path) -> None:
     offset = int(next(each.value for each in tensor.external_data if each.key == "offset"))
     _, rows, quarter = tensor.dims
     planes = np.memmap(bundle.file("weights.bin"), np.uint8, "r+", offset, (3, rows, quarter))
-    codes = unpack_int6(planes[:2].reshape(rows, -1), planes[2]).reshape(rows, -1, 64)
+    codes = unpack_int6(*split_int6(planes)).reshape(rows, -1, 64)
     blocks, high = np.empty((rows, codes.shape[1], 48), np.uint8), codes >> 4
     blocks[..., :32] = codes[..., :32] & 15 | codes[..., 32:] << 4
     blocks[..., 32:] = high[..., :16] | high[..., 16:32] << 2 | high[..., 32:48] << 4 | high[..., 48:] << 6

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from moedge.export.functions import DOMAIN, FUNCTIONS
-from moedge.export.quantization import pack_int6, unpack_int6, widen_int6
+from moedge.export.quantization import pack_int6, slice_int6, split_int6, unpack_int6, widen_int6
 from moedge.runtime import kernels
 
 Array = np.ndarray[Any, Any]
@@ -40,6 +40,9 @@ def test_packing_and_the_graphs_unpacking(rows: int, width: int) -> None:
     packed = np.concatenate([upper.reshape(-1), lower.reshape(-1)]).reshape(3, rows, -1)
     (found,) = ReferenceEvaluator(model).run(None, {"packed": packed})
     np.testing.assert_array_equal(found, codes + 96)  # the middle, 32, becomes 128
+    for first, end in [(0, rows), (rows // 2, rows), (rows - 1, rows)]:
+        part = unpack_int6(*split_int6(slice_int6(packed, first, end)))
+        np.testing.assert_array_equal(part, codes[first:end])
 
 
 def begin(x: Array, matrix: Stack) -> Array:

@@ -219,6 +219,17 @@ def widen_int6(upper: Array, lower: Array) -> Array:
     return widened
 
 
+def split_int6(planes: Array) -> tuple[Array, Array]:
+    """uint8 [3, n, k/4] as a matrix of 6-bit codes is stored -> what `unpack_int6` takes, [n, k/2] and [n, k/4]."""
+    return planes[:2].reshape(planes.shape[1], -1), planes[2]
+
+
+def slice_int6(planes: Array, first: int, end: int) -> Array:
+    """Rows `first` to `end - 1` of stored 6-bit codes, which lie in two places: a copy uint8 [3, end - first, k/4]."""
+    upper, lower = (plane[first:end].reshape(-1) for plane in split_int6(planes))
+    return np.concatenate([upper, lower]).reshape(3, end - first, planes.shape[2])
+
+
 def unpack_int4(packed: Array) -> Array:
     """The inverse of `pack_int4` for an even last axis: uint8 [..., n/2] -> uint8 [..., n]."""
     codes = np.empty((*packed.shape, 2), np.uint8)

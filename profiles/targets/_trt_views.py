@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...export.config import MoEConfig
+from ...export.quantization import slice_int6
 from ._canonical import Rewriter, find_calls, find_matrix
 
 CHUNKS = (2, 1, 2)  # a chunk at the beginning, one token, a chunk behind others
@@ -230,11 +231,7 @@ def _slice_planes(value: ir.Value, first: int, count: int) -> None:
     """Rows of codes of 6 bits, which lie in two places: copied."""
     tensor = value.const_value
     assert tensor is not None
-    _, rows, width = (int(size) for size in tensor.shape.numpy())
-    held = tensor.numpy()
-    upper, lower = held[:2].reshape(rows, 2 * width), held[2]
-    part = slice(first, first + count)
-    planes = np.concatenate([upper[part].reshape(2, count, width), lower[None, part]])
+    planes = slice_int6(tensor.numpy(), first, first + count)
     value.const_value = ir.tensor(planes, name=str(value.name))
     value.shape = ir.Shape(planes.shape)
 

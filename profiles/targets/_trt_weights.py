@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from ...bundle import Progress
 from ...errors import BuildError
-from ...export.quantization import FLOAT8, widen_int6
+from ...export.quantization import FLOAT8, split_int6, widen_int6
 from ._canonical import SIX_BITS, Matrix
 from ._trt_fp8 import Scales, Values, codes_of, rounded, scales_of
 
@@ -317,9 +317,8 @@ class _SixBitRows:
                 "the head's 6-bit codes lie as an earlier version of moedge wrote them, and only --profile cpu still "
                 "takes them; export the bundle again"
             )
-        packed = _bytes_or_floats(matrix.data)
         self.shape = matrix.shape
-        self.upper, self.lower = packed[:2].reshape(len(self), -1), packed[2]
+        self.upper, self.lower = split_int6(_bytes_or_floats(matrix.data))
 
     def __len__(self) -> int:
         return self.shape[0]
