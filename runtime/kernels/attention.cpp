@@ -244,7 +244,7 @@ void fetch_first(const Attention& a, const Tile& tile, int64_t block) {
   const int64_t from = (tile.group * tile.lane->capacity + start) * row;
   for (const void* cache : {tile.lane->keys, a.values_are_keys ? nullptr : tile.lane->values})
     for (int64_t at = 0; cache && at < least(kAhead, rows * row); at += 64)
-      __builtin_prefetch(static_cast<const char*>(cache) + from + at, 0, 2);
+      fetch(static_cast<const char*>(cache) + from + at);
 }
 
 void run_tile(const Attention& a, const Tile& tile, const Work& work) {

@@ -22,6 +22,7 @@ namespace {
 
 using moedge::divide_up;
 using moedge::Element;
+using moedge::fetch;
 using moedge::kAhead;
 using moedge::kFewRows;
 using moedge::kPanelKeys;
@@ -39,7 +40,7 @@ template <typename T>
 inline void fetch_ahead(const T* from, int64_t count) {
   constexpr int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T)), line = 64 / static_cast<int64_t>(sizeof(T));
   int64_t i = 0;
-  do __builtin_prefetch(from + ahead + i);
+  do fetch(from + ahead + i);
   while ((i += line) < count);
 }
 
@@ -151,7 +152,7 @@ void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t wid
     for (int64_t w = 0; w < width; w += lanes) {
       typename S::Float square[lanes];
       for (int64_t i = 0; i < lanes; ++i) square[i] = S::load(sources[i] + w);
-      for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[i] + lanes * stride + w);  // the next rows
+      for (int64_t i = 0; i < lanes; ++i) fetch(sources[i] + lanes * stride + w);  // the next rows
       S::transpose(square);
       for (int64_t i = 0; i < least(lanes, width - w); ++i) S::store(panel + (w + i) * columns + r, square[i]);
     }
@@ -176,7 +177,7 @@ __attribute__((noinline)) void score_rows(const float* queries, int64_t width, i
       typename S::Float square[squares][lanes];
       for (int s = 0; s < squares; ++s) {
         for (int64_t i = 0; i < lanes; ++i) square[s][i] = load_any<S>(sources[s * lanes + i] + w);
-        for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(sources[s * lanes + i] + squares * lanes * stride + w);
+        for (int64_t i = 0; i < lanes; ++i) fetch(sources[s * lanes + i] + squares * lanes * stride + w);
         S::transpose(square[s]);
       }
       for (int64_t i = 0; i < least(lanes, width - w); ++i)
@@ -220,7 +221,7 @@ __attribute__((noinline)) void score_by_rows(const float* panel, int64_t columns
     for (int64_t at = 0; at < width; at += kVector) {
       for (int64_t i = 0; i < lanes; ++i) {
         const T* key = from + least(r + i, keys - 1) * stride + at;
-        __builtin_prefetch(key + lanes * stride);
+        fetch(key + lanes * stride);
         for (int64_t w = 0; w < kVector; w += lanes) S::store(words[i] + w, load_any<S>(key + w));
       }
       const int64_t count = least(kVector, width - at);

@@ -29,6 +29,7 @@
 namespace {
 
 using moedge::kMaxGroup;
+using moedge::fetch;
 using moedge::kAhead;
 using moedge::kMaxTile;
 using moedge::kMaxTokens;
@@ -124,8 +125,8 @@ void load_groups(const Matrix& matrix, const int64_t* rows, int64_t from, int64_
   for (int64_t r = 0; r < lanes; ++r) {
     alignas(64) uint8_t copy[4 * lanes] = {};
     const uint8_t* source = matrix.scale(rows[r], from);
-    __builtin_prefetch(source + next);
-    if (matrix.zero_points) __builtin_prefetch(matrix.zero_points + (rows[r] + 2 * lanes) * matrix.zero_row_bytes());
+    fetch(source + next);
+    if (matrix.zero_points) fetch(matrix.zero_points + (rows[r] + 2 * lanes) * matrix.zero_row_bytes());
     if (!whole) source = static_cast<const uint8_t*>(memcpy(copy, source, static_cast<size_t>(count * size)));
     if (size == 1)
       read[r] = S::load_float8(source);
@@ -148,7 +149,7 @@ void load_strip(const Matrix& matrix, const uint8_t* const* rows, int64_t from, 
   for (int64_t side = 0; side < tile; side += lanes) {
     uint8_t* into = strip->words + 4 * side;
     for (int64_t at = 0; at < bytes; at += chunk) {
-      for (int64_t line = 0; line < lanes * chunk; line += 64, ahead += 64) __builtin_prefetch(ahead);
+      for (int64_t line = 0; line < lanes * chunk; line += 64, ahead += 64) fetch(ahead);
       typename S::Int words[lanes];
       load_turned<S>(rows + side, first + at, least(chunk, bytes - at), words);
       for (int64_t w = 0; w < lanes; ++w) {
@@ -277,7 +278,7 @@ void multiply_few(const Matrix& matrix, const int64_t* rows, const Activations& 
 #pragma GCC unroll 16
         for (int64_t w = 0; w < lanes; ++w) {
           // The next rows while these are multiplied, in the order that they lie in, and not at once: they would wait.
-          if (w * 64 < lanes * chunk) __builtin_prefetch(sources[0] + lanes * (bytes + at) + w * 64);
+          if (w * 64 < lanes * chunk) fetch(sources[0] + lanes * (bytes + at) + w * 64);
           const typename S::Int whole = bits == 8 ? S::prepare(words[w]) : words[w];
           const typename S::Int low = bits == 4 ? S::low_nibbles(words[w]) : whole;
           const int c = bits == 4 ? 0 : w % chains;
@@ -347,7 +348,7 @@ inline typename S::Int sum_groups(const uint8_t* codes, const uint8_t* ahead, co
     for (int64_t c = i * count; c < (i + 1) * count; ++c) {
       const typename S::Int word = S::load_bytes(codes + c * chunk);
       const int8_t* part = x + c * chunk * 8 / bits;
-      __builtin_prefetch(ahead + c * chunk);
+      fetch(ahead + c * chunk);
       sums[i] = S::template dot<bits>(sums[i], bits == 4 ? S::low_nibbles(word) : S::prepare(word), S::load_bytes(part));
       if (bits == 4) sums[i] = S::template dot<bits>(sums[i], S::high_nibbles(word), S::load_bytes(part + chunk));
     }
@@ -419,7 +420,7 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
     }
     alignas(64) float totals[lanes];
     const int64_t fetched = matrix.next_codes && done + lanes >= rows ? lanes * groups * matrix.scale_size : 0;
-    for (int64_t at = 0; at < fetched; at += 64) __builtin_prefetch(matrix.next_scales + at);
+    for (int64_t at = 0; at < fetched; at += 64) fetch(matrix.next_scales + at);
     add_groups<S>(matrix, start, integers, x.from(token), totals);
     const int64_t skipped = first + done - start;
     memcpy(out + done, totals + skipped, static_cast<size_t>(least(lanes - skipped, rows - done)) * sizeof *out);

@@ -49,7 +49,7 @@ void dot_floats(const void* row, bool half, int64_t width, const float* x, float
     }
     for (int64_t v = 0; v < vectors; ++v) {
       const typename S::Float mine = S::load_some(own + v * lanes);
-      __builtin_prefetch(static_cast<const char*>(from) + v * lanes * 4 + kAhead);
+      fetch(static_cast<const char*>(from) + v * lanes * 4 + kAhead);
       for (int m = 0; m < M; ++m)
         sums[m][v] = S::add(sums[m][v], S::multiply(mine, S::load_some(x + m * step + v * lanes)));
     }

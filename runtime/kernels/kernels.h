@@ -22,6 +22,9 @@ constexpr int64_t kAhead = 8192;
 // Static, so that each file has its own: two must never share a function that was compiled for one of them.
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Into the second-level cache. The first has few places for lines that are under way: streams that were fetched there came
+// at two thirds of the speed on a Zen 4.
+static inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 constexpr int64_t kMostWidth = 32768;  // of a matrix that has a path of its own for one token
 

@@ -84,7 +84,7 @@ __attribute__((noinline)) void score_keys(const Queries& queries, int64_t group,
     for (int k = 0; k < K; ++k) {
       upper[k] = S::ints(0);
       lower[k] = less;
-      __builtin_prefetch(key[k] + kAhead);
+      fetch(key[k] + kAhead);
     }
     for (int64_t w = 0; w < words; ++w, own += 2 * kSideBySide) {
       const Int first_digits = S::load_bytes(own), last_digits = S::load_bytes(own + kSideBySide);

@@ -139,8 +139,8 @@ struct PlanesSteps {
       for (int64_t row = block * kBlock; row < least(rows, (block + 1) * kBlock); ++row) {
         if (!(y[row] >= threshold)) continue;
         found[count++] = row;
-        for (int64_t at = 0; at < matrix.width / 4; at += 64) __builtin_prefetch(matrix.lower + row * (matrix.width / 4) + at);
-        __builtin_prefetch(matrix.scale(row, 0));
+        for (int64_t at = 0; at < matrix.width / 4; at += 64) fetch(matrix.lower + row * (matrix.width / 4) + at);
+        fetch(matrix.scale(row, 0));
       }
       if (count < kRowsAtOnce && block + 1 < end) continue;
       p.kernels->refine(matrix, found, count, x, y);

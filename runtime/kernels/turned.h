@@ -58,7 +58,7 @@ void multiply_turned(const Matrix& matrix, const Activations& x, int64_t count, 
         Int words[both];
         const int64_t from = at >> two;
         // In the order that they lie in, or memory takes longer.
-        for (int64_t r = 0; r < both; ++r) __builtin_prefetch(rows[0] + kAhead + from * both + r * read);
+        for (int64_t r = 0; r < both; ++r) fetch(rows[0] + kAhead + from * both + r * read);
         if (rows[both - 1] + from + bytes > end) {  // a vector may go beyond its group, but not beyond the matrix
           for (int64_t r = 0; r < both; ++r) memcpy(copies + r * bytes, rows[r] + from, static_cast<size_t>(read));
           for (int64_t r = 0; r < both; ++r) words[r] = S::load_bytes(copies + r * bytes);
