@@ -412,7 +412,7 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
     const uint8_t* codes = matrix.codes + start * matrix.row_bytes();
     int64_t next = 0;
     for (int64_t at = 0; at < lanes * groups; at += lanes, codes += lanes * group * bits / 8) {
-      const uint8_t* ahead = codes + kAhead / 2;
+      const uint8_t* ahead = codes + kAhead;
       if (matrix.next_codes && ahead >= end) ahead = matrix.next_codes + (ahead - end);
       const int64_t count = group * bits / 8 / chunk;
       S::store_ints(integers + at, sum_groups<S, bits, chunks>(codes, ahead, own + next * group, count));
