@@ -55,6 +55,11 @@ CASES: list[Grouped | Latent] = [
     Grouped(9, 3, 13, 4, window=9, kind="int8"),
     Grouped(16, 1, 128, 64, window=130, sinks=True, interleaved=True, kind="int8"),
     Grouped(4, 2, 40, 20, kind="int8", channels=True),
+    Grouped(3, 3, 64, 32, kind="int8"),
+    Grouped(12, 3, 192, 32, window=70, sinks=True, kind="int8", norm="head"),
+    Grouped(5, 1, 256, 64, window=200, kind="int8"),
+    Grouped(14, 2, 64, 16, interleaved=True, kind="int8", norm="row"),
+    Grouped(2, 1, 320, 32, kind="int8"),
 ]
 # Rows in the caches, rows of the run: by lane. Blocks are of 128 keys, panels of 64.
 RUNS = [
@@ -167,19 +172,24 @@ def test_a_large_channel_of_keys_costs_little_accuracy(size: int, library: Path)
     assert errors[0] < 0.012 and errors[1] < 0.022, errors
 
 
-def test_what_is_no_number_or_zero_in_int8(library: Path) -> None:
+@pytest.mark.parametrize("size", [16, 64])  # the latter by integers
+def test_what_is_no_number_or_zero_in_int8(size: int, library: Path) -> None:
     """A key or value that is no number is seen as one by those behind it alone; rows of zeros count as zeros."""
-    case = Grouped(4, 2, 16, 8, kind="int8")
+    case = Grouped(4, 2, size, 8, kind="int8")
     for name in ("k", "v"):
         for bad in (np.nan, np.inf):
             run = make_run(case, [10], [30], np.random.default_rng(12))
             session = open_case(case, run, library)
             clean = run_model(session, run.copy())
             run.inputs[name][20, 3] = bad  # of the first head of keys, which two heads of queries look at
-            y = run_model(session, run.copy()).reshape(30, 4, 16)
-            np.testing.assert_array_equal(y[:20], clean.reshape(30, 4, 16)[:20])
-            np.testing.assert_array_equal(y[:, 2:], clean.reshape(30, 4, 16)[:, 2:])
-            assert np.isnan(y[20:, :2]).all()
+            parts = run.copy()
+            each = [run_model(session, parts.only(0, at, 1)) for at in range(30)]
+            wanted = clean.reshape(30, 4, size)
+            for found in (run_model(session, run.copy()), np.concatenate(each)):
+                y = found.reshape(30, 4, size)
+                np.testing.assert_array_equal(y[:20], wanted[:20])
+                np.testing.assert_array_equal(y[:, 2:], wanted[:, 2:])
+                assert np.isnan(y[20:, :2]).all()
     run = make_run(case, [0], [5], np.random.default_rng(13))
     run.inputs["v"][:] = 0
     assert (run_model(open_case(case, run, library), run) == 0).all()
@@ -281,6 +291,39 @@ def test_what_is_no_number_in_a_cache_of_integers(library: Path) -> None:
         np.testing.assert_array_equal(y[:2], clean[:2])
     run.inputs["latent"][:] = 0.0  # the blocks' scales are the least ones
     assert np.isfinite(run_model(session, run.copy())).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_no_number_in_a_window(value: float, library: Path) -> None:
+    """Who sees it gets none, and who does not is as before; in a step of its own or with others."""
+    case = Grouped(2, 1, 64, 8, window=5, kind="int8")
+    run = make_run(case, [130], [40], np.random.default_rng(14))
+    session = open_case(case, run, library)
+    clean = run_model(session, run.copy())
+    run.inputs["v"][20, 7] = value
+    parts = run.copy()
+    each = [run_model(session, parts.only(0, at, 1)) for at in range(40)]
+    for y in (run_model(session, run.copy()), np.concatenate(each)):
+        assert np.isnan(y[20:25]).all()
+        others = np.r_[0:20, 25:40]
+        np.testing.assert_array_equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("size", [64, 128, 192])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0, 100.0])
+def test_heads_of_integers_are_nearer_to_the_cache_than_the_cache_to_what_it_holds(
+    size: int, sharpness: float, library: Path
+) -> None:
+    for seed in range(3):
+        case = Grouped(4, 2, size, 16, kind="int8")
+        run = make_run(case, [0], [200], np.random.default_rng(seed))
+        run.inputs["q"] *= np.float32(sharpness)
+        exact = run.copy()
+        exact.caches = [[np.zeros((1, 2, 200, size), np.float32) for _ in range(2)]]
+        wanted = reference(replace(case, kind="fp32"), exact)
+        held = reference(case, run.copy())
+        found = run_model(open_case(case, run, library), run)
+        assert np.square(found - held).mean() ** 0.5 < 0.1 * np.square(held - wanted).mean() ** 0.5
 
 
 @pytest.mark.parametrize(("rank", "rope"), [(128, 64), (128, 32)])

@@ -80,7 +80,7 @@ Part take_part(const Attention& a, int64_t rows, Blocks* blocks) {
 
 // Whether rows of `width` are read as they lie: by whole vectors, in fp32, or in what they are for not many queries.
 bool as_they_lie(const Attention& a, int64_t width, int64_t rows) {
-  return width % kVector == 0 && !a.parts && (a.element == Element::kFloat || rows <= kSomeRows);
+  return width % kVector == 0 && (a.element == Element::kFloat || (a.element == Element::kHalf && rows <= kSomeRows));
 }
 
 // One worker's memory.
@@ -96,7 +96,7 @@ Work take_work(const Attention& a, int64_t rows, Blocks* blocks) {
   Work work{};
   work.panel = blocks->take<float>((a.products ? kSideBySide : a.width) * kBlock);
   if (!a.products && !as_they_lie(a, a.width, kBlock)) work.keys = blocks->take<float>(vectors_up(a.width) * kBlock);
-  if (!as_they_lie(a, a.value_width, kBlock) && !a.values_are_keys)
+  if (!a.products && !as_they_lie(a, a.value_width, kBlock) && !a.values_are_keys)
     work.values = blocks->take<float>(vectors_up(a.value_width) * kBlock);
   work.scores = blocks->take<float>(divide_up(rows, kSideBySide) * kSideBySide * kBlock);
   work.part = take_part(a, rows, blocks);
@@ -129,37 +129,78 @@ Rows read_rows(const Attention& a, const Lane& lane, const void* cache, int64_t 
   return {room, stride, Element::kFloat};
 }
 
-// As attend_rows, of a latent in int8 and by integers.
+// Keys that rows `r` to `r + n` of a tile see of the block that starts at `start`: up to `end`, the first row from `begin`.
+struct Seen {
+  int64_t begin, end;
+};
+
+Seen seen_by(const Attention& a, const Tile& tile, int64_t r, int64_t n, int64_t start) {
+  return {a.window ? most(0, tile.position(a, r) - a.window + 1 - start) : 0,
+          least(kBlock, tile.position(a, r + n - 1) + 1 - start)};
+}
+
+// Keys or values from place `place` of a group on.
+Cached read_integers(const Attention& a, const void* cache, const float* scales, int64_t group, int64_t capacity,
+                     int64_t place) {
+  const int64_t parts = most(1, a.parts), row = group * capacity + place;
+  return {static_cast<const int8_t*>(cache) + row * a.width, scales + row * parts, a.width, parts};
+}
+
+// A value without a scale is no number to whoever sees it, whatever its share is.
+void spoil_shares(const float* scales, int64_t count, float* shares) {
+  for (int64_t k = 0; k < count; ++k)
+    if (!(scales[k] == scales[k])) shares[k] = __builtin_nanf("");
+}
+
+bool all_numbers(const float* scales, int64_t count) {
+  int32_t none = 0, bits = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    memcpy(&bits, scales + k, sizeof bits);
+    none |= 0x7f800000 - (bits & INT32_MAX);  // negative of NaN alone
+  }
+  return none >= 0;
+}
+
+// As attend_rows, of a cache in int8 and by integers.
 void attend_integers(const Attention& a, const Tile& tile, int64_t r, int64_t n, int64_t start, const Work& work,
                      const Part& part) {
   const Lane& lane = *tile.lane;
-  const int64_t end = least(kBlock, tile.position(a, r + n - 1) + 1 - start);
+  const Seen seen = seen_by(a, tile, r, n, start);
   memset(part.sums, 0, static_cast<size_t>(n) * sizeof(float));
-  if (end <= 0) return;
-  const Cached cached{static_cast<const int8_t*>(lane.keys) + start * a.width, lane.scales + start * a.parts, a.width, a.parts};
+  if (seen.begin >= seen.end) return;
+  const int64_t first = seen.begin / kPanelKeys * kPanelKeys, count = seen.end - first, place = start + first;
+  const int64_t columns = divide_up(count, kPanelKeys) * kPanelKeys, row = a.query_row(lane, tile.group) + tile.row + r;
+  const bool grouped = !a.values_are_keys, alone = a.stands_alone(lane);
+  const Cached keys = read_integers(a, lane.keys, grouped ? lane.key_scales : lane.scales, tile.group, lane.capacity, place);
+  const Cached values =
+      grouped ? read_integers(a, lane.values, lane.value_scales, tile.group, lane.capacity, place) : keys;
   float* scores = work.scores + r * kBlock;
-  for (int64_t i = 0; i < n; i += kSideBySide) {
-    a.products->score_cached(a.integers, a.query_row(lane) + tile.row + r + i, cached, end, work.panel);
-    for (int64_t at = 0; at < end; at += kPanelKeys)
-      a.kernels->transpose(work.panel + at * kSideBySide, kSideBySide, least(kPanelKeys, end - at), kSideBySide,
+  if (alone) a.products->score_alone(a.integers, row, n, keys, count, scores, kBlock);
+  for (int64_t i = 0; !alone && i < n; i += kSideBySide) {
+    a.products->score_cached(a.integers, row + i, keys, count, work.panel);
+    for (int64_t at = 0; at < count; at += kPanelKeys)
+      a.kernels->transpose(work.panel + at * kSideBySide, kSideBySide, least(kPanelKeys, count - at), kSideBySide,
                            scores + i * kBlock + at, kBlock);
   }
+  const bool spoiled = grouped && !all_numbers(values.scales, count);
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t to = least(end, tile.position(a, r + i) + 1 - start);
-    if (to > 0)
-      a.kernels->soften(scores + i * kBlock, divide_up(end, kPanelKeys) * kPanelKeys, 0, to, a.scale, part.largest + i,
-                        part.sums + i);
+    const int64_t position = tile.position(a, r + i);
+    const int64_t from = a.window ? most(0, position - a.window + 1 - place) : 0, to = least(count, position + 1 - place);
+    float* shares = scores + i * kBlock;
+    if (from < to)
+      a.kernels->soften(shares, columns, from, to, a.scale, part.largest + i, part.sums + i);
     else
-      memset(scores + i * kBlock, 0, kBlock * sizeof(float));
+      memset(shares, 0, static_cast<size_t>(columns) * sizeof(float));
+    if (spoiled && from < to) spoil_shares(values.scales + from, to - from, shares + from);
+    if (alone) a.products->weigh_alone(shares, values, count, a.value_width, part.values + i * part.columns);
   }
-  a.products->weigh_cached(scores, kBlock, n, cached, end, a.value_width, part.values, part.columns);
+  if (!alone) a.products->weigh_cached(scores, kBlock, n, values, count, a.value_width, part.values, part.columns);
 }
 
-// `n` rows of a tile from `r` on, over the `count` keys of a block that starts at `start`.
-void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int64_t start, int64_t count,
-                 const Rows& keys, const Rows& values, const Work& work, const Part& part) {
-  const int64_t end = least(count, tile.position(a, r + n - 1) + 1 - start);
-  const int64_t begin = a.window ? most(0, tile.position(a, r) - a.window + 1 - start) : 0;
+// `n` rows of a tile from `r` on, over the keys of a block that starts at `start`.
+void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int64_t start, const Rows& keys,
+                 const Rows& values, const Work& work, const Part& part) {
+  const auto [begin, end] = seen_by(a, tile, r, n, start);
   memset(part.sums, 0, static_cast<size_t>(n) * sizeof(float));
   if (begin >= end) return;
   const int64_t first = begin / kPanelKeys * kPanelKeys, columns = vectors_up(end - first);
@@ -214,7 +255,7 @@ void attend_block(const Attention& a, const Tile& tile, int64_t block, const Wor
                           ? keys
                           : read_rows(a, lane, lane.values, tile.group, start, count, a.value_width, more);
   for (int64_t r = 0; r < tile.rows; r += kStep)
-    attend_rows(a, tile, r, least(kStep, tile.rows - r), start, count, keys, values, work, part.from(r));
+    attend_rows(a, tile, r, least(kStep, tile.rows - r), start, keys, values, work, part.from(r));
 }
 
 // A tile's rows, all keys seen, to where the results go.

@@ -116,7 +116,7 @@ struct Attention {
   const Lane* lanes;
   int64_t lane_count;
   const float* queries;        // [groups, tokens, heads / groups, width]
-  const Kernels* products;     // by a latent in int8, in integers; null: its rows become floats
+  const Kernels* products;     // by a cache in int8, in integers; null: its rows become floats
   Queries integers;            // then in place of `queries`; a lane's first row is that of query_row
   float* out;                  // [tokens, heads, value_width]
 
@@ -126,8 +126,14 @@ struct Attention {
     const int64_t block = parts ? width / parts : 0;
     return (block == kMostCachedBlock || 2 * block == kMostCachedBlock) && value_width % block == 0;
   }
-  int64_t query_row(const Lane& lane) const { return (lane.first * heads / kSideBySide + (&lane - lanes)) * kSideBySide; }
-  int64_t query_rows() const { return (tokens * heads / kSideBySide + lane_count) * kSideBySide; }
+  // Whether heads of keys and values are multiplied as integers where they are in int8 with a scale for each row.
+  bool has_integer_heads() const { return width % kMostCachedBlock == 0 && width <= kMostCachedWidth && room == width; }
+  int64_t query_row(const Lane& lane, int64_t group) const {
+    return group * group_rows() + (lane.first * heads_a_group() / kSideBySide + (&lane - lanes)) * kSideBySide;
+  }
+  int64_t query_rows() const { return groups * group_rows(); }
+  int64_t group_rows() const { return (tokens * heads_a_group() / kSideBySide + lane_count) * kSideBySide; }
+  bool stands_alone(const Lane& lane) const { return !parts && lane.rows * heads_a_group() <= kFewQueries; }
 };
 
 // As many threads as it is worth, memory for so many, and the run, between what comes before and what comes after it.

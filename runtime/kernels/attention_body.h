@@ -48,10 +48,8 @@ template <class S>
 inline typename S::Float load_any(const float* from) { return S::load(from); }
 template <class S>
 inline typename S::Float load_any(const uint16_t* from) { return S::load_half(from); }
-template <class S>
-inline typename S::Float load_any(const int8_t* from) { return S::load_bytes(from); }
 
-// A matrix that is read by whole vectors: of floats, or of a cache's halves or bytes.
+// A matrix that is read by whole vectors: of floats, or of a cache's halves.
 template <class S, typename T>
 struct Stored {
   using Element = T;
@@ -67,10 +65,8 @@ template <class S, typename Run>
 void with_rows(const Rows& rows, const Run& run) {
   if (rows.element == Element::kFloat)
     run(Stored<S, float>{static_cast<const float*>(rows.from), rows.stride});
-  else if (rows.element == Element::kHalf)
-    run(Stored<S, uint16_t>{static_cast<const uint16_t*>(rows.from), rows.stride});
   else
-    run(Stored<S, int8_t>{static_cast<const int8_t*>(rows.from), rows.stride});
+    run(Stored<S, uint16_t>{static_cast<const uint16_t*>(rows.from), rows.stride});
 }
 
 // --- products ----------------------------------------------------------------------------------------------------

@@ -182,6 +182,7 @@ OrtStatus* GroupedOp::run(OrtKernelContext* context) const {
   Lane lanes[kMostLanes];
   const size_t caches = own_scales ? 4 : 2;
   if (OrtStatus* status = read_lanes(context, in[5], in[6], first_lane, caches, &g.core, lanes)) return status;
+  g.core.products = own_scales && g.core.has_integer_heads() ? kernels : nullptr;
   OrtValue* value = nullptr;
   void* y = nullptr;
   if (OrtStatus* status = ort.output(context, 0, q.shape, 2, &value)) return status;

@@ -71,17 +71,31 @@ void store_row(const Attention& a, const float* row, int64_t width, const float*
 
 struct GroupedScratch {
   float* queries;
+  Queries integers;  // of them, where those are multiplied
   float* heads;  // [tokens, width]: a rotated head of keys
   float* q;      // [tokens, heads * width], normalized
   float* k;      // [tokens, groups * width]
 };
 
+Queries take_integers(const Attention& a, Blocks* blocks) {
+  if (!a.products) return {};
+  const int64_t rows = a.query_rows(), parts = most(1, a.parts);
+  return {blocks->take<int32_t>(rows * a.width / 2), blocks->take<float>(rows * parts),
+          blocks->take<int32_t>(rows * parts), a.width, parts};
+}
+
+// Rows that nobody fills are multiplied too.
+void clear_sums(const Attention& a, const Queries& integers) {
+  for (int64_t i = 0; a.products && i < a.query_rows() * integers.parts; ++i) integers.sums[i] = 0;
+}
+
 GroupedScratch take_grouped(const GroupedAttention& g, Blocks* blocks) {
   const int64_t width = g.core.tokens * g.core.width;
   float* queries = blocks->take<float>(g.core.heads * width);
+  const Queries integers = take_integers(g.core, blocks);
   float* heads = blocks->take<float>(width);
   float* q = blocks->take<float>(g.q_norm.weight ? g.core.heads * width : 0);
-  return {queries, heads, q, blocks->take<float>(g.k_norm.weight ? g.core.groups * width : 0)};
+  return {queries, integers, heads, q, blocks->take<float>(g.k_norm.weight ? g.core.groups * width : 0)};
 }
 
 // A token's row of `count` words, after its norm.
@@ -146,6 +160,9 @@ void prepare_queries(const GroupedAttention& g, const GroupedScratch& s, int64_t
     rotate(g.rotation, token, q + head * width, width, query);
     for (int64_t i = 0; key_scales && i < width; ++i) query[i] *= key_scales[i];
     if (lane->key_scales) mix(query, width);
+    if (a.products)
+      a.products->put_query(query, a.query_row(*lane, group) + (token - lane->first) * heads + head % heads,
+                            a.stands_alone(*lane), s.integers);
   }
 }
 
@@ -211,11 +228,7 @@ LatentScratch take_latent(const LatentAttention& l, Blocks* blocks) {
   const int64_t rank = vectors_up(l.rank), rows = least(a.tokens, kRowsATime);
   LatentScratch s{};
   s.queries = blocks->take<float>(a.tokens * a.heads * a.width);
-  if (a.products) {
-    const int64_t rows = a.query_rows();
-    s.integers = {blocks->take<int32_t>(rows * a.width / 2), blocks->take<float>(rows * a.parts),
-                  blocks->take<int32_t>(rows * a.parts), a.width, a.parts};
-  }
+  s.integers = take_integers(a, blocks);
   s.mixed = blocks->take<float>(a.tokens * a.heads * l.rank);
   s.rows = blocks->take<float>(a.tokens * a.width);
   const bool small = a.tokens * a.heads * l.rank * (l.nope + l.value_size) < kAloneProducts;
@@ -301,7 +314,7 @@ void absorb_queries(const LatentAttention& l, const LatentScratch& s, int64_t he
   for (int64_t i = 0; a.products && i < count; ++i)
     if (const Lane* lane = lane_of(a, first + i))
       a.products->put_query(queries + i * a.heads * a.width,
-                            a.query_row(*lane) + (first + i - lane->first) * a.heads + head, s.integers);
+                            a.query_row(*lane, 0) + (first + i - lane->first) * a.heads + head, false, s.integers);
 }
 
 // The results of one head: mixed v_up, transposed.
@@ -393,6 +406,8 @@ void run_grouped(const GroupedAttention& g, void* scratch, const Parallel& paral
   };
   Attention core = g.core;
   core.queries = s.queries;
+  core.integers = s.integers;
+  clear_sums(core, s.integers);
   if (core.element == Element::kByte && !g.key_scales) core.scale /= static_cast<float>(mixed_words(core.width));
   run_attention(core, blocks.base + blocks.used, parallel, phase(2 * core.tokens, prepare),
                 phase(g.value_scales ? core.tokens : 0, scale), attention_workers(core));
@@ -425,7 +440,7 @@ void run_latent(const LatentAttention& l, void* scratch, const Parallel& paralle
   Attention core = l.core;
   core.queries = s.queries;
   core.integers = s.integers;
-  for (int64_t i = 0; core.products && i < core.query_rows() * core.parts; ++i) s.integers.sums[i] = 0;
+  clear_sums(core, s.integers);
   core.out = s.mixed;
   run_attention(core, blocks.base + blocks.used, parallel, phase(tokens + units, prepare), phase(units, expand),
                 s.workers);

@@ -15,9 +15,10 @@
 //          turn            four rows' bytes so that a lane has those of one column; which columns a vector has is the
 //                          order of unpacking bytes and then pairs of bytes, within each 128 bits
 //          pairs<place>    two bits of each byte, the `place`th from the lowest
-//          cached_word     four codes of a cache in all lanes, `cached_middle` (0 or 128) more than they are
+//          cached          codes of a cache, `cached_middle` (0 or 128) more than they are; cached_word: four in all lanes
+//          upper_digits    of integers of two digits
 //          larger          the larger one of integers; largest: of a vector's; magnitude: without the sign's bit
-//          together        keys that a word of shares has, 2 or 4, and dot_shares, turn_columns: see latent.h
+//          together        keys that a word of shares has, 2 or 4, and dot_shares, turn_columns: see cached.h
 //          share_rows      rows of shares that are multiplied at once
 //          keys            that are scored at once
 // Everything is in an anonymous namespace: two files must never share a function that was compiled for one of them.
@@ -430,7 +431,7 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
 }  // namespace
 
 #include "floats.h"
-#include "latent.h"
+#include "cached.h"
 #include "refine.h"
 #include "turned.h"
 
@@ -461,7 +462,8 @@ void multiply(const Matrix& matrix, int64_t first, int64_t rows, const Activatio
 template <class S>
 constexpr moedge::Kernels make_kernels(const char* name) {
   return {name, Strip<S>::tile, S::middle, quantize<S>, multiply<S>, refine<S>, multiply_turned<S>,
-          multiply_floats<S>, put_query<S>, score_cached<S>, weigh_cached<S>, swiglu};
+          multiply_floats<S>, put_query<S>, score_cached<S>, score_alone<S>,
+          weigh_cached<S>, weigh_alone<S>, swiglu};
 }
 
 }  // namespace

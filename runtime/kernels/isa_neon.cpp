@@ -74,18 +74,9 @@ struct Neon {
   static Int larger(Int a, Int b) { return vmaxq_s32(a, b); }
   static int32_t largest(Int a) { return vmaxvq_s32(a); }
   static Int magnitude(Int a) { return vandq_s32(a, ints(INT32_MAX)); }
-  // Of keys 16 apart: bytes of the upper digits and of the lower ones.
-  static void store_digits(const int32_t* codes, int32_t* upper, int32_t* lower) {
-    Int high = ints(0), low = ints(0);
-    for (int t = 3; t >= 0; --t) {
-      const Int code = load_ints(codes + t * 16);
-      high = vorrq_s32(vshlq_n_s32(high, 8), vshrq_n_s32(code, 7));
-      low = vorrq_s32(vshlq_n_s32(low, 8), vandq_s32(code, ints(127)));
-    }
-    store_ints(upper, high);
-    store_ints(lower, low);
-  }
+  static Int upper_digits(Int a) { return vshrq_n_s32(a, 7); }
   static constexpr int together = 4, share_rows = 4, keys = 4, cached_middle = 0;
+  static Int cached(Int codes) { return codes; }
   static Int cached_word(const int8_t* from) { return ints(word_at(from)); }
   static Int dot_shares(Int acc, Int columns, Int shares) { return dot<8>(acc, columns, shares); }
   static void turn_columns(const int8_t* const* rows, int64_t count, int32_t* out) {

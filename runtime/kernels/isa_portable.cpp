@@ -121,8 +121,12 @@ struct Portable {
     return each<Int>([&](int i) { return a.lane[i] & INT32_MAX; });
   }
   static constexpr int together = 2, share_rows = 2, keys = 2, cached_middle = 128;
-  static Int cached_word(const int8_t* from) {
-    return ints(static_cast<int32_t>(static_cast<uint32_t>(word_at(from)) ^ 0x80808080u));
+  static Int cached(Int codes) {
+    return each<Int>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(codes.lane[i]) ^ 0x80808080u); });
+  }
+  static Int cached_word(const int8_t* from) { return cached(ints(word_at(from))); }
+  static Int upper_digits(Int a) {
+    return each<Int>([&](int i) { return a.lane[i] >> 7; });
   }
   static Int dot_shares(Int acc, Int columns, Int shares) {
     return each<Int>([&](int i) {

@@ -85,20 +85,23 @@ struct Activations {
 // Attention over a cache in int8. A number is an integer of two digits to the base kDigit, of which the upper one and the
 // lower one are bytes; the scores' queries and the values' shares are such integers.
 constexpr int64_t kSideBySide = 16;  // queries whose words do
+constexpr int64_t kFewQueries = 8;   // of a sequence, which stand alone: each one's words are behind each other
 constexpr int64_t kCachedKeys = 128; // of one call
-constexpr int64_t kMostCachedBlock = 64;
+constexpr int64_t kMostCachedBlock = 64, kMostCachedWidth = 256;  // of keys that have one scale
 constexpr int32_t kDigit = 128;
 constexpr float kMostQuery = 63 * kDigit, kMostShare = 127 * kDigit;  // two products of 64 * 255 stay within 16 bits
 
 // Rows of queries, kSideBySide of them together, with a scale and the sum of its integers for each block of columns.
 struct Queries {
-  int32_t* words;  // [rows / 16, width / 4, 2, 16]: four columns' upper digits, then their lower ones
+  // [rows / 16, width / 4, 2, 16]: four columns' upper digits, then their lower ones; of one alone [rows, 2, width / 4].
+  int32_t* words;
   float* scales;   // [rows / 16, parts, 16]
   int32_t* sums;   // likewise
   int64_t width, parts;
 };
 
-// Rows of a cache [keys, width], `parts` blocks of columns with a scale each; a block is of 32 or 64.
+// Rows of a cache [keys, width], `parts` blocks of columns with a scale each; a block is of 32 or 64, or a row of a multiple
+// of 64 has one scale.
 struct Cached {
   const int8_t* codes;
   const float* scales;  // [keys, parts]
@@ -134,19 +137,26 @@ struct Kernels {
   void (*multiply_floats)(const void* matrix, bool half, int64_t rows, int64_t width, const float* x, int64_t count,
                           float* out, int64_t stride);
 
-  // A query [width] as row `row`. Blocks that hold no finite value everywhere get the scale NaN.
-  void (*put_query)(const float* x, int64_t row, const Queries& out);
+  // A query [width] as row `row`. Blocks that hold no finite value everywhere get the scale NaN. `alone`: one block.
+  void (*put_query)(const float* x, int64_t row, bool alone, const Queries& out);
 
   // scores [keys, 16] of the queries from `row`, a multiple of 16, on: the sum over blocks, in order, of
   // float(sum of integer * code) * (query's scale * key's), each added by one fused multiply-add. Keys up to a
   // multiple of 8 are written.
   void (*score_cached)(const Queries& queries, int64_t row, const Cached& cached, int64_t keys, float* scores);
 
+  // The same of rows that stand alone, by keys of one scale: scores [rows, keys], `stride` apart, keys <= kCachedKeys.
+  void (*score_alone)(const Queries& queries, int64_t row, int64_t rows, const Cached& cached, int64_t keys, float* scores,
+                      int64_t stride);
+
   // out [rows, columns], `stride` apart: of each block of columns, shares [rows, keys] times the keys' scales are rounded to
   // integers, of which the largest is kMostShare; out = float(sum over keys of integer * code) * their scale. Shares are 0 up
   // to the next multiple of 64 keys; keys <= kCachedKeys.
   void (*weigh_cached)(const float* shares, int64_t shares_stride, int64_t rows, const Cached& cached, int64_t keys,
                        int64_t columns, float* out, int64_t stride);
+
+  // The same of one row, by values of one scale.
+  void (*weigh_alone)(const float* shares, const Cached& cached, int64_t keys, int64_t columns, float* out);
 
   // pairs [2 * count] (gate, up, gate, up ...) -> h [count]: gate * sigmoid(alpha * gate) * (up + offset), the gate at
   // most `limit`, up between -limit and limit.

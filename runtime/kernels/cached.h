@@ -1,4 +1,4 @@
-// Products of attention by a latent cache in int8, in integers: see `score_cached` and `weigh_cached` of Kernels.
+// Products of attention by a cache in int8, in integers: see `score_cached` and `weigh_cached` of Kernels.
 
 #pragma once
 
@@ -29,17 +29,18 @@ inline void round_all(const float* x, int64_t count, float factor, int32_t* code
 }
 
 template <class S>
-void put_query(const float* x, int64_t row, const Queries& out) {
+void put_query(const float* x, int64_t row, bool alone, const Queries& out) {
   const int64_t block = out.width / out.parts & -kPieces, group = row / kSideBySide, side = row % kSideBySide;
-  int32_t* words = out.words + group * out.width / 4 * 2 * kSideBySide + side;
+  const int64_t next = alone ? 1 : 2 * kSideBySide, lower_words = alone ? out.width / 4 : kSideBySide;
+  int32_t* words = out.words + (alone ? row * out.width / 2 : group * out.width / 4 * 2 * kSideBySide + side);
   for (int64_t b = 0; b < out.parts; ++b, x += block) {
     typename S::Int most = S::ints(0);  // magnitudes' bits order as they do, infinities and NaN last
     for (int64_t i = 0; i < block; i += S::lanes)
       most = S::larger(most, S::magnitude(S::as_ints(S::load_some(x + i))));
     const int32_t largest = S::largest(most);
     const bool nothing = largest >= 0x7f800000 || float_of(largest) < 1e-30f;
-    int8_t upper[moedge::kMostCachedBlock], lower[moedge::kMostCachedBlock];
-    alignas(64) int32_t codes[moedge::kMostCachedBlock] = {};
+    int8_t upper[moedge::kMostCachedWidth], lower[moedge::kMostCachedWidth];
+    alignas(64) int32_t codes[moedge::kMostCachedWidth] = {};
     int32_t sum = 0;
     if (!nothing) round_all<S>(x, block, kMostQuery / float_of(largest), codes);
     for (int64_t i = 0; i < block; ++i) {
@@ -49,9 +50,9 @@ void put_query(const float* x, int64_t row, const Queries& out) {
       sum += codes[i];
     }
 #pragma GCC unroll 1
-    for (int64_t i = 0; i < block; i += 4, words += 2 * kSideBySide) {
+    for (int64_t i = 0; i < block; i += 4, words += next) {
       words[0] = word_at(upper + i);
-      words[kSideBySide] = word_at(lower + i);
+      words[lower_words] = word_at(lower + i);
     }
     const int64_t place = (group * out.parts + b) * kSideBySide + side;
     out.scales[place] = nothing && largest < 0x7f800000 ? 0.0f : code_scale(largest, kMostQuery);
@@ -111,12 +112,47 @@ void score_cached(const Queries& queries, int64_t row, const Cached& cached, int
       score_keys<S, S::keys>(queries, row / kSideBySide, half, cached, key, keys, scores + key * kSideBySide + half);
 }
 
-// Shares by the scales of their keys' blocks as integers, `S::together` of them in a word. Returns the scale.
+// Lanes are columns, which are added up for as many keys as a vector has lanes.
 template <class S>
-float round_shares(const float* shares, const float* scales, int64_t keys, int32_t* words) {
-  constexpr int64_t together = S::together, side = kSideBySide;
+void score_alone(const Queries& queries, int64_t row, int64_t rows, const Cached& cached, int64_t keys, float* scores,
+                 int64_t stride) {
+  using Int = typename S::Int;
+  constexpr int64_t lanes = S::lanes, bytes = 4 * lanes;
+  const int64_t width = cached.width;
+  for (int64_t key = 0; key < keys; key += lanes) {
+    const int8_t* codes[lanes];
+    float scales[lanes];
+    for (int64_t i = 0; i < lanes; ++i) {
+      const int64_t place = least(key + i, keys - 1);
+      codes[i] = cached.codes + place * width;
+      scales[i] = cached.scales[place];
+      for (int64_t at = 0; at < width; at += 64) fetch(codes[i] + kAhead + at);
+    }
+    for (int64_t m = row; m < row + rows; ++m) {
+      const int8_t *upper = reinterpret_cast<const int8_t*>(queries.words) + 2 * m * width, *lower = upper + width;
+      Int sums[lanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) {
+        Int first = S::ints(0), last = S::ints(0);
+        for (int64_t at = 0; at < width; at += bytes) {
+          const Int own = S::cached(S::load_bytes(codes[i] + at));
+          first = S::template dot<6>(first, own, S::load_bytes(upper + at));
+          last = S::template dot<6>(last, own, S::load_bytes(lower + at));
+        }
+        sums[i] = S::add(S::multiply(first, S::ints(kDigit)), last);
+      }
+      const Int all = S::subtract(S::sums(sums), S::ints(S::cached_middle * queries.sums[m]));
+      const typename S::Float scale = S::multiply(S::floats(queries.scales[m]), S::load_some(scales));
+      S::store_ints(reinterpret_cast<int32_t*>(scores + (m - row) * stride + key),
+                    S::as_ints(S::fused(S::to_floats(all), scale, S::floats(0.0f))));
+    }
+  }
+}
+
+// Shares by the scales of their keys' blocks as integers `codes` [keys]. Returns the scale.
+template <class S>
+float round_shares(const float* shares, const float* scales, int64_t keys, int32_t* codes) {
   alignas(64) float products[kCachedKeys];
-  alignas(64) int32_t codes[kCachedKeys];
   typename S::Int most = S::ints(0);
   for (int64_t k = 0; k < keys; k += S::lanes) {
     const typename S::Float product = S::multiply(S::load_some(shares + k), S::load_some(scales + k));
@@ -125,19 +161,49 @@ float round_shares(const float* shares, const float* scales, int64_t keys, int32
   }
   const int32_t largest = S::largest(most);
   if (largest == 0) {
-    memset(words, 0, kCachedKeys / 2 * sizeof *words);
+    memset(codes, 0, static_cast<size_t>(keys) * sizeof *codes);
     return 0.0f;
   }
   round_all<S>(products, keys, kMostShare / float_of(largest), codes);
+  return code_scale(largest, kMostShare);
+}
+
+// Of keys 16 apart: bytes of the upper digits and of the lower ones.
+template <class S>
+inline void store_digits(const int32_t* codes, int32_t* upper, int32_t* lower) {
+  const typename S::Int byte = S::ints(256);
+  typename S::Int high = S::ints(0), low = S::ints(0);
+  for (int t = 3; t >= 0; --t) {
+    const typename S::Int code = S::load_ints(codes + t * kSideBySide), digits = S::upper_digits(code);
+    high = S::add(S::multiply(high, byte), digits);
+    low = S::add(S::multiply(low, byte), S::subtract(code, S::multiply(digits, S::ints(kDigit))));
+  }
+  S::store_ints(upper, high);
+  S::store_ints(lower, low);
+}
+
+// Integers of shares, `together` of them in a word; of four there are two, `apart` from each other.
+template <class S, int64_t together>
+inline void pack_shares(const int32_t* codes, int64_t keys, int32_t* words, int64_t apart) {
+  constexpr int64_t side = kSideBySide;
   for (int64_t k = 0; k < keys; k += together * side)
     for (int64_t i = 0; i < side; i += S::lanes, words += S::lanes) {
       const int32_t* from = codes + k + i;
       if constexpr (together == 2)
         S::store_ints(words, S::add(S::load_ints(from), S::upper_half(S::load_ints(from + side))));
       else
-        S::store_digits(from, words, words + kCachedKeys / together);
+        store_digits<S>(from, words, words + apart);
     }
-  return code_scale(largest, kMostShare);
+}
+
+// A block's scales of `known` keys, up to kCachedKeys.
+inline void copy_scales(const float* from, int64_t step, int64_t known, float* scales) {
+  memset(scales, 0, kCachedKeys * sizeof *scales);
+#pragma GCC novector
+  for (int64_t k = 0; k < known; ++k) {
+    const float scale = from[k * step];
+    scales[k] = scale == scale ? scale : 0.0f;  // who sees such a key gets no number by its score
+  }
 }
 
 // Codes of a block's columns as the words of shares want them: [keys / together][block]. Keys beyond the last one are
@@ -188,24 +254,57 @@ void weigh_cached(const float* shares, int64_t shares_stride, int64_t rows, cons
                   int64_t columns, float* out, int64_t stride) {
   constexpr int M = S::share_rows;
   constexpr int64_t together = S::together;
-  const int64_t block = cached.width / cached.parts, whole = divide_up(keys, together * kSideBySide) * together * kSideBySide;
+  const int64_t block = least(cached.width / cached.parts, moedge::kMostCachedBlock), whole = divide_up(keys, together * kSideBySide) * together * kSideBySide;
   alignas(64) int32_t panel[kCachedKeys / together * moedge::kMostCachedBlock];
-  alignas(64) int32_t words[M * kCachedKeys / 2];
+  alignas(64) int32_t words[M * kCachedKeys / 2], codes[kCachedKeys];
   float scales[kCachedKeys], own[M];
   for (int64_t g = 0; g * block < columns; ++g) {
-    memset(scales, 0, sizeof scales);
-#pragma GCC novector
-    for (int64_t k = 0; k < keys; ++k) {
-      const float scale = cached.scales[k * cached.parts + g];
-      scales[k] = scale == scale ? scale : 0.0f;  // who sees such a key gets no number by its score
-    }
+    if (g == 0 || cached.parts > 1) copy_scales(cached.scales + g, cached.parts, keys, scales);
     turn_values<S>(cached.codes + g * block, cached.width, keys, whole, block, panel);
     for (int64_t r = 0; r < rows; r += M) {
-      for (int64_t m = 0; m < M; ++m)
-        if (r + m < rows)
-          own[m] = round_shares<S>(shares + (r + m) * shares_stride, scales, whole, words + m * kCachedKeys / 2);
+      for (int64_t m = 0; m < M && r + m < rows; ++m) {
+        own[m] = round_shares<S>(shares + (r + m) * shares_stride, scales, whole, codes);
+        pack_shares<S, together>(codes, whole, words + m * kCachedKeys / 2, kCachedKeys / together);
+      }
       weigh_rows<S, M>(words, own, rows - r, panel, block, whole / together, out + r * stride + g * block, stride);
     }
+  }
+}
+
+// Four keys' bytes are turned in registers, and used there.
+template <class S>
+void weigh_alone(const float* shares, const Cached& cached, int64_t keys, int64_t columns, float* out) {
+  using Int = typename S::Int;
+  constexpr int64_t lanes = S::lanes, bytes = 4 * lanes, side = kSideBySide, four = 4 * side, half = kCachedKeys / 4;
+  const int64_t whole = divide_up(keys, four) * four;
+  alignas(64) int32_t codes[kCachedKeys], words[2 * half];
+  alignas(64) float values[bytes];
+  float scales[kCachedKeys];
+  copy_scales(cached.scales, 1, keys, scales);
+  const typename S::Float scale = S::floats(round_shares<S>(shares, scales, whole, codes));
+  pack_shares<S, 4>(codes, whole, words, half);
+  for (int64_t at = 0; at < columns; at += bytes) {
+    Int upper[4], lower[4];
+    for (int v = 0; v < 4; ++v) upper[v] = lower[v] = S::ints(0);
+    for (int64_t w = 0; w < whole / 4; ++w) {
+      Int column[4];
+      for (int64_t t = 0; t < 4; ++t) {
+        const int8_t* row = cached.codes + least(w / side * four + w % side + t * side, keys - 1) * cached.width + at;
+        column[t] = S::load_bytes(row);
+        if (at % 64 == 0) fetch(row + kAhead);
+      }
+      S::turn(column);
+      const Int high = S::ints(words[w]), low = S::ints(words[half + w]);
+      for (int v = 0; v < 4; ++v) {
+        upper[v] = S::template dot<4>(upper[v], high, column[v]);
+        lower[v] = S::template dot<4>(lower[v], low, column[v]);
+      }
+    }
+    for (int v = 0; v < 4; ++v) {
+      const Int all = S::add(S::multiply(upper[v], S::ints(kDigit)), lower[v]);
+      S::store_floats(values + v * lanes, S::multiply(S::to_floats(all), scale));
+    }
+    for (int64_t c = 0; c < bytes; c += 4) memcpy(out + at + c, values + c % 16 / 4 * lanes + c / 16 * 4, 4 * sizeof *out);
   }
 }
 
