@@ -228,7 +228,8 @@ struct Lanes {
       const bool heads = parts && !latent;
       lane[i] = {keys, values, scales(parts && latent), scales(heads), scales(heads), capacity, lengths[i], tokens,
                  rows[i]};
-      for (int64_t s = 0; lane[i].scales && s < capacity * parts; ++s) lane[i].scales[s] = fabsf(lane[i].scales[s]) + 0.01f;
+      for (float* of : {lane[i].scales, lane[i].key_scales, lane[i].value_scales})
+        for (int64_t s = 0; of && s < (latent ? capacity * parts : groups * capacity); ++s) of[s] = fabsf(of[s]) + 0.01f;
       tokens += rows[i];
     }
   }
@@ -292,6 +293,7 @@ uint64_t run_grouped_one(const Kernels* kernels, Element element, int64_t width,
   g.rotation = {cos, sin, pairs, window == 0};
   g.products = kernels;
   if (element == Element::kByte && channels) g.key_scales = g.value_scales = scales;
+  g.core.products = element == Element::kByte && !channels && g.core.has_integer_heads() ? kernels : nullptr;
   const uint64_t found = run_attention_op(g, grouped_scratch, run_grouped, y, count);
   for (float* block : {q, k, v, y, cos, sin, sinks, scales}) free(block);
   return found;
@@ -342,6 +344,8 @@ uint64_t attention_digest(const Kernels* kernels) {
       for (bool channels : {true, false}) {
         all = all * 31 + run_grouped_one(kernels, element, 32, 0, first, channels);
         all = all * 31 + run_grouped_one(kernels, element, 21, 50, first, channels);
+        all = all * 31 + run_grouped_one(kernels, element, 64, 0, first, channels);
+        all = all * 31 + run_grouped_one(kernels, element, 128, 50, first, channels);
       }
       all = all * 31 + run_latent_one(kernels, element, 64, 16, first, 0);
       all = all * 31 + run_latent_one(kernels, element, 64, 16, first, 32);
