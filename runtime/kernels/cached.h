@@ -112,13 +112,13 @@ void score_cached(const Queries& queries, int64_t row, const Cached& cached, int
       score_keys<S, S::keys>(queries, row / kSideBySide, half, cached, key, keys, scores + key * kSideBySide + half);
 }
 
-// Lanes are columns, which are added up for as many keys as a vector has lanes.
-template <class S>
-void score_alone(const Queries& queries, int64_t row, int64_t rows, const Cached& cached, int64_t keys, float* scores,
-                 int64_t stride) {
+// Lanes are columns, which are added up for as many keys as a vector has lanes. `known`: the width, or 0.
+template <class S, int64_t known>
+void score_by_columns(const Queries& queries, int64_t row, int64_t rows, const Cached& cached, int64_t keys, float* scores,
+                      int64_t stride) {
   using Int = typename S::Int;
   constexpr int64_t lanes = S::lanes, bytes = 4 * lanes;
-  const int64_t width = cached.width;
+  const int64_t width = known ? known : cached.width;
   for (int64_t key = 0; key < keys; key += lanes) {
     const int8_t* codes[lanes];
     float scales[lanes];
@@ -130,14 +130,18 @@ void score_alone(const Queries& queries, int64_t row, int64_t rows, const Cached
     }
     for (int64_t m = row; m < row + rows; ++m) {
       const int8_t *upper = reinterpret_cast<const int8_t*>(queries.words) + 2 * m * width, *lower = upper + width;
-      Int sums[lanes];
+      Int sums[lanes], digits[2][known ? known / bytes : 1];
+      for (int64_t v = 0; v < known / bytes; ++v) {
+        digits[0][v] = S::load_bytes(upper + v * bytes);
+        digits[1][v] = S::load_bytes(lower + v * bytes);
+      }
 #pragma GCC unroll 16
       for (int64_t i = 0; i < lanes; ++i) {
         Int first = S::ints(0), last = S::ints(0);
         for (int64_t at = 0; at < width; at += bytes) {
           const Int own = S::cached(S::load_bytes(codes[i] + at));
-          first = S::template dot<6>(first, own, S::load_bytes(upper + at));
-          last = S::template dot<6>(last, own, S::load_bytes(lower + at));
+          first = S::template dot<6>(first, own, known ? digits[0][at / bytes] : S::load_bytes(upper + at));
+          last = S::template dot<6>(last, own, known ? digits[1][at / bytes] : S::load_bytes(lower + at));
         }
         sums[i] = S::add(S::multiply(first, S::ints(kDigit)), last);
       }
@@ -147,6 +151,14 @@ void score_alone(const Queries& queries, int64_t row, int64_t rows, const Cached
                     S::as_ints(S::fused(S::to_floats(all), scale, S::floats(0.0f))));
     }
   }
+}
+
+template <class S>
+void score_alone(const Queries& queries, int64_t row, int64_t rows, const Cached& cached, int64_t keys, float* scores,
+                 int64_t stride) {
+  constexpr int64_t usual = 128;
+  const auto run = cached.width == usual ? score_by_columns<S, usual> : score_by_columns<S, 0>;
+  run(queries, row, rows, cached, keys, scores, stride);
 }
 
 // Shares by the scales of their keys' blocks as integers `codes` [keys]. Returns the scale.
