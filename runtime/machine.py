@@ -42,6 +42,7 @@ def describe() -> dict[str, Any]:
 
     return {
         "cpu": cpu_name(),
+        "cpu_model": cpu_model(),
         "cores": default_threads(),
         "logical_cpus": len(_affinity()),
         "last_level_cache_bytes": last_level_cache_bytes(),
@@ -71,6 +72,13 @@ def cpu_name() -> str:
         if found:
             return found.group(1).strip()
     return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def cpu_model() -> str | None:
+    """Family and model number of an x86 processor (Linux): its generation, where its name says nothing of it."""
+    text = _read(Path("/proc/cpuinfo")) or ""
+    found = [re.search(rf"^{key}\s*:\s*(\d+)$", text, re.MULTILINE) for key in ("cpu family", "model")]
+    return f"family {found[0].group(1)} model {found[1].group(1)}" if found[0] and found[1] else None
 
 
 def name_of(compute_capability: tuple[int, int] | None) -> str:

@@ -255,8 +255,10 @@ def _machine(result: dict[str, Any]) -> str:
     other = result["peers"][THEIRS]["about"]
     own = result["peers"][OURS]["about"]["kernels"]
     flags = ", ".join(part.split("=")[0].strip() for part in other.get("system", "").split("|") if "= 1" in part)
+    model = result["machine"].get("cpu_model")  # earlier results have none
     return (
-        f"{result['shape']}, {result['date']}: {result['machine']['cpu']}, {result['threads']} threads, "
+        f"{result['shape']}, {result['date']}: {result['machine']['cpu']}{f' ({model})' if model else ''}, "
+        f"{result['threads']} threads, "
         f"{bandwidth:.1f} GB/s read in the same rounds, load before {result['load_before']:.1f}; onnxruntime "
         f"{result['backend_version']}, kernels {own}; {other['version']} ({flags})"
     )

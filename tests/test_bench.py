@@ -96,11 +96,25 @@ def test_figures_follow_from_the_samples(result, fake_bundle):
     assert result["bundle_bytes"] == sum(entry["bytes"] for entry in manifest["files"].values())
 
 
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [
+        ("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n", "family 25 model 17"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\nmodel name\t: of another kind\n", None),
+        (None, None),
+    ],
+)
+def test_a_processor_is_told_by_its_numbers_too(text, model, monkeypatch):
+    monkeypatch.setattr(machine, "_read", lambda path: text)
+    assert machine.cpu_model() == model
+
+
 def test_memory_bandwidth_and_machine_are_plausible(result):
     assert 1e9 < result["bandwidth_limit_bytes_per_s"] < 1e13
     assert 10 << 20 < result["peak_memory_bytes"] < machine.memory_bytes()
     assert result["machine"]["cpu"] == machine.cpu_name() == result["device"]
     assert result["machine"]["cores"] >= 1
+    assert result["machine"]["cpu_model"] == machine.cpu_model()
     assert "fit into the last-level cache" in (result["limit_note"] or "fit into the last-level cache")
     assert (result["energy_j_per_token"] is None) == bool(result["energy_reason"])
 
