@@ -346,6 +346,7 @@ uint64_t attention_digest(const Kernels* kernels) {
         all = all * 31 + run_grouped_one(kernels, element, 21, 50, first, channels);
         all = all * 31 + run_grouped_one(kernels, element, 64, 0, first, channels);
         all = all * 31 + run_grouped_one(kernels, element, 128, 50, first, channels);
+        all = all * 31 + run_grouped_one(kernels, element, 256, 50, first, channels);
       }
       all = all * 31 + run_latent_one(kernels, element, 64, 16, first, 0);
       all = all * 31 + run_latent_one(kernels, element, 64, 16, first, 32);

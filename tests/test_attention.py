@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from attention_cases import (
     Grouped,
@@ -309,6 +310,24 @@ def test_a_value_that_is_no_number_in_a_window(value: float, library: Path) -> N
         np.testing.assert_array_equal(y[others], clean[others])
 
 
+def test_shares_of_hardly_anything_are_nothing(
+    forms: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the likeliest keys' values are zeros, what is left may be too small for a scale of its own."""
+    case = Grouped(4, 2, 64, 8, kind="int8")
+    run = make_run(case, [250], [12], np.random.default_rng(15))
+    run.inputs["q"] *= np.float32(400)
+    run.caches[0][3][0, :, :250:2] = 0.0
+    wanted = None
+    for name, library in forms:
+        monkeypatch.setenv(kernels.VARIABLE, name)
+        session, parts = open_case(case, run, library), run.copy()
+        each = [run_model(session, parts.only(0, at, 1)) for at in range(12)]
+        for y in (run_model(session, run.copy()), np.concatenate(each)):
+            wanted = y if wanted is None else wanted
+            np.testing.assert_array_equal(y, wanted)
+
+
 @pytest.mark.parametrize("size", [64, 128, 192])
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0, 100.0])
 def test_heads_of_integers_are_nearer_to_the_cache_than_the_cache_to_what_it_holds(
@@ -401,6 +420,15 @@ def test_caches_of_another_kind_are_refused(library: Path) -> None:
         run.caches[0][index] = np.ascontiguousarray(run.caches[0][index][:, :, :-1])
         with pytest.raises(Exception, match=text):
             run_model(open_case(grouped, run, library), run)
+    grouped = Grouped(4, 2, 16, 8, kind="int8")
+    run = make_run(grouped, [6, 6], [0, 1], generator)  # the lane that has rows is of another type than the one without
+    run.caches[1][:2] = [cache.astype(np.float32) for cache in run.caches[1][:2]]
+    model = onnx.load_from_string(grouped_model(grouped, 2, run.constants))
+    for value in model.graph.input:
+        if value.name in ("keys.1", "values.1"):
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    with pytest.raises(Exception, match=CACHE):
+        run_model(open_model(model.SerializeToString(), library, 1), run)
     latent = Latent(4, 16, 8, 32, 16, kind="int8", parts=5)
     run = make_run(latent, [6], [1], generator)
     run.caches[0][1] = np.ascontiguousarray(run.caches[0][1][:, :3])

@@ -9,6 +9,8 @@ namespace moedge {
 
 namespace {
 
+static_assert(kBlock <= kCachedKeys, "kernels of integers have room for a block");
+
 constexpr int64_t kStep = 24;          // rows that share one look at which keys they see
 constexpr int64_t kIntegerStep = 48;   // likewise by integers: a multiple of kSideBySide
 constexpr int64_t kMostValues = 24576; // of a tile: its results stay in a second-level cache
@@ -78,7 +80,7 @@ Part take_part(const Attention& a, int64_t rows, Blocks* blocks) {
   return {largest, sums, blocks->take<float>(rows * columns), columns};
 }
 
-// Whether rows of `width` are read as they lie: by whole vectors, in fp32, or in what they are for not many queries.
+// Whether rows of `width` are read as they lie: by whole vectors, in fp32, or for not many queries in fp16.
 bool as_they_lie(const Attention& a, int64_t width, int64_t rows) {
   return width % kVector == 0 && (a.element == Element::kFloat || (a.element == Element::kHalf && rows <= kSomeRows));
 }

@@ -4,8 +4,8 @@
 // fused multiply-adds over the key's words; its share is e^(scale * score - the row's largest in this block); shares are
 // added in kVector sums (by place modulo kVector), which a tree adds; an output is a chain of fused multiply-adds over
 // the keys. Blocks are merged in order. That is the whole of the arithmetic: it names no vector width, no number of
-// rows and no thread, so a row has the same bits alone and among others, on every path. By a latent in int8 scores and
-// outputs are of integers (`score_cached` and `weigh_cached` of Kernels), which is as independent of all that.
+// rows and no thread, so a row has the same bits alone and among others, on every path. By a cache in int8, a
+// latent's or one of heads with a scale for each row, scores and outputs are of integers (`score_cached` and `weigh_cached` of Kernels), which is as independent of all that.
 
 #pragma once
 

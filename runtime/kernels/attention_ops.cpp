@@ -182,6 +182,10 @@ OrtStatus* GroupedOp::run(OrtKernelContext* context) const {
   Lane lanes[kMostLanes];
   const size_t caches = own_scales ? 4 : 2;
   if (OrtStatus* status = read_lanes(context, in[5], in[6], first_lane, caches, &g.core, lanes)) return status;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < g.core.lane_count; ++i) rows += lanes[i].rows;
+  if (rows > 0 && (g.core.element == Element::kByte) != (cache.kind == kInt8))
+    return invalid("moedge.cpu: a KV cache is of another shape or type");
   g.core.products = own_scales && g.core.has_integer_heads() ? kernels : nullptr;
   OrtValue* value = nullptr;
   void* y = nullptr;

@@ -85,8 +85,8 @@ Queries take_integers(const Attention& a, Blocks* blocks) {
 }
 
 // Rows that nobody fills are multiplied too.
-void clear_sums(const Attention& a, const Queries& integers) {
-  for (int64_t i = 0; a.products && i < a.query_rows() * integers.parts; ++i) integers.sums[i] = 0;
+void clear_sums(const Attention& a) {
+  for (int64_t i = 0; a.products && i < a.query_rows() * a.integers.parts; ++i) a.integers.sums[i] = 0;
 }
 
 GroupedScratch take_grouped(const GroupedAttention& g, Blocks* blocks) {
@@ -407,7 +407,7 @@ void run_grouped(const GroupedAttention& g, void* scratch, const Parallel& paral
   Attention core = g.core;
   core.queries = s.queries;
   core.integers = s.integers;
-  clear_sums(core, s.integers);
+  clear_sums(core);
   if (core.element == Element::kByte && !g.key_scales) core.scale /= static_cast<float>(mixed_words(core.width));
   run_attention(core, blocks.base + blocks.used, parallel, phase(2 * core.tokens, prepare),
                 phase(g.value_scales ? core.tokens : 0, scale), attention_workers(core));
@@ -440,7 +440,7 @@ void run_latent(const LatentAttention& l, void* scratch, const Parallel& paralle
   Attention core = l.core;
   core.queries = s.queries;
   core.integers = s.integers;
-  clear_sums(core, s.integers);
+  clear_sums(core);
   core.out = s.mixed;
   run_attention(core, blocks.base + blocks.used, parallel, phase(tokens + units, prepare), phase(units, expand),
                 s.workers);

@@ -16,7 +16,7 @@
 //                          order of unpacking bytes and then pairs of bytes, within each 128 bits
 //          pairs<place>    two bits of each byte, the `place`th from the lowest
 //          cached          codes of a cache, `cached_middle` (0 or 128) more than they are; cached_word: four in all lanes
-//          upper_digits    of integers of two digits
+//          upper_digits    of integers of two digits that are not negative
 //          larger          the larger one of integers; largest: of a vector's; magnitude: without the sign's bit
 //          together        keys that a word of shares has, 2 or 4, and dot_shares, turn_columns: see cached.h
 //          share_rows      rows of shares that are multiplied at once

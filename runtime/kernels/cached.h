@@ -12,6 +12,7 @@ using moedge::kMostShare;
 using moedge::kSideBySide;
 using moedge::Queries;
 
+constexpr float kLeastShare = 1e-34f;  // kMostShare divided by it is a number
 constexpr int64_t kPieces = 2 * kSideBySide;  // numbers that loops take at once: they come in multiples of it
 
 // The scale that makes an integer `code` of the largest magnitude; NaN of what is none, or infinite.
@@ -40,9 +41,12 @@ void put_query(const float* x, int64_t row, bool alone, const Queries& out) {
     const int32_t largest = S::largest(most);
     const bool nothing = largest >= 0x7f800000 || float_of(largest) < 1e-30f;
     int8_t upper[moedge::kMostCachedWidth], lower[moedge::kMostCachedWidth];
-    alignas(64) int32_t codes[moedge::kMostCachedWidth] = {};
+    alignas(64) int32_t codes[moedge::kMostCachedWidth];
     int32_t sum = 0;
-    if (!nothing) round_all<S>(x, block, kMostQuery / float_of(largest), codes);
+    if (nothing)
+      memset(codes, 0, static_cast<size_t>(block) * sizeof *codes);
+    else
+      round_all<S>(x, block, kMostQuery / float_of(largest), codes);
     for (int64_t i = 0; i < block; ++i) {
       const int32_t digit = (codes[i] + kDigit / 2) >> 7;
       upper[i] = static_cast<int8_t>(digit);
@@ -85,7 +89,7 @@ __attribute__((noinline)) void score_keys(const Queries& queries, int64_t group,
     for (int k = 0; k < K; ++k) {
       upper[k] = S::ints(0);
       lower[k] = less;
-      fetch(key[k] + kAhead);
+      for (int64_t at = 0; at < 4 * words; at += 64) fetch(key[k] + kAhead + at);
     }
     for (int64_t w = 0; w < words; ++w, own += 2 * kSideBySide) {
       const Int first_digits = S::load_bytes(own), last_digits = S::load_bytes(own + kSideBySide);
@@ -172,12 +176,12 @@ float round_shares(const float* shares, const float* scales, int64_t keys, int32
     most = S::larger(most, S::as_ints(product));
   }
   const int32_t largest = S::largest(most);
-  if (largest == 0) {
+  const bool finite = largest < 0x7f800000, nothing = finite && float_of(largest) < kLeastShare;
+  if (finite && !nothing)
+    round_all<S>(products, keys, kMostShare / float_of(largest), codes);
+  else
     memset(codes, 0, static_cast<size_t>(keys) * sizeof *codes);
-    return 0.0f;
-  }
-  round_all<S>(products, keys, kMostShare / float_of(largest), codes);
-  return code_scale(largest, kMostShare);
+  return nothing ? 0.0f : code_scale(largest, kMostShare);
 }
 
 // Of keys 16 apart: bytes of the upper digits and of the lower ones.
@@ -226,7 +230,10 @@ void turn_values(const int8_t* codes, int64_t width, int64_t known, int64_t keys
   for (int64_t k = 0; k < keys; k += together * side)
     for (int64_t i = 0; i < side; ++i, panel += block) {
       const int8_t* row[together];
-      for (int64_t t = 0; t < together; ++t) row[t] = codes + least(k + t * side + i, known - 1) * width;
+      for (int64_t t = 0; t < together; ++t) {
+        row[t] = codes + least(k + t * side + i, known - 1) * width;
+        fetch(row[t] + kAhead);
+      }
       S::turn_columns(row, block, panel);
     }
 }
@@ -266,7 +273,8 @@ void weigh_cached(const float* shares, int64_t shares_stride, int64_t rows, cons
                   int64_t columns, float* out, int64_t stride) {
   constexpr int M = S::share_rows;
   constexpr int64_t together = S::together;
-  const int64_t block = least(cached.width / cached.parts, moedge::kMostCachedBlock), whole = divide_up(keys, together * kSideBySide) * together * kSideBySide;
+  const int64_t block = least(cached.width / cached.parts, moedge::kMostCachedBlock);
+  const int64_t some = together * kSideBySide, whole = divide_up(keys, some) * some;
   alignas(64) int32_t panel[kCachedKeys / together * moedge::kMostCachedBlock];
   alignas(64) int32_t words[M * kCachedKeys / 2], codes[kCachedKeys];
   float scales[kCachedKeys], own[M];

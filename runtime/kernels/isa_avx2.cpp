@@ -10,7 +10,8 @@ struct Avx2 : Vectors256 {
   // 8-bit codes less 128, so that they can change signs with the activations in `dot`.
   static Int prepare(Int a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
 
-  // Pairs of products are added in 16 bits: 2 * 15 * 127 for 4-bit codes, 2 * 128 * 127 for magnitudes of 8-bit ones.
+  // Pairs of products are added in 16 bits: 2 * 15 * 127 for 4-bit codes, 2 * 128 * 127 for magnitudes of 8-bit ones, of a
+  // cache's 2 * 255 * 64 by digits of queries and 2 * 127 * 128 by those of shares.
   template <int bits>
   static Int dot(Int acc, Int codes, Int x) {
     const Int pairs = bits < 8 ? _mm256_maddubs_epi16(codes, x)

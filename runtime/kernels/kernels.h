@@ -89,7 +89,7 @@ constexpr int64_t kFewQueries = 8;   // of a sequence, which stand alone: each o
 constexpr int64_t kCachedKeys = 128; // of one call
 constexpr int64_t kMostCachedBlock = 64, kMostCachedWidth = 256;  // of keys that have one scale
 constexpr int32_t kDigit = 128;
-constexpr float kMostQuery = 63 * kDigit, kMostShare = 127 * kDigit;  // two products of 64 * 255 stay within 16 bits
+constexpr float kMostQuery = 63 * kDigit, kMostShare = 127 * kDigit;  // two products of 64 * 255, or of 127 * 128, have 16 bits
 
 // Rows of queries, kSideBySide of them together, with a scale and the sum of its integers for each block of columns.
 struct Queries {
@@ -145,7 +145,8 @@ struct Kernels {
   // multiple of 8 are written.
   void (*score_cached)(const Queries& queries, int64_t row, const Cached& cached, int64_t keys, float* scores);
 
-  // The same of rows that stand alone, by keys of one scale: scores [rows, keys], `stride` apart, keys <= kCachedKeys.
+  // The same of rows that stand alone, by keys of one scale: scores [rows, keys], `stride` apart, keys <= kCachedKeys; as many
+  // are written as a multiple of 16.
   void (*score_alone)(const Queries& queries, int64_t row, int64_t rows, const Cached& cached, int64_t keys, float* scores,
                       int64_t stride);
 
