@@ -20,7 +20,7 @@ help:
 	@echo "make demo   install into $(VENV) and run the whole path on the sample model"
 	@echo "make test   install what the tests need and run them all"
 	@echo "make lint   ruff, and mypy --strict on the package"
-	@echo "make clean  remove $(VENV) and everything built"
+	@echo "make clean  remove $(VENV), what was compiled, and the demo's folder"
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/moedge demo $(ARGS)
@@ -37,7 +37,7 @@ lint: $(VENV)/.test
 	"$$python" -m mypy --config-file ../../pyproject.toml -p moedge
 
 clean:
-	rm -rf $(VENV) .build
+	rm -rf $(VENV) .build moedge.egg-info moedge-demo runtime/kernels/libmoedge_cpu-*
 
 # The install is editable, so only a change of what is required installs again.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
