@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import require
+from .memory import give_back
 from .quantization import slice_int6
 
 Array = np.ndarray[Any, Any]
@@ -29,6 +30,7 @@ _FLOAT = 4
 # onnxruntime 1.31: 1.1 for mixtures from int4, fp16 and fp32; no more than 2 for attention).
 _MIXTURE, _FUNCTION = 1.25, 2.0
 _ACTIVATIONS = 5  # arrays of a mixture's inner width that its body holds for each token and expert
+_HELD = 8  # copies of codes that a part of the graph holds itself, until onnxruntime has read it
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,10 @@ class GraphRunner:
             model.opset_import.add(domain=domain, version=version)
         session = _open_session(model.SerializeToString(), self.folder)
         feeds = {name: np.ascontiguousarray(values[name]) for name in inputs}
-        return dict(zip(wanted, session.run(wanted, feeds), strict=True))
+        found = dict(zip(wanted, session.run(wanted, feeds), strict=True))
+        del session, model, graph
+        give_back()  # or the next part's weights come on top of this one's
+        return found
 
 
 def warm_up() -> None:
@@ -317,6 +322,7 @@ def _make_step(
     leading = {_shape_of(tensor)[value.name in planes] for value, tensor in named if len(tensor.shape)}
     if split is None or len(leading) != 1:
         return Step(node, makers, initializers, cost)
+    cost += _HELD * sum(each.const_value.nbytes for each in initializers if each.name in planes and each.const_value)
     copied = 0
     if split == "experts":
         stacks = [shape for shape in operands if len(shape) == 3]

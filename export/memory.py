@@ -7,6 +7,7 @@ comparing hold a few copies of one chunk of rows; running the graph holds a budg
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import re
@@ -124,6 +125,13 @@ def _find_bound(limit: int | str | None, least: int) -> int:
 def _is_whole(weight: Weight) -> bool:
     """Whether parts of the tensor's units cannot be read alone: a unit is held then."""
     return not all(piece.ranged for piece in weight.pieces())
+
+
+def give_back() -> None:
+    """What was freed goes back to the system, where the C library keeps it otherwise (glibc: up to half of a peak)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def rows_at_once(weight: Weight, chunk: int) -> int:
