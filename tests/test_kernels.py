@@ -93,6 +93,21 @@ def test_experts_equal_the_reference_on_every_path(
     assert results[0][0].shape == (0, hidden)
 
 
+def test_experts_of_many_tokens_have_the_bits_of_few(library: Path) -> None:
+    """Few tokens' last products are taken expert by expert, many tokens' row by row."""
+    generator = np.random.default_rng(31)
+    count, hidden, inner, tokens, top_k = 4, 1088, 64, 400, 3
+    assert tokens * top_k * hidden > 2**19 > tokens // 4 * top_k * hidden  # kMostApart in moe.h
+    gate_up = make_stack(generator, (count, 2 * inner, hidden), 64, 4, bias=True)
+    down = make_stack(generator, (count, hidden, inner), 64, 4, bias=True)
+    session = open_model(experts_model(gate_up, down, **CLAMPED), library, 2)
+    given = feed(generator, tokens, count, top_k, hidden)
+    pieces = [{key: rows[at : at + 100] for key, rows in given.items()} for at in range(0, tokens, 100)]
+    expected = np.concatenate([session.run(None, piece)[0] for piece in pieces])
+    assert np.abs(expected).max() > 0
+    np.testing.assert_array_equal(session.run(None, given)[0], expected)
+
+
 @pytest.mark.parametrize(
     ("shape", "group"),
     [((1, 7, 48), 16), ((1, 100, 1088), 64), ((1, 640, 512), 128), ((1, 75, 1536), 128), ((1, 75, 1536), 512)],

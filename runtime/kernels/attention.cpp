@@ -9,10 +9,10 @@ namespace moedge {
 
 namespace {
 
-static_assert(kBlock <= kCachedKeys, "kernels of integers have room for a block");
 
 constexpr int64_t kStep = 24;          // rows that share one look at which keys they see
 constexpr int64_t kIntegerStep = 48;   // likewise by integers: a multiple of kSideBySide
+static_assert(kBlock <= kCachedKeys && kIntegerStep <= kSharedRows, "kernels of integers have room for that");
 constexpr int64_t kMostValues = 24576; // of a tile: its results stay in a second-level cache
 // From this many tiles on each goes through its keys by itself; below, threads share out the blocks of a tile.
 constexpr int64_t kManyTiles = 16;
@@ -26,6 +26,7 @@ constexpr int64_t kReading = 8;
 struct Tile {
   const Lane* lane;
   int64_t group, row, rows;
+  const Tile* next = nullptr;  // whose keys are read behind these
 
   int64_t position(const Attention& a, int64_t r) const { return lane->past + (row + r) / a.heads_a_group(); }
   int64_t first_block(const Attention& a) const {
@@ -141,11 +142,35 @@ Seen seen_by(const Attention& a, const Tile& tile, int64_t r, int64_t n, int64_t
           least(kBlock, tile.position(a, r + n - 1) + 1 - start)};
 }
 
-// Keys or values from place `place` of a group on.
-Cached read_integers(const Attention& a, const void* cache, const float* scales, int64_t group, int64_t capacity,
-                     int64_t place) {
-  const int64_t parts = most(1, a.parts), row = group * capacity + place;
-  return {static_cast<const int8_t*>(cache) + row * a.width, scales + row * parts, a.width, parts};
+// Rows of `size` bytes from place `place` of a group on.
+const char* place_in(const Tile& tile, int64_t place, const void* cache, int64_t size) {
+  return static_cast<const char*>(cache) + (tile.group * tile.lane->capacity + place) * size;
+}
+
+// Keys (`values`: values) from place `place` of a tile on, and their scales.
+Cached read_integers(const Attention& a, const Tile& tile, bool values, int64_t place) {
+  const int64_t parts = most(1, a.parts);
+  const auto codes = [&](const Tile& of, int64_t from) {
+    return place_in(of, from, values ? of.lane->values : of.lane->keys, a.width);
+  };
+  const float* scales = a.values_are_keys ? tile.lane->scales : values ? tile.lane->value_scales : tile.lane->key_scales;
+  scales = reinterpret_cast<const float*>(place_in(tile, place, scales, parts * 4));
+  Cached cached{reinterpret_cast<const int8_t*>(codes(tile, place)), scales, a.width, parts};
+  if (!tile.next) return cached;
+  cached.end = reinterpret_cast<uintptr_t>(codes(tile, tile.position(a, tile.rows - 1) + 1));
+  cached.skip = reinterpret_cast<uintptr_t>(codes(*tile.next, tile.next->first_block(a) * kBlock)) - cached.end;
+  return cached;
+}
+
+void fetch_all(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) fetch(static_cast<const char*>(from) + at);
+}
+
+// The scales of a block.
+void fetch_scales(const Attention& a, const Tile& tile, int64_t block) {
+  const int64_t size = most(1, a.parts) * 4;
+  for (const float* scales : {tile.lane->scales, tile.lane->key_scales, tile.lane->value_scales})
+    if (scales) fetch_all(place_in(tile, block * kBlock, scales, size), kBlock * size);
 }
 
 // A value without a scale is no number to whoever sees it, whatever its share is.
@@ -173,9 +198,7 @@ void attend_integers(const Attention& a, const Tile& tile, int64_t r, int64_t n,
   const int64_t first = seen.begin / kPanelKeys * kPanelKeys, count = seen.end - first, place = start + first;
   const int64_t columns = divide_up(count, kPanelKeys) * kPanelKeys, row = a.query_row(lane, tile.group) + tile.row + r;
   const bool grouped = !a.values_are_keys, alone = a.stands_alone(lane);
-  const Cached keys = read_integers(a, lane.keys, grouped ? lane.key_scales : lane.scales, tile.group, lane.capacity, place);
-  const Cached values =
-      grouped ? read_integers(a, lane.values, lane.value_scales, tile.group, lane.capacity, place) : keys;
+  const Cached keys = read_integers(a, tile, false, place), values = grouped ? read_integers(a, tile, true, place) : keys;
   float* scores = work.scores + r * kBlock;
   if (alone) a.products->score_alone(a.integers, row, n, keys, count, scores, kBlock);
   for (int64_t i = 0; !alone && i < n; i += kSideBySide) {
@@ -194,9 +217,9 @@ void attend_integers(const Attention& a, const Tile& tile, int64_t r, int64_t n,
     else
       memset(shares, 0, static_cast<size_t>(columns) * sizeof(float));
     if (spoiled && from < to) spoil_shares(values.scales + from, to - from, shares + from);
-    if (alone) a.products->weigh_alone(shares, values, count, a.value_width, part.values + i * part.columns);
   }
-  if (!alone) a.products->weigh_cached(scores, kBlock, n, values, count, a.value_width, part.values, part.columns);
+  const auto weigh = alone ? a.products->weigh_alone : a.products->weigh_cached;
+  weigh(scores, kBlock, n, values, count, a.value_width, part.values, part.columns);
 }
 
 // `n` rows of a tile from `r` on, over the keys of a block that starts at `start`.
@@ -239,6 +262,10 @@ void attend_rows(const Attention& a, const Tile& tile, int64_t r, int64_t n, int
 // What one block of keys gives to a tile's rows.
 void attend_block(const Attention& a, const Tile& tile, int64_t block, const Work& work, const Part& part) {
   const Lane& lane = *tile.lane;
+  if (a.products && block + 1 < tile.end_block(a))
+    fetch_scales(a, tile, block + 1);
+  else if (a.products && tile.next)
+    fetch_scales(a, *tile.next, tile.next->first_block(a));
   for (int64_t r = 0; a.products && r < tile.rows; r += kIntegerStep)
     attend_integers(a, tile, r, least(kIntegerStep, tile.rows - r), block * kBlock, work, part.from(r));
   if (a.products) return;
@@ -283,15 +310,13 @@ void finish_tile(const Attention& a, const Tile& tile, const Part& state, const 
 // Fetches what the kernels begin a block with: as they go on they fetch by themselves, so far ahead.
 void fetch_first(const Attention& a, const Tile& tile, int64_t block) {
   const int64_t start = block * kBlock, rows = least(kBlock, tile.position(a, tile.rows - 1) + 1 - start);
-  const int64_t row = a.room * static_cast<int64_t>(element_size(a.element));
-  const int64_t from = (tile.group * tile.lane->capacity + start) * row;
+  const int64_t size = a.room * static_cast<int64_t>(element_size(a.element));
   for (const void* cache : {tile.lane->keys, a.values_are_keys ? nullptr : tile.lane->values})
-    for (int64_t at = 0; cache && at < least(kAhead, rows * row); at += 64)
-      fetch(static_cast<const char*>(cache) + from + at);
+    if (cache) fetch_all(place_in(tile, start, cache, size), least(kAhead, rows * size));
+  if (a.products) fetch_scales(a, tile, block);
 }
 
 void run_tile(const Attention& a, const Tile& tile, const Work& work) {
-  fetch_first(a, tile, tile.first_block(a));
   memset(work.state.sums, 0, static_cast<size_t>(tile.rows) * sizeof(float));
   for (int64_t block = tile.first_block(a); block < tile.end_block(a); ++block) {
     attend_block(a, tile, block, work, work.part);
@@ -344,14 +369,11 @@ Scratch take_scratch(const Attention& a, const Plan& plan, int64_t workers, Bloc
 
 // A block of a tile by itself, in the round that begins with block `at`; whoever does the last of a tile's merges them
 // in order.
-void run_unit(const Attention& a, const Plan& plan, const Scratch& s, int64_t at, int64_t unit, const Work& work) {
+void run_unit(const Attention& a, const Plan& plan, const Scratch& s, int64_t at, int64_t unit, const Tile& tile,
+              const Work& work) {
   const int64_t round = plan.round, index = unit / round;
-  const Tile tile = tile_at(a, index);
   const int64_t first = tile.first_block(a) + at, end = tile.end_block(a), block = first + unit % round;
-  if (block < end) {
-    fetch_first(a, tile, block);
-    attend_block(a, tile, block, work, s.parts[unit]);
-  }
+  if (block < end) attend_block(a, tile, block, work, s.parts[unit]);
   if (__atomic_add_fetch(s.done + index, 1, __ATOMIC_ACQ_REL) < round) return;
   s.done[index] = 0;
   for (int64_t i = 0; i < round && first + i < end; ++i)
@@ -387,10 +409,17 @@ void run_attention(const Attention& a, void* scratch, const Parallel& parallel, 
     const int64_t at = r * plan.round;
     const auto attend = [&](int64_t first, int64_t end, int64_t worker) {
       for (int64_t unit = first; unit < end; ++unit) {
+        Tile tile = tile_at(a, unit / plan.round), next = tile;
+        if (unit / plan.round + 1 < plan.extent.tiles) {
+          next = tile_at(a, unit / plan.round + 1);
+          tile.next = &next;
+        }
+        if (unit == first || !a.products)  // later ones are fetched by those before them
+          fetch_first(a, tile, tile.first_block(a) + (plan.split ? at + unit % plan.round : 0));
         if (plan.split)
-          run_unit(a, plan, s, at, unit, s.works[worker]);
+          run_unit(a, plan, s, at, unit, tile, s.works[worker]);
         else
-          run_tile(a, tile_at(a, unit), s.works[worker]);
+          run_tile(a, tile, s.works[worker]);
       }
     };
     Phase first = before, last = after;

@@ -59,7 +59,7 @@ struct Vectors256 {
   }
   static Int upper_half(Int a) { return _mm256_slli_epi32(a, 16); }
   static Int magnitude(Int a) { return _mm256_and_si256(a, ints(INT32_MAX)); }
-  static constexpr int together = 2, share_rows = 4, keys = 4, cached_middle = 128;
+  static constexpr int together = 2, share_rows = 4, alone_rows = 1, keys = 4, cached_middle = 128;
   static Int cached(Int codes) { return _mm256_xor_si256(codes, _mm256_set1_epi8(-128)); }
   static Int cached_word(const int8_t* from) { return cached(ints(word_at(from))); }
   static Int upper_digits(Int a) { return _mm256_srli_epi32(a, 7); }

@@ -19,7 +19,7 @@
 //          upper_digits    of integers of two digits that are not negative
 //          larger          the larger one of integers; largest: of a vector's; magnitude: without the sign's bit
 //          together        keys that a word of shares has, 2 or 4, and dot_shares, turn_columns: see cached.h
-//          share_rows      rows of shares that are multiplied at once
+//          share_rows      rows of shares that are multiplied at once; alone_rows: of few
 //          keys            that are scored at once
 // Everything is in an anonymous namespace: two files must never share a function that was compiled for one of them.
 
@@ -263,6 +263,8 @@ void multiply_few(const Matrix& matrix, const int64_t* rows, const Activations& 
   for (int64_t side = 0; side < tile; side += lanes) {
     const uint8_t* sources[lanes];
     for (int64_t r = 0; r < lanes; ++r) sources[r] = matrix.codes + rows[side + r] * bytes;
+    const bool goes_on = side + lanes == tile && matrix.next_codes;
+    const uint8_t* following = goes_on ? matrix.next_codes : sources[0] + lanes * bytes;
     typename S::Float total[M];
     for (int m = 0; m < M; ++m) total[m] = S::floats(0.0f);
     for (int64_t b = 0; b < matrix.groups(); ++b) {
@@ -279,7 +281,7 @@ void multiply_few(const Matrix& matrix, const int64_t* rows, const Activations& 
 #pragma GCC unroll 16
         for (int64_t w = 0; w < lanes; ++w) {
           // The next rows while these are multiplied, in the order that they lie in, and not at once: they would wait.
-          if (w * 64 < lanes * chunk) fetch(sources[0] + lanes * (bytes + at) + w * 64);
+          if (w * 64 < lanes * chunk) fetch(following + lanes * at + w * 64);
           const typename S::Int whole = bits == 8 ? S::prepare(words[w]) : words[w];
           const typename S::Int low = bits == 4 ? S::low_nibbles(words[w]) : whole;
           const int c = bits == 4 ? 0 : w % chains;

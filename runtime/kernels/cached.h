@@ -9,6 +9,7 @@ using moedge::kCachedKeys;
 using moedge::kDigit;
 using moedge::kMostQuery;
 using moedge::kMostShare;
+using moedge::kSharedRows;
 using moedge::kSideBySide;
 using moedge::Queries;
 
@@ -89,7 +90,7 @@ __attribute__((noinline)) void score_keys(const Queries& queries, int64_t group,
     for (int k = 0; k < K; ++k) {
       upper[k] = S::ints(0);
       lower[k] = less;
-      for (int64_t at = 0; at < 4 * words; at += 64) fetch(key[k] + kAhead + at);
+      for (int64_t at = 0; at < 4 * words; at += 64) fetch(cached.ahead(key[k] + at));
     }
     for (int64_t w = 0; w < words; ++w, own += 2 * kSideBySide) {
       const Int first_digits = S::load_bytes(own), last_digits = S::load_bytes(own + kSideBySide);
@@ -126,11 +127,12 @@ void score_by_columns(const Queries& queries, int64_t row, int64_t rows, const C
   for (int64_t key = 0; key < keys; key += lanes) {
     const int8_t* codes[lanes];
     float scales[lanes];
+    const int8_t* ahead = cached.ahead(cached.codes + key * width);
+    for (int64_t at = 0; at < lanes * width; at += 64) fetch(ahead + at);
     for (int64_t i = 0; i < lanes; ++i) {
       const int64_t place = least(key + i, keys - 1);
       codes[i] = cached.codes + place * width;
       scales[i] = cached.scales[place];
-      for (int64_t at = 0; at < width; at += 64) fetch(codes[i] + kAhead + at);
     }
     for (int64_t m = row; m < row + rows; ++m) {
       const int8_t *upper = reinterpret_cast<const int8_t*>(queries.words) + 2 * m * width, *lower = upper + width;
@@ -212,27 +214,33 @@ inline void pack_shares(const int32_t* codes, int64_t keys, int32_t* words, int6
     }
 }
 
-// A block's scales of `known` keys, up to kCachedKeys.
+// A block's scales of `known` keys, up to kCachedKeys. Who sees a key without one gets no number by its score: here it is 0.
+template <class S>
 inline void copy_scales(const float* from, int64_t step, int64_t known, float* scales) {
-  memset(scales, 0, kCachedKeys * sizeof *scales);
-#pragma GCC novector
-  for (int64_t k = 0; k < known; ++k) {
-    const float scale = from[k * step];
-    scales[k] = scale == scale ? scale : 0.0f;  // who sees such a key gets no number by its score
+  int64_t k = 0;
+  typename S::Int most = S::ints(0);
+  for (; step == 1 && k + S::lanes <= known; k += S::lanes) {
+    const typename S::Float some = S::load_some(from + k);
+    S::store_floats(scales + k, some);
+    most = S::larger(most, S::magnitude(S::as_ints(some)));
   }
+  if (S::largest(most) > 0x7f800000) k = 0;  // one is no number: one by one
+#pragma GCC novector
+  for (; k < known; ++k) scales[k] = from[k * step] == from[k * step] ? from[k * step] : 0.0f;
+  for (; k < kCachedKeys; ++k) scales[k] = 0.0f;
 }
 
 // Codes of a block's columns as the words of shares want them: [keys / together][block]. Keys beyond the last one are
 // that one again: their shares are 0.
 template <class S>
-void turn_values(const int8_t* codes, int64_t width, int64_t known, int64_t keys, int64_t block, int32_t* panel) {
+void turn_values(const Cached& cached, int64_t first, int64_t known, int64_t keys, int64_t block, int32_t* panel) {
   constexpr int64_t together = S::together, side = kSideBySide;
   for (int64_t k = 0; k < keys; k += together * side)
     for (int64_t i = 0; i < side; ++i, panel += block) {
       const int8_t* row[together];
       for (int64_t t = 0; t < together; ++t) {
-        row[t] = codes + least(k + t * side + i, known - 1) * width;
-        fetch(row[t] + kAhead);
+        row[t] = cached.codes + least(k + t * side + i, known - 1) * cached.width + first;
+        fetch(cached.ahead(row[t]));
       }
       S::turn_columns(row, block, panel);
     }
@@ -272,59 +280,87 @@ template <class S>
 void weigh_cached(const float* shares, int64_t shares_stride, int64_t rows, const Cached& cached, int64_t keys,
                   int64_t columns, float* out, int64_t stride) {
   constexpr int M = S::share_rows;
-  constexpr int64_t together = S::together;
+  constexpr int64_t together = S::together, most = (kSharedRows + M - 1) / M * M, each = kCachedKeys / 2;
   const int64_t block = least(cached.width / cached.parts, moedge::kMostCachedBlock);
   const int64_t some = together * kSideBySide, whole = divide_up(keys, some) * some;
   alignas(64) int32_t panel[kCachedKeys / together * moedge::kMostCachedBlock];
-  alignas(64) int32_t words[M * kCachedKeys / 2], codes[kCachedKeys];
-  float scales[kCachedKeys], own[M];
+  alignas(64) int32_t words[most * each], codes[kCachedKeys];
+  alignas(64) float scales[kCachedKeys];
+  float own[most];
   for (int64_t g = 0; g * block < columns; ++g) {
-    if (g == 0 || cached.parts > 1) copy_scales(cached.scales + g, cached.parts, keys, scales);
-    turn_values<S>(cached.codes + g * block, cached.width, keys, whole, block, panel);
-    for (int64_t r = 0; r < rows; r += M) {
-      for (int64_t m = 0; m < M && r + m < rows; ++m) {
-        own[m] = round_shares<S>(shares + (r + m) * shares_stride, scales, whole, codes);
-        pack_shares<S, together>(codes, whole, words + m * kCachedKeys / 2, kCachedKeys / together);
+    const bool changed = g == 0 || cached.parts > 1;
+    if (changed) copy_scales<S>(cached.scales + g, cached.parts, keys, scales);
+    for (int64_t r = 0; changed && r < rows; ++r) {
+      own[r] = round_shares<S>(shares + r * shares_stride, scales, whole, codes);
+      pack_shares<S, together>(codes, whole, words + r * each, kCachedKeys / together);
+    }
+    turn_values<S>(cached, g * block, keys, whole, block, panel);
+    for (int64_t r = 0; r < rows; r += M)
+      weigh_rows<S, M>(words + r * each, own + r, rows - r, panel, block, whole / together, out + r * stride + g * block,
+                       stride);
+  }
+}
+
+// M rows by four keys' bytes, which are turned in registers and used there. `fetches`: those ahead come.
+template <class S, int M>
+void weigh_turned(const int32_t* words, const float* scales, const Cached& cached, int64_t keys, int64_t columns,
+                  bool fetches, float* out, int64_t stride) {
+  using Int = typename S::Int;
+  constexpr int64_t lanes = S::lanes, bytes = 4 * lanes, side = kSideBySide, half = kCachedKeys / 4;
+  alignas(64) float values[bytes];
+  for (int64_t at = 0; at < columns; at += bytes) {
+    Int upper[M][4], lower[M][4];
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < 4; ++v) upper[m][v] = lower[m][v] = S::ints(0);
+    const int32_t* own = words;
+    for (int64_t first = 0; first < keys; first += 4 * side) {
+      const int8_t* codes = cached.codes + first * cached.width + at;
+      const int8_t* ahead = cached.ahead(codes);  // each key's is as far ahead as the others'
+      for (int64_t w = 0; w < side; ++w, ++own) {
+        Int column[4];
+        for (int64_t t = 0; t < 4; ++t) {
+          const int64_t key = w + t * side;
+          column[t] = S::load_bytes(codes + least(key, keys - first - 1) * cached.width);
+          if (fetches && at % 64 == 0) fetch(ahead + key * cached.width);
+        }
+        S::turn(column);
+        for (int m = 0; m < M; ++m) {
+          const Int high = S::ints(own[m * 2 * half]), low = S::ints(own[(2 * m + 1) * half]);
+          for (int v = 0; v < 4; ++v) {
+            upper[m][v] = S::template dot<4>(upper[m][v], high, column[v]);
+            lower[m][v] = S::template dot<4>(lower[m][v], low, column[v]);
+          }
+        }
       }
-      weigh_rows<S, M>(words, own, rows - r, panel, block, whole / together, out + r * stride + g * block, stride);
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < 4; ++v) {
+        const Int all = S::add(S::multiply(upper[m][v], S::ints(kDigit)), lower[m][v]);
+        S::store_floats(values + v * lanes, S::multiply(S::to_floats(all), S::floats(scales[m])));
+      }
+      for (int64_t c = 0; c < bytes; c += 4)
+        memcpy(out + m * stride + at + c, values + c % 16 / 4 * lanes + c / 16 * 4, 4 * sizeof *out);
     }
   }
 }
 
-// Four keys' bytes are turned in registers, and used there.
 template <class S>
-void weigh_alone(const float* shares, const Cached& cached, int64_t keys, int64_t columns, float* out) {
-  using Int = typename S::Int;
-  constexpr int64_t lanes = S::lanes, bytes = 4 * lanes, side = kSideBySide, four = 4 * side, half = kCachedKeys / 4;
+void weigh_alone(const float* shares, int64_t shares_stride, int64_t rows, const Cached& cached, int64_t keys,
+                 int64_t columns, float* out, int64_t stride) {
+  constexpr int64_t four = 4 * kSideBySide, each = kCachedKeys / 2;
   const int64_t whole = divide_up(keys, four) * four;
-  alignas(64) int32_t codes[kCachedKeys], words[2 * half];
-  alignas(64) float values[bytes];
-  float scales[kCachedKeys];
-  copy_scales(cached.scales, 1, keys, scales);
-  const typename S::Float scale = S::floats(round_shares<S>(shares, scales, whole, codes));
-  pack_shares<S, 4>(codes, whole, words, half);
-  for (int64_t at = 0; at < columns; at += bytes) {
-    Int upper[4], lower[4];
-    for (int v = 0; v < 4; ++v) upper[v] = lower[v] = S::ints(0);
-    for (int64_t w = 0; w < whole / 4; ++w) {
-      Int column[4];
-      for (int64_t t = 0; t < 4; ++t) {
-        const int8_t* row = cached.codes + least(w / side * four + w % side + t * side, keys - 1) * cached.width + at;
-        column[t] = S::load_bytes(row);
-        if (at % 64 == 0) fetch(row + kAhead);
-      }
-      S::turn(column);
-      const Int high = S::ints(words[w]), low = S::ints(words[half + w]);
-      for (int v = 0; v < 4; ++v) {
-        upper[v] = S::template dot<4>(upper[v], high, column[v]);
-        lower[v] = S::template dot<4>(lower[v], low, column[v]);
-      }
+  alignas(64) int32_t codes[kCachedKeys], words[S::alone_rows * each];
+  alignas(64) float scales[kCachedKeys];
+  float own[S::alone_rows];
+  copy_scales<S>(cached.scales, 1, keys, scales);
+  for (int64_t r = 0; r < rows; r += S::alone_rows) {
+    const int64_t some = least(S::alone_rows, rows - r);
+    for (int64_t m = 0; m < some; ++m) {
+      own[m] = round_shares<S>(shares + (r + m) * shares_stride, scales, whole, codes);
+      pack_shares<S, 4>(codes, whole, words + m * each, each / 2);
     }
-    for (int v = 0; v < 4; ++v) {
-      const Int all = S::add(S::multiply(upper[v], S::ints(kDigit)), lower[v]);
-      S::store_floats(values + v * lanes, S::multiply(S::to_floats(all), scale));
-    }
-    for (int64_t c = 0; c < bytes; c += 4) memcpy(out + at + c, values + c % 16 / 4 * lanes + c / 16 * 4, 4 * sizeof *out);
+    const auto run = some == 1 ? weigh_turned<S, 1> : weigh_turned<S, S::alone_rows>;
+    run(words, own, cached, keys, columns, r == 0, out + r * stride, stride);
   }
 }
 

@@ -71,7 +71,7 @@ struct Avx512 {
   static int32_t largest(Int a) { return _mm512_reduce_max_epi32(a); }
   static Int upper_half(Int a) { return _mm512_slli_epi32(a, 16); }
   static Int magnitude(Int a) { return _mm512_and_si512(a, ints(INT32_MAX)); }
-  static constexpr int together = 2, share_rows = 8, keys = 8, cached_middle = 128;
+  static constexpr int together = 2, share_rows = 8, alone_rows = 2, keys = 8, cached_middle = 128;
   static Int cached(Int codes) { return _mm512_xor_si512(codes, ints(INT32_C(-0x7f7f7f80))); }
   static Int cached_word(const int8_t* from) { return cached(ints(*reinterpret_cast<const Word*>(from))); }
   static Int upper_digits(Int a) { return _mm512_srli_epi32(a, 7); }

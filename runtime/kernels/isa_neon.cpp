@@ -75,7 +75,7 @@ struct Neon {
   static int32_t largest(Int a) { return vmaxvq_s32(a); }
   static Int magnitude(Int a) { return vandq_s32(a, ints(INT32_MAX)); }
   static Int upper_digits(Int a) { return vshrq_n_s32(a, 7); }
-  static constexpr int together = 4, share_rows = 4, keys = 4, cached_middle = 0;
+  static constexpr int together = 4, share_rows = 4, alone_rows = 2, keys = 4, cached_middle = 0;
   static Int cached(Int codes) { return codes; }
   static Int cached_word(const int8_t* from) { return ints(word_at(from)); }
   static Int dot_shares(Int acc, Int columns, Int shares) { return dot<8>(acc, columns, shares); }

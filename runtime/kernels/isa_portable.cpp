@@ -120,7 +120,7 @@ struct Portable {
   static Int magnitude(Int a) {
     return each<Int>([&](int i) { return a.lane[i] & INT32_MAX; });
   }
-  static constexpr int together = 2, share_rows = 2, keys = 2, cached_middle = 128;
+  static constexpr int together = 2, share_rows = 2, alone_rows = 1, keys = 2, cached_middle = 128;
   static Int cached(Int codes) {
     return each<Int>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(codes.lane[i]) ^ 0x80808080u); });
   }

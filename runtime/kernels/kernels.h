@@ -87,6 +87,7 @@ struct Activations {
 constexpr int64_t kSideBySide = 16;  // queries whose words do
 constexpr int64_t kFewQueries = 8;   // of a sequence, which stand alone: each one's words are behind each other
 constexpr int64_t kCachedKeys = 128; // of one call
+constexpr int64_t kSharedRows = 48;  // of shares, likewise
 constexpr int64_t kMostCachedBlock = 64, kMostCachedWidth = 256;  // of keys that have one scale
 constexpr int32_t kDigit = 128;
 constexpr float kMostQuery = 63 * kDigit, kMostShare = 127 * kDigit;  // two products of 64 * 255, or of 127 * 128, have 16 bits
@@ -106,6 +107,13 @@ struct Cached {
   const int8_t* codes;
   const float* scales;  // [keys, parts]
   int64_t width, parts;
+  // What is read behind `end` lies `skip` bytes further on.
+  uintptr_t end = 0, skip = 0;
+
+  const int8_t* ahead(const int8_t* of) const {  // what to fetch
+    const uintptr_t there = reinterpret_cast<uintptr_t>(of) + kAhead;
+    return reinterpret_cast<const int8_t*>(there < end ? there : there + skip);
+  }
 };
 
 struct Kernels {
@@ -152,12 +160,13 @@ struct Kernels {
 
   // out [rows, columns], `stride` apart: of each block of columns, shares [rows, keys] times the keys' scales are rounded to
   // integers, of which the largest is kMostShare; out = float(sum over keys of integer * code) * their scale. Shares are 0 up
-  // to the next multiple of 64 keys; keys <= kCachedKeys.
+  // to the next multiple of 64 keys; keys <= kCachedKeys, rows <= kSharedRows.
   void (*weigh_cached)(const float* shares, int64_t shares_stride, int64_t rows, const Cached& cached, int64_t keys,
                        int64_t columns, float* out, int64_t stride);
 
-  // The same of one row, by values of one scale.
-  void (*weigh_alone)(const float* shares, const Cached& cached, int64_t keys, int64_t columns, float* out);
+  // The same of few rows, by values of one scale.
+  void (*weigh_alone)(const float* shares, int64_t shares_stride, int64_t rows, const Cached& cached, int64_t keys,
+                      int64_t columns, float* out, int64_t stride);
 
   // pairs [2 * count] (gate, up, gate, up ...) -> h [count]: gate * sigmoid(alpha * gate) * (up + offset), the gate at
   // most `limit`, up between -limit and limit.

@@ -23,6 +23,7 @@ MixtureSteps::MixtureSteps(const Mixture& mixture, Blocks* blocks) : m(mixture) 
   x = blocks->take_activations(m.tokens, m.gate_up);
   h = blocks->take<float>(choices * m.inner);
   inner = blocks->take_activations(choices, m.down);
+  outputs = blocks->take<float>(apart() ? choices * m.hidden : 0);
 }
 
 void MixtureSteps::order() {
@@ -40,6 +41,7 @@ void MixtureSteps::order() {
   for (int64_t e = m.experts; e > 0; --e) starts[e] = starts[e - 1];
   starts[0] = 0;
   up_units = count * up_blocks();
+  down_units = apart() ? count * down_blocks() : 0;
 }
 
 int64_t MixtureSteps::step_of(int32_t expert) const { return alone(expert) ? kMaxAlone : m.kernels->tile; }
@@ -75,34 +77,54 @@ void MixtureSteps::multiply_up(int64_t unit, int64_t last) const {
   }
 }
 
-// Adds one active expert's rows `first` to `first + rows` to y, for the expert's tokens; the next one's from `next_row`
-// come then, where that is not -1.
-void MixtureSteps::add_outputs(int64_t place, int64_t first, int64_t rows, int64_t next_row) const {
+// Adds rows `first` to `end` of choices `at` to `at + some` to y: `rows` has them, `stride` apart.
+void MixtureSteps::add_outputs(int64_t at, int64_t some, const float* rows, int64_t stride, int64_t first,
+                               int64_t end) const {
+  for (int64_t i = 0; i < some; ++i, rows += stride) {
+    const float weight = weights[at + i];
+    float* y = m.y + tokens[at + i] * m.hidden;
+    for (int64_t r = first; r < end; ++r) y[r] += weight * rows[r - first];
+  }
+}
+
+// Rows `first` to `first + rows` of one active expert for its tokens; the next one's from `next_row` come then, where that
+// is not -1. They go to y, or to `outputs` where those are apart.
+void MixtureSteps::compute_outputs(int64_t place, int64_t first, int64_t rows, int64_t next_row) const {
   const int32_t expert = active[place];
   const int64_t start = starts[expert], end = starts[expert + 1];
   const float* bias = m.down_bias ? m.down_bias + expert * m.hidden + first : nullptr;
   Matrix matrix = m.down.at(expert);
   if (next_row >= 0) matrix = matrix.before(m.down.at(active[place + 1]), next_row);
-  alignas(64) float outputs[kMaxTokens * kMaxTile];
+  alignas(64) float buffer[kMaxTokens * kMaxTile];
   for (int64_t at = start; at < end; at += kMaxTokens) {
-    const int64_t some = least(kMaxTokens, end - at);
-    m.kernels->multiply(matrix, first, rows, inner.from(at), nullptr, some, outputs, rows);
-    for (int64_t i = 0; i < some; ++i) {
-      const float weight = weights[at + i];
-      const float* row = outputs + i * rows;
-      float* y = m.y + tokens[at + i] * m.hidden + first;
-      for (int64_t r = 0; r < rows; ++r) y[r] += weight * (bias ? row[r] + bias[r] : row[r]);
-    }
+    const int64_t some = least(kMaxTokens, end - at), stride = apart() ? m.hidden : rows;
+    float* out = apart() ? outputs + at * m.hidden + first : buffer;
+    m.kernels->multiply(matrix, first, rows, inner.from(at), nullptr, some, out, stride);
+    for (int64_t i = 0; bias && i < some; ++i)
+      for (int64_t r = 0; r < rows; ++r) out[i * stride + r] += bias[r];
+    if (!apart()) add_outputs(at, some, out, stride, first, first + rows);
   }
 }
 
-void MixtureSteps::multiply_down(int64_t first, int64_t end) const {
+void MixtureSteps::multiply_apart(int64_t unit, int64_t last) const {
+  const int64_t some = unit_rows(*m.kernels, m.down), blocks = down_blocks();
+  while (unit < last) {  // what the stretch has of one expert
+    const int64_t place = unit / blocks, of = place * blocks, next = least(last, of + blocks);
+    const int64_t end = least(m.hidden, (next - of) * some), step = step_of(active[place]);
+    for (int64_t row = (unit - of) * some; row < end; row += step)
+      compute_outputs(place, row, least(step, end - row), row + step >= end && next < last ? 0 : -1);
+    unit = next;
+  }
+}
+
+void MixtureSteps::finish(int64_t first, int64_t end) const {
   for (int64_t token = 0; token < m.tokens; ++token)
     memset(m.y + token * m.hidden + first, 0, static_cast<size_t>(end - first) * sizeof(float));
+  if (apart()) return add_outputs(0, m.tokens * m.choices, outputs + first, m.hidden, first, end);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t step = step_of(active[i]);
     for (int64_t row = first; row < end; row += step)
-      add_outputs(i, row, least(step, end - row), row + step >= end && i + 1 < count ? first : -1);
+      compute_outputs(i, row, least(step, end - row), row + step >= end && i + 1 < count ? first : -1);
   }
 }
 
@@ -113,15 +135,17 @@ void run_mixture(const Mixture& mixture, void* scratch, const Parallel& parallel
   MixtureSteps steps(mixture, &blocks);
   steps.order();
   const Mixture& m = steps.m;
-  const int64_t rows = steps.down_rows(), down_units = divide_up(m.hidden, rows);
+  const int64_t rows = steps.down_rows(), last_units = divide_up(m.hidden, rows);
   const Quantizing outer{*m.kernels, m.x, m.tokens * m.hidden, m.gate_up.bits, steps.x}, inner = steps.quantizing();
   const auto up = [&](int64_t unit, int64_t last, int64_t) { steps.multiply_up(unit, last); };
-  const auto down = [&](int64_t unit, int64_t last, int64_t) {
-    steps.multiply_down(unit * rows, least(m.hidden, last * rows));
+  const auto down = [&](int64_t unit, int64_t last, int64_t) { steps.multiply_apart(unit, last); };
+  const auto finish = [&](int64_t unit, int64_t last, int64_t) {
+    steps.finish(unit * rows, least(m.hidden, last * rows));
   };
   run_phases(parallel,
-             {phase(outer.units(), outer), phase(steps.up_units, up), phase(inner.units(), inner), phase(down_units, down)},
-             workers_for(most(steps.up_units, down_units), most(outer.numbers, inner.numbers)));
+             {phase(outer.units(), outer), phase(steps.up_units, up), phase(inner.units(), inner),
+              phase(steps.down_units, down), phase(last_units, finish)},
+             workers_for(most(steps.up_units, last_units), most(outer.numbers, inner.numbers)));
 }
 
 namespace {

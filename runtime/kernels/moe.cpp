@@ -52,7 +52,7 @@ void run_moe(const Moe& moe, void* scratch, const Parallel& parallel) {
   MoeSteps s(moe, &blocks);
   const Mixture& m = s.experts.m;
   const Norm& norm = s.router.r.norm;
-  const int64_t tokens = norm.tokens, rows = s.experts.down_rows(), down_units = divide_up(m.hidden, rows);
+  const int64_t tokens = norm.tokens, rows = s.experts.down_rows(), last_units = divide_up(m.hidden, rows);
   const int64_t shared_units = s.has_shared() ? s.shared.up_units() : 0;
   const Entering entering(*m.kernels, norm, m.gate_up.bits, s.experts.x,
                           s.has_shared() && !s.alike ? &s.shared.x : nullptr, moe.shared.gate_up.bits);
@@ -73,17 +73,19 @@ void run_moe(const Moe& moe, void* scratch, const Parallel& parallel) {
     if (unit < own) inner(unit, least(last, own), worker);
     if (last > own) s.shared.activate(most(unit, own) - own, last - own);
   };
-  const auto down = [&](int64_t unit, int64_t last, int64_t) {
+  const auto down = [&](int64_t unit, int64_t last, int64_t) { s.experts.multiply_apart(unit, last); };
+  const auto finish = [&](int64_t unit, int64_t last, int64_t) {
     const int64_t first = unit * rows, end = least(m.hidden, last * rows);
-    s.experts.multiply_down(first, end);
+    s.experts.finish(first, end);
     if (s.has_shared()) s.shared.multiply_down(first, end);
   };
   const int64_t up_units = s.experts.most_up_units();
   run_phases(parallel,
              {phase(entering.units(), entering), phase(s.router.units(), logits), phase(tokens == 1 ? 0 : tokens, choose),
               phase(1 + shared_units, order), counted_phase(up_units, &s.experts.up_units, up),
-              phase(inner.units() + (s.has_shared() ? tokens * s.shared.pieces() : 0), between), phase(down_units, down)},
-             workers_for(most(up_units, down_units), most(tokens * m.hidden, inner.numbers)));
+              phase(inner.units() + (s.has_shared() ? tokens * s.shared.pieces() : 0), between),
+              counted_phase(s.experts.most_down_units(), &s.experts.down_units, down), phase(last_units, finish)},
+             workers_for(most(up_units, last_units), most(tokens * m.hidden, inner.numbers)));
 }
 
 }  // namespace moedge

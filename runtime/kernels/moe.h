@@ -61,7 +61,9 @@ struct MixtureSteps {
   Activations x;      // [tokens, H]
   float* h;           // [tokens * choices, I], in the choices' order
   Activations inner;  // [tokens * choices, I]
-  int64_t count = 0, up_units = 0;  // of active experts and of their first products, once they are ordered
+  float* outputs;     // [tokens * choices, H], where experts' last products are one after the other
+  // Of active experts, and of their first and last products, once they are ordered.
+  int64_t count = 0, up_units = 0, down_units = 0;
 
   MixtureSteps(const Mixture& mixture, Blocks* blocks);
   void order();
@@ -72,14 +74,23 @@ struct MixtureSteps {
   // Of y, in one unit: those of one token are finer, as a unit reads them of every expert.
   int64_t down_rows() const { return m.tokens == 1 ? m.kernels->tile / 2 : m.kernels->tile; }
   Quantizing quantizing() const { return {*m.kernels, h, m.tokens * m.choices * m.inner, m.down.bits, inner}; }
+  // Few tokens choose many experts: their last products are then whole experts too, as rows of every one would be short
+  // reads in many places.
+  bool apart() const { return m.tokens > 1 && m.tokens * m.choices * m.hidden <= kMostApart; }
+  int64_t down_blocks() const { return divide_up(m.hidden, unit_rows(*m.kernels, m.down)); }  // of an expert
+  int64_t most_down_units() const { return apart() ? least(m.experts, m.tokens * m.choices) * down_blocks() : 0; }
+  void multiply_apart(int64_t unit, int64_t last) const;
   // Rows `first` to `end` of y: whoever has them adds their experts in ascending order, whatever else is computed.
-  void multiply_down(int64_t first, int64_t end) const;
+  void finish(int64_t first, int64_t end) const;
 
  private:
+  static constexpr int64_t kMostApart = 1 << 19;  // numbers
+
   bool alone(int32_t expert) const { return starts[expert + 1] - starts[expert] == 1; }
   int64_t step_of(int32_t expert) const;
   void compute_inner(int64_t place, int64_t first, int64_t rows, bool goes_on) const;
-  void add_outputs(int64_t place, int64_t first, int64_t rows, int64_t next_row) const;
+  void compute_outputs(int64_t place, int64_t first, int64_t rows, int64_t next_row) const;
+  void add_outputs(int64_t at, int64_t count, const float* rows, int64_t stride, int64_t first, int64_t end) const;
 };
 
 struct MlpSteps {

@@ -12,7 +12,7 @@
 
 namespace moedge {
 
-constexpr int64_t kMostWorkers = 64, kMostPhases = 7;
+constexpr int64_t kMostWorkers = 64, kMostPhases = 8;
 
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
