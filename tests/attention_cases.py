@@ -171,9 +171,12 @@ def run_model(session: ort.InferenceSession, run: Run) -> Float:
     return y
 
 
+def model_of(case: Grouped | Latent) -> Any:
+    return grouped_model if isinstance(case, Grouped) else latent_model
+
+
 def open_case(case: Grouped | Latent, run: Run, library: Path, threads: int = 1) -> ort.InferenceSession:
-    make: Any = grouped_model if isinstance(case, Grouped) else latent_model
-    return open_model(make(case, len(run.caches), run.constants), library, threads)
+    return open_model(model_of(case)(case, len(run.caches), run.constants), library, threads)
 
 
 # --- the same in numpy ----------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from attention_cases import (
     Run,
     dequantized,
     grouped_model,
-    latent_model,
     make_run,
+    model_of,
     open_case,
     pack_rows,
     reference,
@@ -201,8 +201,7 @@ def test_one_lane_needs_no_sizes(library: Path) -> None:
     generator = np.random.default_rng(3)
     for case in (CASES[0], CASES[8]):
         run = make_run(case, [5], [4], generator)
-        make: Any = grouped_model if isinstance(case, Grouped) else latent_model
-        short = open_model(make(case, 1, run.constants, sizes=False), library)
+        short = open_model(model_of(case)(case, 1, run.constants, sizes=False), library)
         np.testing.assert_array_equal(run_model(short, run.copy()), run_model(open_case(case, run, library), run))
 
 
@@ -399,6 +398,34 @@ def test_inputs_that_do_not_fit_are_refused(case: Grouped | Latent, spoil: Any, 
     spoil(run)
     with pytest.raises(Exception, match=text):
         run_model(session, run)
+
+
+STACKED = [
+    Grouped(4, 2, 16, 8),
+    Grouped(4, 2, 64, 32, kind="int8"),
+    Latent(4, 16, 8, 32, 16, kind="fp16"),
+    Latent(4, 16, 8, 32, 16, kind="int8", parts=5),
+]
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_a_cache_may_be_one_of_several_layers(case: Grouped | Latent, library: Path) -> None:
+    run = make_run(case, [6, 3], [2, 1], np.random.default_rng(23))
+    stacked = run.copy()
+    others = [[np.flip(cache).copy() for cache in lane] for lane in run.caches]
+    expected = run_model(open_case(case, run, library), run)
+    model = onnx.load_from_string(model_of(case)(case, 2, run.constants))
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("layer", 1))
+    session = open_model(model.SerializeToString(), library, 1)
+    for lane, rest in zip(stacked.caches, others, strict=True):
+        lane[:] = [np.stack([other, cache, other]) for cache, other in zip(lane, rest, strict=True)]
+    np.testing.assert_array_equal(run_model(session, stacked), expected)
+    for lane, alone, rest in zip(stacked.caches, run.caches, others, strict=True):
+        for stack, cache, other in zip(lane, alone, rest, strict=True):
+            assert stack.tobytes() == other.tobytes() + cache.tobytes() + other.tobytes()
+    stacked.caches = [[np.ascontiguousarray(stack[:1]) for stack in lane] for lane in stacked.caches]
+    with pytest.raises(Exception, match="a KV cache has no such layer"):
+        run_model(session, stacked)
 
 
 def test_caches_of_another_kind_are_refused(library: Path) -> None:

@@ -117,12 +117,20 @@ def test_a_step_reads_what_it_must_and_no_more(
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_cache_is_read_where_it_lies(name: str, engine: tuple[str, Bundle]) -> None:
+    """Our own attention takes all layers' caches of a kind in one input, each layer its own part of it."""
     _, bundle = engine
-    graph = load(bundle, name).graph
-    caches = {value.name for value in graph.input if value.name.startswith(("cache.", "past."))}
-    assert len(caches) == len(read_engine(bundle, "cpu").cache) > 0
-    readers = {node.op_type for node in graph.node if caches & set(node.input)}
-    assert readers <= READERS
+    graph, entries = load(bundle, name).graph, read_engine(bundle, "cpu").cache
+    layers = bundle.config["num_hidden_layers"]
+    caches = {value.name: value for value in graph.input if value.name.startswith(("cache.", "past."))}
+    kinds = {entry.name.rpartition(".")[0] for entry in entries}
+    assert len(caches) == (len(entries) if name == STOCK else len(kinds)) > 0
+    readers = [node for node in graph.node if caches.keys() & set(node.input)]
+    assert {node.op_type for node in readers} <= READERS
+    if name != STOCK:
+        assert caches.keys() == {f"past.{kind}" for kind in kinds}
+        assert {value.type.tensor_type.shape.dim[0].dim_value for value in caches.values()} == {layers}
+        given = [{each.name: each for each in node.attribute} for node in readers]
+        assert sorted(attributes["layer"].i for attributes in given) == list(range(layers))
 
 
 def test_nodes_of_a_layer(engine: tuple[str, Bundle]) -> None:

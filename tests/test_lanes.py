@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from family_cases import FAMILIES, VOCAB, make_model, save_model
 
 import moedge
-from moedge.bundle import Bundle
+from moedge.bundle import MODEL, Bundle
 from moedge.errors import BuildError, EngineError
 from moedge.profiles.targets import onnxruntime as target
 from moedge.runtime import kernels
@@ -65,6 +66,47 @@ def fill(session: Session, tokens: np.ndarray) -> np.ndarray:
     """Compute a prompt; the logits [vocab] after it."""
     session.truncate(0)
     return session.step(tokens, np.array([len(tokens) - 1])).copy()[0]
+
+
+def take_apart(path: Path) -> None:
+    """Give each layer's cache an input of its own, as graphs of our own attention had before."""
+    model = onnx.load(path, load_external_data=False)
+    stacks = {value.name: value for value in model.graph.input if value.name.startswith("past.")}
+    for node in model.graph.node:
+        layer = [attribute for attribute in node.attribute if attribute.name == "layer"]
+        for place, name in enumerate(node.input):
+            if name not in stacks:
+                continue
+            kind, _, lane = name.removeprefix("past.").rpartition(".")
+            kind, lane = (f"{kind}.{lane}", "") if not lane.isdigit() else (kind, f".{lane}")
+            node.input[place] = f"past.{kind.strip('.')}.{layer[0].i}{lane}"
+            shape = stacks[name].type.tensor_type.shape.dim
+            sizes = [dim.dim_value or dim.dim_param for dim in shape[1:]]
+            kind_of = stacks[name].type.tensor_type.elem_type
+            model.graph.input.append(onnx.helper.make_tensor_value_info(node.input[place], kind_of, sizes))
+        for attribute in layer:
+            node.attribute.remove(attribute)
+    for value in stacks.values():
+        model.graph.input.remove(value)
+    kept = {each.key: each.value for each in model.metadata_props if each.key != kernels.STACKED}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, kept)
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled")
+@pytest.mark.parametrize("family", ["deepseek_v2", "mixtral"])
+def test_an_engine_with_an_input_for_each_layer_still_runs(family: str, tmp_path: Path) -> None:
+    path = make_bundle(family, tmp_path, weights="int4")
+    prompt = np.random.default_rng(8).integers(0, VOCAB, 20)
+    sessions = [open_session(path, lanes) for lanes in (1, 4)]
+    expected = [(fill(session, prompt), session.step(prompt[:1], np.array([0])).copy()) for session in sessions]
+    for name in (MODEL, target.LANES_MODEL):
+        take_apart(path / "engines" / "cpu" / kernels.own_name(name))
+    for lanes, (first, second) in zip((1, 4), expected, strict=True):
+        session = open_session(path, lanes)
+        np.testing.assert_array_equal(fill(session, prompt), first)
+        np.testing.assert_array_equal(session.step(prompt[:1], np.array([0])), second)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,6 +24,7 @@ VARIABLE = "MOEDGE_KERNELS"
 STOCK = "stock"
 COMPILE = "python -m moedge.runtime.kernels"
 IN_PLACE = "moedge.in_place"  # metadata of a graph whose KV caches are inputs that its ops change
+STACKED = "moedge.stacked"  # of one with an input for each kind of cache, all layers one behind the other
 CUTS_ALIKE = "moedge.cuts_alike"  # of one whose results have the same bits however a prompt is cut into runs
 
 

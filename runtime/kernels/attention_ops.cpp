@@ -17,6 +17,8 @@
 //                   they are packed (or none: the middle): of k_up, of v_up, of k_up, of v_up; then for each lane the
 //                   cache [capacity, rank + rope], after it in int8 its scales float [capacity, parts] -> y [S, n v];
 //                   attributes scale, interleaved, scaled (1: the caches are int8 with scales)
+//
+// A lane's caches may be of several layers, [layers, ...]: the attribute layer (0) says which is meant.
 
 #include <stdio.h>
 
@@ -33,18 +35,33 @@ struct AttentionOp : KernelBase {
   float scale;
   float epsilon;  // of norms that are the op's to do; negative: there are none
   int64_t interleaved;
+  int64_t layer;
 
   OrtStatus* read_attributes(const OrtKernelInfo* info) {
     epsilon = attribute_or(ort, info, "epsilon", -1.0f);
+    layer = attribute_or(ort, info, "layer", int64_t{0});
     if (OrtStatus* status = ort.attribute(info, "scale", &scale)) return status;
     return ort.attribute(info, "interleaved", &interleaved);
   }
 
+  // A cache, of `rank` axes without the layers.
+  OrtStatus* read_cache(const OrtKernelContext* context, size_t index, uint32_t rank, Tensor* cache) const;
   // The lanes' places in the run and their caches, `each` of them from input `first` on. `core` has its sizes.
   OrtStatus* read_lanes(const OrtKernelContext* context, const Tensor& lengths, const Tensor& sizes, size_t first,
                         size_t each, Attention* core, Lane* lanes) const;
   OrtStatus* check_cache(const Attention& core, const Tensor& cache, const Lane& lane) const;
 };
+
+OrtStatus* AttentionOp::read_cache(const OrtKernelContext* context, size_t index, uint32_t rank, Tensor* cache) const {
+  if (OrtStatus* status = read_input(ort, context, index, cache)) return status;
+  if (cache->rank != rank + 1) return nullptr;
+  if (layer < 0 || layer >= cache->shape[0]) return invalid("moedge.cpu: a KV cache has no such layer");
+  int64_t bytes = cache->kind == kFloat ? 4 : cache->kind == kHalf ? 2 : 1;
+  for (uint32_t axis = 0; axis < rank; ++axis) bytes *= cache->shape[axis] = cache->shape[axis + 1];
+  cache->rank = rank;
+  cache->data = static_cast<char*>(cache->data) + layer * bytes;
+  return nullptr;
+}
 
 bool is_by_head(const Tensor& cache, const Attention& core, const Lane& lane, int64_t width) {
   return cache.rank == 4 && cache.shape[0] == 1 && cache.shape[1] == core.groups && cache.shape[2] == lane.capacity &&
@@ -70,6 +87,7 @@ OrtStatus* AttentionOp::read_lanes(const OrtKernelContext* context, const Tensor
   if (lengths.rank != 1 || count < 1 || count > kMostLanes || (!sizes.data && count > 1) ||
       (sizes.data && (sizes.rank != 1 || sizes.shape[0] != count)) || inputs != first + each * static_cast<size_t>(count))
     return invalid("moedge.cpu: lengths, sizes and KV caches are not of as many lanes");
+  const uint32_t rank = core->values_are_keys ? 2 : 4;
   int64_t begin = 0;
   for (int64_t i = 0; i < count; ++i) {
     Lane& lane = lanes[i];
@@ -80,7 +98,8 @@ OrtStatus* AttentionOp::read_lanes(const OrtKernelContext* context, const Tensor
     if (lane.rows == 0) continue;
     Tensor caches[4];
     for (size_t c = 0; c < each; ++c)
-      if (OrtStatus* status = read_input(ort, context, first + static_cast<size_t>(i) * each + c, caches + c)) return status;
+      if (OrtStatus* status = read_cache(context, first + static_cast<size_t>(i) * each + c, rank, caches + c))
+        return status;
     if (begin == 0) core->element = element_of(caches[0]);
     const Tensor &one = caches[0], &other = caches[1];
     lane.capacity = one.rank >= 2 ? one.shape[one.rank - 2] : 0;
@@ -164,7 +183,7 @@ OrtStatus* GroupedOp::run(OrtKernelContext* context) const {
   g.q_norm = {norms[0].as<float>(), norms[0].shape[0]};
   g.k_norm = {norms[1].as<float>(), norms[1].shape[0]};
   g.epsilon = epsilon;
-  if (OrtStatus* status = read_input(ort, context, first_lane, &cache)) return status;
+  if (OrtStatus* status = read_cache(context, first_lane, 4, &cache)) return status;
   g.core.room = cache.rank == 4 ? cache.shape[3] : 0;
   const bool own_scales = cache.kind == kInt8 && !in[8].data && !in[9].data;  // of rows, beside them
   const bool scaled = cache.kind == kInt8 && !own_scales;
@@ -261,7 +280,7 @@ OrtStatus* LatentOp::run(OrtKernelContext* context) const {
   l.core.scale = scale;
   if (scaled) {
     Tensor scales;
-    if (OrtStatus* status = read_input(ort, context, kLatentLanes + 1, &scales)) return status;
+    if (OrtStatus* status = read_cache(context, kLatentLanes + 1, 2, &scales)) return status;
     l.core.parts = scales.rank == 2 ? scales.shape[1] : 0;
     if (l.core.parts < 1 || l.core.width % l.core.parts)
       return invalid("moedge.cpu.LatentAttention: the scales of a row are not of blocks of one size");

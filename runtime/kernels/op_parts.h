@@ -118,8 +118,9 @@ struct KernelBase {
   }
 };
 
-inline float attribute_or(const Ort& ort, const OrtKernelInfo* info, const char* name, float otherwise) {
-  float value = otherwise;
+template <typename T>
+T attribute_or(const Ort& ort, const OrtKernelInfo* info, const char* name, T otherwise) {
+  T value = otherwise;
   if (OrtStatus* status = ort.attribute(info, name, &value)) {
     ort.release(status);
     return otherwise;

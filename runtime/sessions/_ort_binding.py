@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import EngineError
-from ..kernels import IN_PLACE
+from ..kernels import IN_PLACE, STACKED
 from . import Routing
+from ._ort_cache import stack_entries
 
 if TYPE_CHECKING:
     from ..preflight import EngineInfo
-    from ._ort_cache import Buffer
+    from ._ort_cache import Buffer, SequenceCache
 
 CPU = ("cpu", 0)  # onnxruntime's device type and id
 
@@ -42,9 +43,9 @@ def bind_buffer(binding: Any, buffer: Buffer, name: str) -> None:
     binding.bind_output(f"new.{name}", *place)
 
 
-def bind_whole(binding: Any, buffers: Iterable[Buffer], of_lane: Callable[[str], str]) -> None:
-    """Bind caches to a graph that changes them."""
-    for buffer in buffers:
+def bind_whole(binding: Any, cache: SequenceCache, stacked: bool, of_lane: Callable[[str], str]) -> None:
+    """Bind a sequence's caches to a graph that changes them; `stacked`: one that takes the layers' together."""
+    for buffer in cache.stacks if stacked else cache.whole:
         binding.bind_input(of_lane(f"past.{buffer.name}"), *CPU, buffer.kind, buffer.shape, buffer.address)
 
 
@@ -74,20 +75,25 @@ def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str
     has = {value.name: value for value in [*session.get_inputs(), *session.get_outputs()]}
     routes = [f"{kind}.{layer}" for kind in ("experts", "weights") for layer in info.moe_layers]
     widths = dict.fromkeys(routes, info.num_experts_per_tok) | {"logits": info.vocab_size}
-    in_place = is_marked(session, IN_PLACE)
-    ranks = {of_lane(f"past.{entry.name}"): 4 if entry.heads else 2 for entry in info.cache}
+    in_place, stacked = is_marked(session, IN_PLACE), is_marked(session, STACKED)
+    entries = {entry.name: entry for entry in info.cache}
+    layers = {of_lane(f"past.{name}"): len(of) for name, of in stack_entries(info)} if stacked else {}
+    if stacked:
+        entries = {name: of[0] for name, of in stack_entries(info)}
+    ranks = {of_lane(f"past.{name}"): (4 if of.heads else 2) + stacked for name, of in entries.items()}
     caches = sum(value.name.startswith(("past.", "cache.")) for value in session.get_inputs())
-    for entry in info.cache:
+    for name, entry in entries.items():
         if in_place:
-            widths[of_lane(f"past.{entry.name}")] = entry.width // (entry.heads or 1)
+            widths[of_lane(f"past.{name}")] = entry.width // (entry.heads or 1)
             continue
         for kind in ("past" if entry.heads else "cache", "new"):
             cut = entry.heads or (entry.parts if kind == "cache" else 1)
-            widths[of_lane(f"{kind}.{entry.name}")] = entry.width // cut
+            widths[of_lane(f"{kind}.{name}")] = entry.width // cut
     for name in ["input_ids", "rows", *widths]:
         shape = has[name].shape if name in has else [None]
         width, rank = shape[-1], ranks.get(name, len(shape))
         strange = len(shape) != rank or (isinstance(width, int) and width != widths.get(name, width))
+        strange = strange or (name in layers and shape[0] != layers[name])
         if name not in has or strange or caches != lanes * len(ranks):
             raise EngineError(
                 f"engine '{info.profile}' is not what its engine.json says ({name} is missing or of another width); "

@@ -3,12 +3,14 @@
 Most of it are buffers [capacity, width]: the graph is given a view of the rows so far, those of the run included, and
 writes the run's own rows to the view's end. So a step writes S rows and copies none, and rewinding is a smaller view.
 Attention with key and value heads has its cache by heads instead, [1, heads, capacity, head size]: one buffer that is
-the kernel's input and its output. A graph with our own attention takes every buffer whole and changes it.
+the kernel's input and its output. A graph with our own attention takes every buffer whole and changes it; those of one
+kind lie one behind the other, layer by layer, for graphs that take them so.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -61,10 +63,17 @@ class SequenceCache(CachedSequence):
         self._cache: dict[str, NDArray[Any]] = {}
         self.views: list[View] = []
         self.buffers: list[Buffer] = []  # those by heads
-        self.whole: list[Buffer] = []  # all of them, for a graph that changes them itself
+        # All of them, for a graph that changes them itself, and of each kind the layers'.
+        self.whole: list[Buffer] = []
+        self.stacks: list[Buffer] = []
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, entries in stack_entries(info):
+            shape = (len(entries), *self._rows_shape(entries[0], capacity))
+            stack = aligned_empty(shape, np.dtype(entries[0].dtype))
+            self.stacks.append(Buffer(name, stack.shape, stack.dtype.type, stack.ctypes.data))
+            arrays |= zip((entry.name for entry in entries), stack, strict=True)
         for entry in info.cache:
-            array = aligned_empty(self._rows_shape(entry, capacity), np.dtype(entry.dtype))
-            self._cache[entry.name] = array
+            array = self._cache[entry.name] = arrays[entry.name]
             kind, address = array.dtype.type, array.ctypes.data
             self.whole.append(Buffer(entry.name, array.shape, kind, address))
             if entry.heads:
@@ -79,12 +88,21 @@ class SequenceCache(CachedSequence):
         self.views.clear()
         self.buffers.clear()
         self.whole.clear()
+        self.stacks.clear()
 
     def _read_cache(self, entry: CacheEntry) -> NDArray[Any]:
         return self._cache[entry.name]
 
     def _write_cache(self, entry: CacheEntry, start: int, rows: NDArray[Any]) -> None:
         self._cache[entry.name][..., start : start + rows.shape[-2], :] = rows
+
+
+def stack_entries(info: EngineInfo) -> list[tuple[str, list[CacheEntry]]]:
+    """The cache's entries by kind (key, scale.key, latent ...) and size, each kind's in the order of their layers."""
+    found: dict[CacheEntry, list[CacheEntry]] = {}
+    for entry in info.cache:
+        found.setdefault(replace(entry, name=entry.name.rpartition(".")[0]), []).append(entry)
+    return [(kind.name, entries) for kind, entries in found.items()]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -66,6 +66,7 @@ class _Lanes:
         self._info = info
         self._idle = idle
         self._in_place = in_place
+        self._stacked = is_marked(session, kernels.STACKED)
         self._binding: Any = session.io_binding()
         self._lengths = np.zeros(lanes, np.int64)
         self._binding.bind_input("lengths", *CPU, np.int64, (lanes,), self._lengths.ctypes.data)
@@ -106,7 +107,7 @@ class _Lanes:
     def _bind_buffers(self, lane: int, cache: SequenceCache) -> None:
         """What stays bound while a sequence keeps its lane."""
         if self._in_place:
-            bind_whole(self._binding, cache.whole, lambda name: f"{name}.{lane}")
+            bind_whole(self._binding, cache, self._stacked, lambda name: f"{name}.{lane}")
         else:
             for buffer in cache.buffers:
                 bind_buffer(self._binding, buffer, f"{buffer.name}.{lane}")

@@ -114,7 +114,7 @@ class OnnxruntimeCpuSession(SequenceCache, OneLane):
         self._place = np.zeros((1, 1), np.int64)
         self._bound_views: list[tuple[str, str, View]] = []
         if self._in_place:
-            bind_whole(self._binding, self.whole, lambda name: name)
+            bind_whole(self._binding, self, is_marked(session, kernels.STACKED), lambda name: name)
         else:
             self._bound_views = [(f"cache.{view.name}", f"new.{view.name}", view) for view in self.views]
             for buffer in self.buffers:
