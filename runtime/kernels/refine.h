@@ -10,7 +10,7 @@ constexpr int64_t kPart = 16;  // columns of four bytes of lower codes: groups a
 template <class S>
 inline void sum_lower(const Matrix& matrix, int64_t row, int64_t from, int64_t count, const Activations& x, int32_t* out) {
   constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
-  alignas(64) int32_t parts[lanes * kMaxGroup / kPart];
+  alignas(64) int32_t parts[lanes * kMaxGroup / kPart + lanes];  // and room to read on
   alignas(64) uint8_t end[chunk] = {};
   const int64_t bytes = count * matrix.group / 4, plane = x.width / 4, first = from * matrix.group / 4;
   const uint8_t* codes = matrix.lower + row * (matrix.width / 4) + first;
@@ -26,16 +26,17 @@ inline void sum_lower(const Matrix& matrix, int64_t row, int64_t from, int64_t c
     sum = S::template dot<4>(sum, S::template pairs<3>(word), S::load_bytes(own + 3 * plane + at));
     S::store_ints(parts + at / 4, sum);
   }
+  // Each group's are turned to a lane of its own. What lanes beyond the last group get nobody takes.
   const int64_t each = matrix.group / kPart;
-  for (int64_t b = 0; b < count; ++b) {
-    const int32_t* own_parts = parts + b * each;
-    int32_t sum = 0;
-    int64_t i = 0;
-    for (; i + 8 <= each; i += 8)  // as groups of 128 have them
-      for (int64_t k = 0; k < 8; ++k) sum += own_parts[i + k];
-    for (; i < each; ++i) sum += own_parts[i];
-    out[b] = sum;
+  const uint8_t* own_parts[lanes];
+  for (int64_t b = 0; b < lanes; ++b) own_parts[b] = reinterpret_cast<const uint8_t*>(parts + least(b, count - 1) * each);
+  typename S::Int all = S::ints(0);
+  for (int64_t at = 0; at < each; at += lanes) {
+    typename S::Int turned[lanes];
+    load_transposed<S>(own_parts, 4 * at, turned);
+    for (int64_t i = 0; i < least(lanes, each - at); ++i) all = S::add(all, turned[i]);
   }
+  S::store_ints(out, all);
 }
 
 template <class S>
