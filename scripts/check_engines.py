@@ -1,9 +1,9 @@
 """Build small engines of every family and precision, and write down their logs: python scripts/check_engines.py
 
-No GPU is needed: TensorRT for RTX cross-builds. Random models of the tests' configurations, one of each family, in
-int4, int8, fp16 and, where the GPU has it, fp8, for SM80 and SM89; docs/engines.md gets a row for each. Exit status 1
-where an engine stores its weights more than 3% above the network's own, or writes an expert's matrix out while
-decoding.
+No GPU is needed: TensorRT for RTX cross-builds; torch and transformers are (the extra `eval`). Random models of the
+tests' configurations, one of each family, in int4, int8, fp16 and, where the GPU has it, fp8, for SM80 and SM89;
+docs/engines.md gets a row for each. Exit status 1 where an engine stores its weights more than 3% above the network's
+own, or writes an expert's matrix out while decoding.
 """
 
 from __future__ import annotations

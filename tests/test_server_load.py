@@ -77,7 +77,7 @@ def test_memory_refused_while_a_slot_is_made_fails_that_request_alone(engine, mo
     """The system refuses the third of four caches: 503 for its request, the running ones and the next go on."""
     from moedge.runtime.sessions import _ort_cache
 
-    each, made = len(engine.info.cache), []
+    each, made = len(_ort_cache.stack_entries(engine.info)), []
 
     def make(shape, dtype):
         made.append(shape)
