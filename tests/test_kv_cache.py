@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -17,14 +20,15 @@ from family_cases import VOCAB, make_model, save_model
 import moedge
 from moedge import cli
 from moedge.bundle import Bundle, read_json
-from moedge.errors import BuildError, UsageError
+from moedge.errors import BuildError, EngineError, UsageError
 from moedge.profiles.device import load_profile
 from moedge.profiles.estimate import estimate
 from moedge.profiles.fit import check_fit
 from moedge.profiles.shape import bytes_per_token, default_kv_cache, kv_element_bytes
 from moedge.runtime import kernels
-from moedge.runtime.preflight import read_engine
+from moedge.runtime.preflight import CacheEntry, EngineInfo, read_engine
 from moedge.runtime.sessions import Session, SessionOptions, backend_module
+from moedge.runtime.sessions._ort_cache import SequenceCache
 
 TOKENS = np.random.default_rng(21).integers(0, VOCAB, 60)
 PROMPT = 40
@@ -158,6 +162,58 @@ def test_bytes_are_counted_everywhere(bundles: dict[str, Path]) -> None:
         assert predicted["bytes_per_token"] == found["bytes_per_token"]
         fit = check_fit(bundle.manifest, device, 1, 10, cache_bytes_per_element=rows / width)
         assert predicted["fit"]["cache_bytes"] == fit.cache_bytes == 10 * rows
+
+
+def of_qwen3() -> EngineInfo:
+    """Only what a cache is made by: 48 layers of Qwen3-30B-A3B, int8."""
+    entries = [
+        entry
+        for layer in range(48)
+        for name in ("key", "value")
+        for entry in (
+            CacheEntry(f"{name}.{layer}", 512, "int8", 4),
+            CacheEntry(f"scale.{name}.{layer}", 4, "float32", 4),
+        )
+    ]
+    return cast(EngineInfo, SimpleNamespace(cache=tuple(entries), session={}, moe_layers=()))
+
+
+def write_a_token(cache: SequenceCache) -> None:
+    for entry in cache._entries:
+        cache._write_cache(entry, 0, np.ones(cache._rows_shape(entry, 1), entry.dtype))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_first_token_takes_small_pages() -> None:
+    """One of 4 KiB for each head of each layer, not of 2 MiB: all keys lie in one piece of 96 MiB."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    cache = SequenceCache(of_qwen3(), 4096)
+    write_a_token(cache)
+    assert sum(buffer.shape[0] for buffer in cache.stacks) == 4 * 48
+    assert resident() - before < 24 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have rules of their own")
+def test_layers_that_are_granted_alone_are_granted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, most = np.empty, 4 * 4096 * 128 * 2
+
+    def sparing(shape: Any, *options: Any) -> Any:
+        if isinstance(shape, int) and shape > most:
+            raise MemoryError
+        return real(shape, *options)
+
+    monkeypatch.setattr(np, "empty", sparing)
+    cache = SequenceCache(of_qwen3(), 4096)
+    write_a_token(cache)
+    assert len(cache._entries) == 192
+    assert all((cache._read_cache(entry)[..., :1, :] == 1).all() for entry in cache._entries)
+    most //= 4
+    with pytest.raises(EngineError, match=r"a cache of 2 MiB does not fit the memory; load with a smaller max_seq_len"):
+        SequenceCache(of_qwen3(), 4096)
 
 
 def _one_row(path: Path) -> list[np.ndarray]:

@@ -9,7 +9,10 @@ kind lie one behind the other, layer by layer, for graphs that take them so.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from ..preflight import CacheEntry, EngineInfo
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+_HUGE_FROM = 4 << 20  # bytes of an array for which numpy asks for huge pages
+_MAP_NORESERVE = 0x4000  # which Python's mmap names from 3.11 on
 
 
 class View(NamedTuple):
@@ -68,8 +73,7 @@ class SequenceCache(CachedSequence):
         self.stacks: list[Buffer] = []
         arrays: dict[str, NDArray[Any]] = {}
         for name, entries in stack_entries(info):
-            shape = (len(entries), *self._rows_shape(entries[0], capacity))
-            stack = aligned_empty(shape, np.dtype(entries[0].dtype))
+            stack = _empty_stack(len(entries), self._rows_shape(entries[0], capacity), np.dtype(entries[0].dtype))
             self.stacks.append(Buffer(name, stack.shape, stack.dtype.type, stack.ctypes.data))
             arrays |= zip((entry.name for entry in entries), stack, strict=True)
         for entry in info.cache:
@@ -103,6 +107,33 @@ def stack_entries(info: EngineInfo) -> list[tuple[str, list[CacheEntry]]]:
     for entry in info.cache:
         found.setdefault(replace(entry, name=entry.name.rpartition(".")[0]), []).append(entry)
     return [(kind.name, entries) for kind, entries in found.items()]
+
+
+def _empty_stack(layers: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Caches [layers, *shape], which take what as many arrays would: no more pages for a token, and no less room."""
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        stack = aligned_empty((layers, *shape), dtype)
+    except EngineError:
+        # Linux grants no more at once than there is memory, although little of it may ever be written.
+        if sys.platform != "linux":
+            raise
+        aligned_empty(shape, dtype)
+        mapped = mmap.mmap(-1, layers * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        return np.frombuffer(mapped, dtype).reshape(layers, *shape)
+    if size < _HUGE_FROM:
+        _use_small_pages(stack)
+    return stack
+
+
+def _use_small_pages(stack: NDArray[Any]) -> None:
+    """numpy asks for huge pages, of which a first token would take one for each head of each layer."""
+    page = mmap.PAGESIZE
+    start, end = -(-stack.ctypes.data // page) * page, (stack.ctypes.data + stack.nbytes) // page * page
+    if sys.platform == "linux" and end > start:
+        advise = ctypes.CDLL(None).madvise
+        advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        advise(start, end - start, mmap.MADV_NOHUGEPAGE)  # refused where there are none: nothing is lost
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
