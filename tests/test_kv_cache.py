@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import shutil
@@ -21,6 +22,7 @@ import moedge
 from moedge import cli
 from moedge.bundle import Bundle, read_json
 from moedge.errors import BuildError, EngineError, UsageError
+from moedge.export.memory import resident_bytes
 from moedge.profiles.device import load_profile
 from moedge.profiles.estimate import estimate
 from moedge.profiles.fit import check_fit
@@ -186,15 +188,11 @@ def write_a_token(cache: SequenceCache) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_first_token_takes_small_pages() -> None:
     """One of 4 KiB for each head of each layer, not of 2 MiB: all keys lie in one piece of 96 MiB."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-    before = resident()
+    before = resident_bytes()
     cache = SequenceCache(of_qwen3(), 4096)
     write_a_token(cache)
     assert sum(buffer.shape[0] for buffer in cache.stacks) == 4 * 48
-    assert resident() - before < 24 << 20
+    assert resident_bytes() - before < 24 << 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have rules of their own")
@@ -211,6 +209,14 @@ def test_layers_that_are_granted_alone_are_granted_together(monkeypatch: pytest.
     write_a_token(cache)
     assert len(cache._entries) == 192
     assert all((cache._read_cache(entry)[..., :1, :] == 1).all() for entry in cache._entries)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, "refused")
+
+    with monkeypatch.context() as strict:  # where memory is counted when it is asked for
+        strict.setattr(mmap, "mmap", refuse)
+        with pytest.raises(EngineError, match="a cache of 96 MiB does not fit the memory"):
+            SequenceCache(of_qwen3(), 4096)
     most //= 4
     with pytest.raises(EngineError, match=r"a cache of 2 MiB does not fit the memory; load with a smaller max_seq_len"):
         SequenceCache(of_qwen3(), 4096)

@@ -77,9 +77,8 @@ def take_apart(path: Path) -> None:
         for place, name in enumerate(node.input):
             if name not in stacks:
                 continue
-            kind, _, lane = name.removeprefix("past.").rpartition(".")
-            kind, lane = (f"{kind}.{lane}", "") if not lane.isdigit() else (kind, f".{lane}")
-            node.input[place] = f"past.{kind.strip('.')}.{layer[0].i}{lane}"
+            stack, _, lane = name.rpartition(".")
+            node.input[place] = f"{stack}.{layer[0].i}.{lane}" if lane.isdigit() else f"{name}.{layer[0].i}"
             shape = stacks[name].type.tensor_type.shape.dim
             sizes = [dim.dim_value or dim.dim_param for dim in shape[1:]]
             kind_of = stacks[name].type.tensor_type.elem_type

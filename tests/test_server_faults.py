@@ -9,13 +9,13 @@ import re
 import socket
 import struct
 import time
-from pathlib import Path
 
 import fake_engine
 import httpx
 import pytest
 from serving import NAME, serving
 
+from moedge.export.memory import resident_bytes
 from moedge.runtime.engine import load
 
 pytest.importorskip("schemathesis")
@@ -181,7 +181,7 @@ def test_other_types_methods_and_places(server):
 
 
 def test_large_bodies_are_refused_before_they_are_read(server):
-    before = resident()
+    before = resident_bytes()
     answer = post(server, b" " * 200_000)
     assert answer.status_code == 413 and answer.headers["connection"] == "close"
 
@@ -197,11 +197,7 @@ def test_large_bodies_are_refused_before_they_are_read(server):
     with connection(server) as peer:
         peer.sendall(head(100 << 20))
         assert b" 413 " in peer.recv(1000)
-    assert resident() - before < 32 << 20
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert resident_bytes() - before < 32 << 20
 
 
 # Connections

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from serving import NAME, serving
 
 import moedge
+from moedge.export.memory import resident_bytes
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 CLIENTS, PROMPTS, NEW = 200, 25, 6
@@ -29,10 +29,6 @@ def engine(tiny_bundle):
 def prompts():
     random = np.random.default_rng(8)
     return [random.integers(0, 250, int(size)).tolist() for size in random.integers(1, 60, PROMPTS)]
-
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def body(prompt, **options):
@@ -68,7 +64,7 @@ def test_two_hundred_clients_at_once(engine, tiny_bundle, monkeypatch):
                 assert choice["text"] == text
                 # Stock ops of larger groups round a single sequence in their own way; of groups of 32 they do not.
                 assert choice["logprobs"]["token_logprobs"] == logprobs
-            sizes.append(resident())
+            sizes.append(resident_bytes())
         assert sizes[1] - sizes[0] < 24 << 20
         server.settle()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...runtime.kernels import DOMAIN, IN_PLACE, STACKED
+from ...runtime.kernels import DOMAIN, IN_PLACE, STACKED, stack_of
 from ._canonical import attributes_of, find_calls, find_matrix
 from ._ort_attention import GROUPED, AttentionLowering, kernel_head_size, layer_of
 from ._ort_codes import bytes_of, zero_points_of
@@ -27,7 +27,7 @@ class OwnAttentionLowering(AttentionLowering):
 
     def lower(self) -> None:
         (call,) = find_calls(self.model, "Positions")
-        self.stacks: dict[str, list[ir.Value]] = {}  # of each kind those of the lanes
+        self.stacks: list[ir.Value] = []  # of each lane in turn all kinds of cache
         self.sizes: ir.Value | None = None
         if self.lanes.count > 1:
             self.places, self.lengths, self.sizes = self.lanes.positions, self.lanes.lengths, self.lanes.sizes
@@ -37,21 +37,19 @@ class OwnAttentionLowering(AttentionLowering):
             self.graph.inputs.extend([self.places, self.lengths])
         # Replaced by a node and not by the input itself, which keeps its name.
         self.rewriter.replace(call, [self.rewriter.op("Identity", [self.places])])
-        for each in find_calls(self.model, "LatentAttention"):
+        latent = find_calls(self.model, "LatentAttention")
+        grouped = [call for kind in GROUPED for call in find_calls(self.model, kind)]
+        self.layers = len(latent) + len(grouped)
+        for each in latent:
             self._lower_latent_call(each)
-        for each in [call for kind in GROUPED for call in find_calls(self.model, kind)]:
+        for each in grouped:
             self._lower_grouped_call(each)
-        for stack in self.stacks.values():
-            for value in stack:
-                assert value.shape is not None
-                value.shape = ir.Shape([self._layers, *value.shape[1:]])
-        self.graph.inputs.extend(value for lane in zip(*self.stacks.values(), strict=True) for value in lane)
         self.model.metadata_props.update({IN_PLACE: "1", STACKED: "1"})
 
     def _lower_latent_call(self, call: ir.Node) -> None:
         a, cache = attributes_of(call), self._latent_cache(call)
         entries = cache.entries(layer_of(call))
-        caches = self._take_caches(entries)
+        caches, place = self._take_caches(entries)
         *rows, k_up, v_up = call.inputs
         ups = [find_matrix(value) for value in (k_up, v_up)]
         codes: list[ir.Value | None] = [None] * 4
@@ -71,7 +69,7 @@ class OwnAttentionLowering(AttentionLowering):
             scale=float(a["scale"]),
             interleaved=a["interleaved"],
             scaled=int(len(entries) > 1),
-            layer=self._layers - 1,
+            layer=place,
         )
         self.rewriter.replace(call, [attended])
 
@@ -80,7 +78,7 @@ class OwnAttentionLowering(AttentionLowering):
         groups, room = a["num_key_value_heads"], kernel_head_size(a["head_dim"])
         entries = own_entries(self.kv_cache, layer, groups, room)
         q, k, v, cos, sin, *sinks = call.inputs
-        caches = self._take_caches(entries)
+        caches, place = self._take_caches(entries)
         found = [_norm_before(value, a["head_dim"]) for value in (q, k)]
         attributes: dict[str, Any] = {}
         norms: list[ir.Value | None] = []
@@ -100,33 +98,26 @@ class OwnAttentionLowering(AttentionLowering):
             scale=float(a["scale"]),
             interleaved=a["interleaved"],
             window=window,
-            layer=self._layers - 1,
+            layer=place,
         )
         self.rewriter.replace(call, [attended])
 
-    @property
-    def _layers(self) -> int:
-        """Those whose caches were taken."""
-        return len(self.cache) // len(self.stacks)
-
-    def _take_caches(self, entries: list[CacheEntry]) -> list[ir.Value]:
-        """The stacks that the next layer is in: of each lane in turn all entries'."""
-        kinds = {entry.name.rpartition(".")[0]: entry for entry in entries}
+    def _take_caches(self, entries: list[CacheEntry]) -> tuple[list[ir.Value], int]:
+        """The inputs that have the next layer's caches, as they have every layer's, and its place in them."""
         if not self.stacks:
-            self.stacks = {kind: self._make_stack(kind, entry) for kind, entry in kinds.items()}
-        # All layers' rows are of one shape, as their indexes in a stack are of one count.
-        assert [replace(entry, name="") for entry in entries] == [
-            replace(entry, name="") for entry in self.cache[: len(entries)] or entries
-        ]
+            self.stacks = [self._make_stack(entry, lane) for lane in range(self.lanes.count) for entry in entries]
+            self.graph.inputs.extend(self.stacks)
+        place = len(self.cache) // len(entries)
         self.cache += entries
-        return [self.stacks[kind][lane] for lane in range(self.lanes.count) for kind in kinds]
+        first, own = ([replace(entry, name="") for entry in some] for some in (self.cache[: len(entries)], entries))
+        assert first == own, "all layers' rows are of one shape"
+        return self.stacks, place
 
-    def _make_stack(self, kind: str, entry: CacheEntry) -> list[ir.Value]:
-        shape: list[int | str] = ["layers", "capacity", entry.width]
+    def _make_stack(self, entry: CacheEntry, lane: int) -> ir.Value:
+        shape: list[int | str] = [self.layers, "capacity", entry.width]
         if entry.heads:
-            shape = ["layers", 1, entry.heads, "capacity", entry.width // entry.heads]
-        names = (self.lanes.name("past", kind, lane) for lane in range(self.lanes.count))
-        return [ir.val(name, entry.onnx_type, shape) for name in names]
+            shape = [self.layers, 1, entry.heads, "capacity", entry.width // entry.heads]
+        return ir.val(self.lanes.name("past", stack_of(entry.name), lane), entry.onnx_type, shape)
 
 
 def own_entries(kind: str, layer: int, groups: int, room: int) -> list[CacheEntry]:

@@ -28,6 +28,11 @@ STACKED = "moedge.stacked"  # of one with an input for each kind of cache, all l
 CUTS_ALIKE = "moedge.cuts_alike"  # of one whose results have the same bits however a prompt is cut into runs
 
 
+def stack_of(entry: str) -> str:
+    """The stack that a layer's cache is in: `scale.key` of `scale.key.3`."""
+    return entry.rpartition(".")[0]
+
+
 def library() -> Path | None:
     """The compiled library; None where there is none for this machine or the environment asks for the stock ops."""
     if os.environ.get(VARIABLE) == STOCK:

@@ -9,7 +9,6 @@ namespace moedge {
 
 namespace {
 
-
 constexpr int64_t kStep = 24;          // rows that share one look at which keys they see
 constexpr int64_t kIntegerStep = 48;   // likewise by integers: a multiple of kSideBySide
 static_assert(kBlock <= kCachedKeys && kIntegerStep <= kSharedRows, "kernels of integers have room for that");
@@ -408,11 +407,15 @@ void run_attention(const Attention& a, void* scratch, const Parallel& parallel, 
   for (int64_t r = 0; r < rounds; ++r) {
     const int64_t at = r * plan.round;
     const auto attend = [&](int64_t first, int64_t end, int64_t worker) {
+      Tile tile{}, next = tile_at(a, first / plan.round);
       for (int64_t unit = first; unit < end; ++unit) {
-        Tile tile = tile_at(a, unit / plan.round), next = tile;
-        if (unit / plan.round + 1 < plan.extent.tiles) {
-          next = tile_at(a, unit / plan.round + 1);
-          tile.next = &next;
+        if (unit == first || unit % plan.round == 0) {
+          const int64_t behind = unit / plan.round + 1;
+          tile = next;
+          if (behind < plan.extent.tiles) {
+            next = tile_at(a, behind);
+            tile.next = &next;
+          }
         }
         if (unit == first || !a.products)  // later ones are fetched by those before them
           fetch_first(a, tile, tile.first_block(a) + (plan.split ? at + unit % plan.round : 0));

@@ -38,7 +38,7 @@ struct Matrix {
   int bits;
   int64_t scale_size = 4;      // bytes of a scale
   const uint8_t* lower = nullptr;  // [rows, width / 4]: four codes to a byte, the lowest bits first
-  // What is read when one token's product with these rows is done, where that is known: its beginning is fetched.
+  // What is read when few tokens' product with these rows is done, where that is known: its beginning is fetched.
   const uint8_t* next_codes = nullptr;
   const uint8_t* next_scales = nullptr;
 

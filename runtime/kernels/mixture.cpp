@@ -66,15 +66,22 @@ void MixtureSteps::compute_inner(int64_t place, int64_t first, int64_t rows, boo
   }
 }
 
-void MixtureSteps::multiply_up(int64_t unit, int64_t last) const {
-  const int64_t some = up_rows(), blocks = up_blocks();
+template <typename Work>
+void MixtureSteps::walk(int64_t unit, int64_t last, int64_t some, int64_t rows, const Work& work) const {
+  const int64_t blocks = divide_up(rows, some);
   while (unit < last) {  // what the stretch has of one expert
     const int64_t place = unit / blocks, of = place * blocks, next = least(last, of + blocks);
-    const int64_t end = least(2 * m.inner, (next - of) * some), step = step_of(active[place]);
+    const int64_t end = least(rows, (next - of) * some), step = step_of(active[place]);
     for (int64_t row = (unit - of) * some; row < end; row += step)
-      compute_inner(place, row, least(step, end - row), row + step >= end && next < last);
+      work(place, row, least(step, end - row), row + step >= end && next < last);
     unit = next;
   }
+}
+
+void MixtureSteps::multiply_up(int64_t unit, int64_t last) const {
+  walk(unit, last, up_rows(), 2 * m.inner, [&](int64_t place, int64_t row, int64_t count, bool goes_on) {
+    compute_inner(place, row, count, goes_on);
+  });
 }
 
 // Adds rows `first` to `end` of choices `at` to `at + some` to y: `rows` has them, `stride` apart.
@@ -107,14 +114,10 @@ void MixtureSteps::compute_outputs(int64_t place, int64_t first, int64_t rows, i
 }
 
 void MixtureSteps::multiply_apart(int64_t unit, int64_t last) const {
-  const int64_t some = unit_rows(*m.kernels, m.down), blocks = down_blocks();
-  while (unit < last) {  // what the stretch has of one expert
-    const int64_t place = unit / blocks, of = place * blocks, next = least(last, of + blocks);
-    const int64_t end = least(m.hidden, (next - of) * some), step = step_of(active[place]);
-    for (int64_t row = (unit - of) * some; row < end; row += step)
-      compute_outputs(place, row, least(step, end - row), row + step >= end && next < last ? 0 : -1);
-    unit = next;
-  }
+  walk(unit, last, unit_rows(*m.kernels, m.down), m.hidden,
+       [&](int64_t place, int64_t row, int64_t count, bool goes_on) {
+         compute_outputs(place, row, count, goes_on ? 0 : -1);
+       });
 }
 
 void MixtureSteps::finish(int64_t first, int64_t end) const {

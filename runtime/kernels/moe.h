@@ -88,6 +88,10 @@ struct MixtureSteps {
 
   bool alone(int32_t expert) const { return starts[expert + 1] - starts[expert] == 1; }
   int64_t step_of(int32_t expert) const;
+  // work(place, row, count, goes on) of all rows in units of `some` of each active expert's `rows`; it goes on where the
+  // next expert's first come then.
+  template <typename Work>
+  void walk(int64_t unit, int64_t last, int64_t some, int64_t rows, const Work& work) const;
   void compute_inner(int64_t place, int64_t first, int64_t rows, bool goes_on) const;
   void compute_outputs(int64_t place, int64_t first, int64_t rows, int64_t next_row) const;
   void add_outputs(int64_t at, int64_t count, const float* rows, int64_t stride, int64_t first, int64_t end) const;

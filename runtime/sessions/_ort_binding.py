@@ -76,13 +76,11 @@ def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str
     routes = [f"{kind}.{layer}" for kind in ("experts", "weights") for layer in info.moe_layers]
     widths = dict.fromkeys(routes, info.num_experts_per_tok) | {"logits": info.vocab_size}
     in_place, stacked = is_marked(session, IN_PLACE), is_marked(session, STACKED)
-    entries = {entry.name: entry for entry in info.cache}
-    layers = {of_lane(f"past.{name}"): len(of) for name, of in stack_entries(info)} if stacked else {}
-    if stacked:
-        entries = {name: of[0] for name, of in stack_entries(info)}
-    ranks = {of_lane(f"past.{name}"): (4 if of.heads else 2) + stacked for name, of in entries.items()}
+    stacks = stack_entries(info) if stacked else [(entry.name, [entry]) for entry in info.cache]
+    layers = {of_lane(f"past.{name}"): len(entries) for name, entries in stacks}
+    ranks = {of_lane(f"past.{name}"): (4 if entries[0].heads else 2) + stacked for name, entries in stacks}
     caches = sum(value.name.startswith(("past.", "cache.")) for value in session.get_inputs())
-    for name, entry in entries.items():
+    for name, (entry, *_) in stacks:
         if in_place:
             widths[of_lane(f"past.{name}")] = entry.width // (entry.heads or 1)
             continue
@@ -93,7 +91,7 @@ def check_interface(session: Any, info: EngineInfo, of_lane: Callable[[str], str
         shape = has[name].shape if name in has else [None]
         width, rank = shape[-1], ranks.get(name, len(shape))
         strange = len(shape) != rank or (isinstance(width, int) and width != widths.get(name, width))
-        strange = strange or (name in layers and shape[0] != layers[name])
+        strange = strange or (stacked and shape[0] != layers.get(name, shape[0]))
         if name not in has or strange or caches != lanes * len(ranks):
             raise EngineError(
                 f"engine '{info.profile}' is not what its engine.json says ({name} is missing or of another width); "

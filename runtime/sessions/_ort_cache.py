@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import EngineError
+from ..kernels import stack_of
 from ._sequence import CachedSequence
 
 if TYPE_CHECKING:
@@ -71,13 +72,12 @@ class SequenceCache(CachedSequence):
         # All of them, for a graph that changes them itself, and of each kind the layers'.
         self.whole: list[Buffer] = []
         self.stacks: list[Buffer] = []
-        arrays: dict[str, NDArray[Any]] = {}
         for name, entries in stack_entries(info):
             stack = _empty_stack(len(entries), self._rows_shape(entries[0], capacity), np.dtype(entries[0].dtype))
             self.stacks.append(Buffer(name, stack.shape, stack.dtype.type, stack.ctypes.data))
-            arrays |= zip((entry.name for entry in entries), stack, strict=True)
+            self._cache |= zip((entry.name for entry in entries), stack, strict=True)
         for entry in info.cache:
-            array = self._cache[entry.name] = arrays[entry.name]
+            array = self._cache[entry.name]
             kind, address = array.dtype.type, array.ctypes.data
             self.whole.append(Buffer(entry.name, array.shape, kind, address))
             if entry.heads:
@@ -105,7 +105,7 @@ def stack_entries(info: EngineInfo) -> list[tuple[str, list[CacheEntry]]]:
     """The cache's entries by kind (key, scale.key, latent ...) and size, each kind's in the order of their layers."""
     found: dict[CacheEntry, list[CacheEntry]] = {}
     for entry in info.cache:
-        found.setdefault(replace(entry, name=entry.name.rpartition(".")[0]), []).append(entry)
+        found.setdefault(replace(entry, name=stack_of(entry.name)), []).append(entry)
     return [(kind.name, entries) for kind, entries in found.items()]
 
 
@@ -114,12 +114,15 @@ def _empty_stack(layers: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> N
     size = math.prod(shape) * dtype.itemsize
     try:
         stack = aligned_empty((layers, *shape), dtype)
-    except EngineError:
+    except EngineError as refused:
         # Linux grants no more at once than there is memory, although little of it may ever be written.
         if sys.platform != "linux":
             raise
-        aligned_empty(shape, dtype)
-        mapped = mmap.mmap(-1, layers * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        aligned_empty(shape, dtype)  # raises where a layer alone is too much
+        try:
+            mapped = mmap.mmap(-1, layers * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        except OSError:  # memory is counted when it is asked for here
+            raise refused from None
         return np.frombuffer(mapped, dtype).reshape(layers, *shape)
     if size < _HUGE_FROM:
         _use_small_pages(stack)
