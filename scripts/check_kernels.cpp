@@ -302,7 +302,8 @@ uint64_t run_grouped_one(const Kernels* kernels, Element element, int64_t width,
 // `group`: of the codes of k_up, of `bits`, and of v_up, with zero points in k_up's; 0: floats.
 uint64_t run_latent_one(const Kernels* kernels, Element element, int64_t rank, int64_t rope, int64_t first,
                         int64_t group, int bits = 8) {
-  const int64_t heads = 5, nope = 9, size = 70, width = rank + rope, parts = element == Element::kByte ? 2 : 0;
+  const int64_t heads = 5, nope = 9, size = 70, width = rank + rope;
+  const int64_t parts = element != Element::kByte ? 0 : width < 512 ? 2 : width / 64;
   const Lanes lanes(element, 1, width, parts, true, first);
   LatentAttention l{};
   l.core = core_of(kernels, element, lanes, heads, 1, width, rank);
@@ -357,6 +358,7 @@ uint64_t attention_digest(const Kernels* kernels) {
       all = all * 31 + run_latent_one(kernels, element, 26, 6, first, 0);
       all = all * 31 + run_latent_one(kernels, element, 64, 64, first, 0);
       all = all * 31 + run_latent_one(kernels, element, 32, 32, first, 32);
+      all = all * 31 + run_latent_one(kernels, element, 512, 64, first, 128, 4);  // DeepSeek's
     }
   return all;
 }

@@ -344,7 +344,7 @@ def test_heads_of_integers_are_nearer_to_the_cache_than_the_cache_to_what_it_hol
         assert np.square(found - held).mean() ** 0.5 < 0.1 * np.square(held - wanted).mean() ** 0.5
 
 
-@pytest.mark.parametrize(("rank", "rope"), [(128, 64), (128, 32)])
+@pytest.mark.parametrize(("rank", "rope"), [(128, 64), (128, 32), (512, 64)])
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0, 100.0])
 def test_integers_are_nearer_to_the_cache_than_the_cache_to_what_it_holds(
     rank: int, rope: int, sharpness: float, library: Path

@@ -65,56 +65,64 @@ void put_query(const float* x, int64_t row, bool alone, const Queries& out) {
   }
 }
 
-// Lanes are queries; one key's words after the other are multiplied with all of them, K keys side by side.
-template <class S, int K>
+// Lanes are queries; one key's words after the other are multiplied with all of them, K keys from `first` on side by side.
+// `known`: a key's width, in blocks of kMostCachedBlock, or 0.
+template <class S, int K, int64_t known>
 __attribute__((noinline)) void score_keys(const Queries& queries, int64_t group, int64_t half, const Cached& cached,
-                                          int64_t first, int64_t keys, float* out) {
+                                          int64_t first, float* out) {
   using Int = typename S::Int;
   using Float = typename S::Float;
-  const int64_t words = cached.width / cached.parts / 4;
-  const int32_t* own = queries.words + group * cached.width / 4 * 2 * kSideBySide + half;
-  const float* own_scales = queries.scales + group * cached.parts * kSideBySide + half;
-  const int32_t* own_sums = queries.sums + group * cached.parts * kSideBySide + half;
-  const int8_t* key[K];
-  const float* scales[K];
+  const int64_t width = known ? known : cached.width, parts = known ? known / moedge::kMostCachedBlock : cached.parts;
+  const int64_t block = known ? moedge::kMostCachedBlock : width / parts;
+  const int32_t* own = queries.words + group * width / 4 * 2 * kSideBySide + half;
+  const float* own_scales = queries.scales + group * parts * kSideBySide + half;
+  const int32_t* own_sums = queries.sums + group * parts * kSideBySide + half;
+  const int8_t *keys = cached.codes + first * width, *ahead = cached.ahead(keys);
+  const float* scales = cached.scales + first * parts;
   Float total[K];
-  for (int k = 0; k < K; ++k) {
-    const int64_t place = least(first + k, keys - 1);
-    key[k] = cached.codes + place * cached.width;
-    scales[k] = cached.scales + place * cached.parts;
-    total[k] = S::floats(0.0f);
-  }
-  for (int64_t b = 0; b < cached.parts; ++b) {
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) total[k] = S::floats(0.0f);
+  for (int64_t b = 0; b < parts; ++b, keys += block, ahead += block) {
     Int upper[K], lower[K];
     const Int less = S::multiply(S::load_ints(own_sums + b * kSideBySide), S::ints(-S::cached_middle));
+#pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
       upper[k] = S::ints(0);
       lower[k] = less;
-      for (int64_t at = 0; at < 4 * words; at += 64) fetch(cached.ahead(key[k] + at));
+      for (int64_t at = 0; at < block; at += 64) fetch(ahead + k * width + at);
     }
-    for (int64_t w = 0; w < words; ++w, own += 2 * kSideBySide) {
+    for (int64_t at = 0; at < block; at += 4, own += 2 * kSideBySide) {
       const Int first_digits = S::load_bytes(own), last_digits = S::load_bytes(own + kSideBySide);
+#pragma GCC unroll 8
       for (int k = 0; k < K; ++k) {
-        const Int codes = S::cached_word(key[k] + 4 * w);
+        const Int codes = S::cached_word(keys + k * width + at);
         upper[k] = S::template dot<6>(upper[k], codes, first_digits);
         lower[k] = S::template dot<6>(lower[k], codes, last_digits);
       }
     }
     const Float scale = S::load_some(own_scales + b * kSideBySide);
+#pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
-      key[k] += 4 * words;
       const Int sum = S::add(S::multiply(upper[k], S::ints(kDigit)), lower[k]);
-      total[k] = S::fused(S::to_floats(sum), S::multiply(scale, S::floats(scales[k][b])), total[k]);
+      total[k] = S::fused(S::to_floats(sum), S::multiply(scale, S::floats(scales[k * parts + b])), total[k]);
     }
   }
+#pragma GCC unroll 8
   for (int k = 0; k < K; ++k) S::store_floats(out + k * kSideBySide, total[k]);
 }
 
 template <class S>
 void score_cached(const Queries& queries, int64_t row, const Cached& cached, int64_t keys, float* scores) {
-  for (int64_t key = 0; key < keys; key += S::keys)
+  constexpr int64_t usual = 576, K = S::keys;  // DeepSeek's latents
+  const bool known = cached.width == usual && cached.parts * moedge::kMostCachedBlock == usual;
+  const bool few = keys < K;
+  const auto run = few ? score_keys<S, 1, 0> : known ? score_keys<S, K, usual> : score_keys<S, K, 0>;
+  const int64_t step = few ? 1 : K;
+  for (int64_t key = 0; key < keys; key += step) {
+    const int64_t first = least(key, keys - step);  // at the end some keys once more
     for (int64_t half = 0; half < kSideBySide; half += S::lanes)
-      score_keys<S, S::keys>(queries, row / kSideBySide, half, cached, key, keys, scores + key * kSideBySide + half);
+      run(queries, row / kSideBySide, half, cached, first, scores + first * kSideBySide + half);
+  }
 }
 
 // Lanes are columns, which are added up for as many keys as a vector has lanes. `known`: the width, or 0.

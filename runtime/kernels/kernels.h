@@ -149,8 +149,7 @@ struct Kernels {
   void (*put_query)(const float* x, int64_t row, bool alone, const Queries& out);
 
   // scores [keys, 16] of the queries from `row`, a multiple of 16, on: the sum over blocks, in order, of
-  // float(sum of integer * code) * (query's scale * key's), each added by one fused multiply-add. Keys up to a
-  // multiple of 8 are written.
+  // float(sum of integer * code) * (query's scale * key's), each added by one fused multiply-add.
   void (*score_cached)(const Queries& queries, int64_t row, const Cached& cached, int64_t keys, float* scores);
 
   // The same of rows that stand alone, by keys of one scale: scores [rows, keys], `stride` apart, keys <= kCachedKeys; as many
