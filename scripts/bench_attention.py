@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
 import ml_dtypes
 import numpy as np
 import onnx

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
+
 # The neighbours: a script's own folder is first on the path.
 from bench_export import describe_machine
 from synthetic_checkpoint import read_shape, write_checkpoint

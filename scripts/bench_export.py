@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
+
 # The neighbour: a script's own folder is first on the path.
 from synthetic_checkpoint import read_shape, write_checkpoint
 

@@ -13,6 +13,7 @@ import argparse
 import time
 from typing import Any
 
+import explain_missing  # noqa: F401
 import numpy as np
 import onnx
 import onnx_ir as ir

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import explain_missing  # noqa: F401
 import numpy as np
 
 import moedge

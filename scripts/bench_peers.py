@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
 from peers_gguf import ARCHITECTURES
 from peers_gguf import bytes_per_token as gguf_bytes_per_token
 from peers_page import write_page

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
 from check_estimate import plan_manifest
 from head_planes import measure_planes, planes_section
 from synthetic_checkpoint import read_shape

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
 import onnx_ir as ir
 from synthetic_checkpoint import read_shape, write_checkpoint
 

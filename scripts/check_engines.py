@@ -1,6 +1,6 @@
 """Build small engines of every family and precision, and write down their logs: python scripts/check_engines.py
 
-No GPU is needed: TensorRT for RTX cross-builds; torch and transformers are (the extra `eval`). Random models of the
+No GPU is needed (TensorRT for RTX cross-builds), the extras `cpu`, `export`, `rtx` and `eval` are. Random models of the
 tests' configurations, one of each family, in int4, int8, fp16 and, where the GPU has it, fp8, for SM80 and SM89;
 docs/engines.md gets a row for each. Exit status 1 where an engine stores its weights more than 3% above the network's
 own, or writes an expert's matrix out while decoding.
@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import explain_missing
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -92,6 +94,7 @@ def main() -> int:
     parser.add_argument("--max-batch", type=int, default=2)
     parser.add_argument("--max-seq-len", type=int, default=128)
     arguments = parser.parse_args()
+    explain_missing.need("torch", "transformers", "onnx", "onnxruntime", "safetensors", "tensorrt_rtx")
     rows, good = [], True
     for family in arguments.family or CONFIGURATIONS:
         for precision in PRECISIONS:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
 from estimate_shapes import CHECKED, NEW_TOKENS, PROMPT_TOKENS, ROUNDS, Case, device_of, measure_all
 from synthetic_checkpoint import SHAPES
 

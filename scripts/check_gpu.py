@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
 import numpy as np
 from synthetic_checkpoint import write_checkpoint
 

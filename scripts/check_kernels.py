@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import explain_missing  # noqa: F401
+
 from moedge.runtime.kernels import compiling
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import explain_missing  # noqa: F401
 from verdicts import FLAT, Verdict, leave, show
 
 WARM = 3  # loads, of which the last counts

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
+
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch loads: large pages for large tensors
 
 import safetensors.torch
@@ -160,9 +162,14 @@ def completions(folder: Path, seed: int) -> dict[str, Any]:
     return {"seed": seed, **SAMPLING, "rows": rows}
 
 
+def count_parameters(model: Decoder) -> int:
+    """Every stored one, as `moedge inspect` counts them: the gates' correction biases are buffers here."""
+    return sum(tensor.numel() for tensor in model.state_dict().values())
+
+
 def describe(model: Decoder, plan: Plan, run: dict[str, Any]) -> dict[str, Any]:
     c = model.config
-    total = sum(p.numel() for p in model.parameters())
+    total = count_parameters(model)
     idle = c.n_routed_experts - c.num_experts_per_tok
     moe_layers = len(model.gates())
     inactive = moe_layers * idle * 3 * c.hidden_size * c.moe_intermediate_size
@@ -186,7 +193,7 @@ class Workshop:
         plan = self.preset.teacher_plan if dense else self.preset.student_plan
         config = decoder_config(self.preset.teacher if dense else self.preset.student, self.preset.vocab_size, dense)
         model = initialize(Decoder(config), args.seed + (not dense)).to(args.device)
-        say(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {plan.steps} steps")
+        say(f"{name}: {count_parameters(model):,} parameters, {plan.steps} steps")
         run = Trainer(name, model, plan, self.stream, args.seed, args.work, self.dtype, teacher, say).run(args.resume)
         rounded(model).requires_grad_(False)
         measured = args.work / f"{name}.json"
@@ -261,7 +268,7 @@ def open_workshop(args: argparse.Namespace) -> Workshop:
 
 
 def record(folder: Path, facts: dict[str, Any]) -> None:
-    write_atomically(folder / "training.json", json.dumps(facts, indent=2) + "\n")
+    write_atomically(folder / "training.json", json.dumps(facts, indent=1) + "\n")
     write_card(folder)
 
 

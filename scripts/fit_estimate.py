@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
 import numpy as np
 from estimate_shapes import FITTED, ROUNDS, Case, device_of, measure_all
 

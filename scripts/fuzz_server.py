@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import explain_missing  # noqa: F401
 import httpx
 from load_server import Server
 from verdicts import FLAT, Verdict, leave, show

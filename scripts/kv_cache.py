@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
 import numpy as np
 
 import moedge
@@ -26,9 +27,9 @@ from moedge.profiles.shape import KV_CACHES
 from moedge.runtime.eval import evaluate
 
 INTRODUCTION = """\
-`moedge build BUNDLE --profile cpu` takes int8, or fp16 for a latent of MLA's in blocks below 32, where the weights are
-integers and moedge's own kernels are compiled; else fp32. `--kv-cache` asks for another; engine.json says what it is
-(`kv_cache`), and what the graph of onnxruntime's own ops has where that is another (`stock`).
+Of an engine for a CPU, `moedge build --kv-cache` chooses the type. By itself it is int8 beside int4 and int8 weights
+where moedge's own kernels run (fp16 for an MLA latent in blocks below 32 channels), else fp32. engine.json says what it
+is (`kv_cache`), and what the graph of onnxruntime's own ops has where that is another (`stock`).
 
 An int8 row has a scale for each head of keys and values, or each block of a latent, made when it is written. The tables
 have bits a byte; the mean divergence (KL, nats a token) from the same model with exact weights and an fp32 cache, and

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import explain_missing
 import numpy as np
 
 import moedge
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, help="of the text; default: all")
     parser.add_argument("--only-print", action="store_true", help="leave the page as it is")
     args = parser.parse_args()
+    explain_missing.need("torch", "safetensors", "onnxruntime")
     text = (SAMPLE / "heldout.txt").read_text(encoding="utf-8")[: args.bytes]
     rows = [HEADER]
     with tempfile.TemporaryDirectory() as scratch:

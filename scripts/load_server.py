@@ -28,6 +28,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
 from load_client import Answer, Client, connected
 from verdicts import FLAT, Verdict, leave, show
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import explain_missing  # noqa: F401
 import ml_dtypes
 import numpy as np
 

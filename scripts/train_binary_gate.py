@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import explain_missing  # noqa: F401
 import numpy as np
 import torch
 import torch.nn.functional as F

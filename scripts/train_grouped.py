@@ -15,6 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
+import explain_missing  # noqa: F401
 import torch
 import torch.nn.functional as F
 from distill_data import encode_files, read_corpus

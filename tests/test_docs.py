@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from checkpoints import edit_config
+
+from moedge.export.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,6 +75,18 @@ def test_the_page_on_quantization_is_made_from_its_measurements(monkeypatch: pyt
     assert [met for _, met in bench_quantization.check_bars(document["results"])] == [True] * 3
     worse = [{**result, "bits_per_byte": 1 + (result["weights"] != "fp32")} for result in document["results"]]
     assert [met for _, met in bench_quantization.check_bars(worse)] == [False] * 3
+
+
+def test_the_samples_card_is_made_from_its_training_and_counts_every_stored_parameter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import distill_card
+
+    facts = json.loads((ROOT / "sample" / "training.json").read_text(encoding="utf-8"))
+    assert distill_card.card(facts) == (ROOT / "sample" / "README.md").read_text(encoding="utf-8")
+    stored = sum(math.prod(entry.shape) for entry in Checkpoint.open(ROOT / "sample").entries.values())
+    assert facts["models"]["student"]["parameters"] == stored
 
 
 def test_checking_a_gpu_where_there_is_none_writes_nothing(
