@@ -150,6 +150,6 @@ def _summary(bundle: Bundle, output: Path) -> str:
             own = ", zero points" if entry["zero_points"] else ""
             also = f" (some {'; '.join(entry['also'])})" if "also" in entry else ""
             form = f"{entry['dtype']}, group {entry['group_size']}{own}{also}"
-            lines.append(f"  {role}: {form}, relative error {error:.2f}%")
+            lines.append(f"  {role}: {form}; weights' relative error by rounding: {error:.2f}%")
     lines += [f"  note: {note}" for note in manifest["provenance"]["notes"]]
     return "\n".join([*lines, f"written: {output / MANIFEST}"])

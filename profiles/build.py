@@ -89,9 +89,8 @@ def build(
         max_memory: bytes that building may take: TensorRT's network is then cut into ranges of layers.
         prefill_chunk: the most tokens that a run of a TensorRT engine takes (256).
         expert_buckets: of a load-aware bundle: a chunk's experts work on buckets of what the gate lets them have.
-        kv_cache: the type of the KV cache, where the target has a choice: fp32, fp16 or int8. On a CPU it is int8
-            where the weights are integers and our own kernels are compiled (fp16 for a latent of MLA's in blocks below
-            32), else fp32.
+        kv_cache: the type of the KV cache on a CPU: fp32, fp16 or int8. By itself int8 beside int4 and int8 weights
+            where moedge's own kernels run (fp16 for an MLA latent in blocks below 32 channels), else fp32.
         latent_attention: absorbed (a small cache) or expanded (a cache by head, and TensorRT's attention kernels);
             auto: expanded where the device holds it.
         precision: fp8 quantizes the weights again, for GPUs of compute capability 8.9 and later; None: the bundle's.

@@ -23,6 +23,7 @@ from .build import (
 from .device import load_profile
 from .fit import size
 from .plan import explain_parts, parts_table
+from .shape import KV_CACHE_DEFAULT
 
 
 @click.command("build")
@@ -35,7 +36,7 @@ from .plan import explain_parts, parts_table
 @click.option("--max-memory", metavar="SIZE", help="Memory that building may take (16GiB): then several engines.")
 @click.option("--prefill-chunk", type=int, metavar="N", help="Tokens of a prompt in one run (TensorRT). [default: 256]")
 @click.option("--expert-buckets", is_flag=True, help="Chunks in buckets of bounded size (TensorRT).")
-@click.option("--kv-cache", metavar="TYPE", help="fp32, fp16, int8 (CPU). [default: int8 beside integers, else fp32]")
+@click.option("--kv-cache", metavar="TYPE", help=f"On a CPU: fp32, fp16 or int8. [default: {KV_CACHE_DEFAULT}]")
 @click.option(
     "--latent-attention",
     default="auto",

@@ -12,7 +12,7 @@ from ..bundle import Bundle
 from .device import DeviceProfile, list_profiles, load_profile
 from .estimate import estimate
 from .fit import Fit, check_fit, size
-from .shape import cache_element_bytes
+from .shape import KV_CACHE_DEFAULT, cache_element_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,7 +52,7 @@ def profiles_command(name: str | None, as_json: bool) -> None:
     "--batch", "--max-batch", "batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once."
 )
 @click.option("--max-seq-len", type=click.IntRange(1), help="Room in the KV cache. [default: prompt and new tokens]")
-@click.option("--kv-cache", metavar="TYPE", help="fp32, fp16 or int8 (CPU). [default: what build takes by itself]")
+@click.option("--kv-cache", metavar="TYPE", help=f"On a CPU: fp32, fp16 or int8. [default: {KV_CACHE_DEFAULT}]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout (a list for several profiles).")
 def estimate_command(
     bundle: Path,

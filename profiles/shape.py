@@ -22,6 +22,11 @@ READ_IN_FULL_OF_TORCH = ("linear", "other")
 ELEMENT_BYTES = {"onnxruntime": 4, "onnxruntime_cuda": 2, "tensorrt_rtx": 2, "tensorrt": 2}
 # What a target with a choice can keep its KV cache in; `default_kv_cache` says which it takes by itself.
 KV_CACHES = {"onnxruntime": ("fp32", "fp16", "int8")}
+# The same in words, for help and documents (tests/test_kv_cache.py).
+KV_CACHE_DEFAULT = (
+    "int8 beside int4 and int8 weights where moedge's own kernels run "
+    "(fp16 for an MLA latent in blocks below 32 channels), else fp32"
+)
 STOCK_KV_CACHE = "fp32"  # by itself, of graphs that onnxruntime's own ops run
 # Whose kernels, where they are compiled, read codes of 6 bits, scales of either type and routers in bf16. Elsewhere
 # codes become 8-bit ones, at build or when the graph is loaded, scales what the target computes in, routers float32.

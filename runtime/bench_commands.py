@@ -147,7 +147,8 @@ def _sweep_table(results: Sequence[dict[str, Any]]) -> Table:
     title = f"{first['model']} {first['weights']} on {first['device']} ({first['profile']}), {first['threads']} threads"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     counts = ("batch", "context", "prompt")
-    headings = ("TTFT ms\np50", "\np99", "prefill\ntokens/s", "ITL ms\np50", "\np99", "decode\ntokens/s")
+    ttft, itl = ([f"{time}\n{name}, ms" for name in ("p50", "p99")] for time in ("TTFT", "ITL"))
+    headings = (*ttft, "prefill\ntokens/s", *itl, "decode\ntokens/s")
     for name in (*counts, *headings, "of\nlimit"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:

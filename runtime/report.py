@@ -208,7 +208,9 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> Table:
     title = Text(f"{results[0]['model']}: {headline(rows)}")
     table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0), show_lines=True, show_edge=False)
     table.add_column("device", no_wrap=True)
-    for heading in ("TTFT ms", "ITL ms", "tokens\n/s", "memory", "read a\nstep", "of\nlimit"):
+    first, *rest = time_names(rows)
+    under = f"{first}\n{'p99' if 'p99' in rest else '-'.join(rest)}"  # as the cells have them
+    for heading in (f"TTFT, ms\n{under}", f"ITL, ms\n{under}", "tokens\n/s", "memory", "read a\nstep", "of\nlimit"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         name = Text(row.profile)
@@ -217,7 +219,7 @@ def render_table(results: Sequence[Mapping[str, Any]]) -> Table:
             name.append(": no fit", "red")
         figures = (number(row.decode), bytes_text(row.memory), bytes_text(row.bytes_per_token), percent(row.fraction))
         table.add_row(name, *(_two_lines(times) for times in (row.ttft, row.itl)), *map(Text, figures))
-    table.caption = Text("TTFT: first token, ITL: between tokens; p50 over p99, or over the band")
+    table.caption = Text(times_note(rows))
     return table
 
 
@@ -230,10 +232,9 @@ def render_markdown(
     from . import report_compare, report_quality
 
     rows = make_rows(results)
-    headings = (
-        "device | | weights | TTFT ms p50 | p90 | p99 | ITL ms p50 | p90 | p99 | decode tokens/s | prefill tokens/s "
-        "| memory | read a step | of limit"
-    ).split("|")
+    headings = ["device", "", "weights"]
+    headings += [f"{time} {name}, ms" for time in ("TTFT", "ITL") for name in time_names(rows)]
+    headings += ["decode tokens/s", "prefill tokens/s", "memory", "read a step", "of limit"]
     lines = [
         f"# Latency report: {markdown_text(results[0]['model'])}",
         "",
@@ -248,7 +249,7 @@ def render_markdown(
             cells += [number(times.p50), *_spread(times)]
         cells += [number(row.decode), number(row.prefill), bytes_text(row.memory), bytes_text(row.bytes_per_token)]
         lines.append(markdown_row([*cells, percent(row.fraction)]))
-    lines += ["", "TTFT: time to first token. ITL: time between tokens. *predicted* rows: expected, low and high."]
+    lines += ["", times_note(rows)]
     if comparison is not None:
         lines += report_compare.render_markdown(comparison)
     if evaluations:
@@ -272,6 +273,18 @@ def headline(rows: Sequence[Row]) -> str:
     measured = sum(row.measured for row in rows)
     what = workloads[0] if len(workloads) == 1 else f"{len(workloads)} workloads"
     return f"{what}; {measured} measured, {len(rows) - measured} predicted"
+
+
+def time_names(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What the three figures of a time are called in the head of a table."""
+    return PERCENTILES if any(row.measured for row in rows) else ("expected", *BAND)
+
+
+def times_note(rows: Sequence[Row]) -> str:
+    """What the columns of times are; a prediction has no percentiles."""
+    mixed = {row.measured for row in rows} == {True, False}
+    predicted = " Predicted rows: the expected time instead of p50, then low and high." if mixed else ""
+    return f"TTFT: time to first token. ITL: time between tokens.{predicted}"
 
 
 def number(value: float | None, significant: int = 3) -> str:

@@ -13,7 +13,7 @@ from html import escape
 from typing import Any
 
 from . import report_breakdown, report_compare, report_quality
-from .report import Row, Times, bytes_text, headline, make_rows, number, percent
+from .report import Row, Times, bytes_text, headline, make_rows, number, percent, time_names, times_note
 from .report_compare import Comparison
 from .report_style import STYLE
 
@@ -82,7 +82,7 @@ def render_html(
     parts = [
         _header(results, rows),
         _legend(rows),
-        _section("Devices", _main_table(rows)),
+        _section("Devices", _main_table(rows), times_note(rows)),
         _section(f"Against {comparison.origin}", report_compare.render_html(comparison)) if comparison else "",
         _section("Quality, latency, cost", report_quality.render_html(rows, evaluations)) if evaluations else "",
         _section("Time between tokens", _times_chart([row.itl for row in rows], rows), _ITL_NOTE),
@@ -186,7 +186,8 @@ def _section(title: str, body: str, note: str = "") -> str:
 
 def _main_table(rows: Sequence[Row]) -> str:
     headings = ("Device", "TTFT", "ITL", "Decode", "Prefill", "Memory", "Read a step", "Of limit")
-    units = ("", "ms", "ms", "tokens/s", "tokens/s", "", "", "")
+    time = f"{time_names(rows)[0]}, ms"
+    units = ("", time, time, "tokens/s", "tokens/s", "", "", "")
     head = "".join(
         f'<th scope="col">{name}{f"<small>{unit}</small>" if unit else ""}</th>'
         for name, unit in zip(headings, units, strict=True)
@@ -198,8 +199,8 @@ def _main_table(rows: Sequence[Row]) -> str:
         unfit = "" if row.fits else '<b class="unfit">does not fit</b>'
         cells = [
             f'<th scope="row">{escape(row.device)} {_badge(row.measured)}{unfit}<small>{escape(under)}</small></th>',
-            _cell("TTFT, ms", _times_cell(row.ttft)),
-            _cell("ITL, ms", _times_cell(row.itl)),
+            _cell(f"TTFT {time}", _times_cell(row.ttft)),
+            _cell(f"ITL {time}", _times_cell(row.itl)),
             _cell("Decode, tokens/s", number(row.decode)),
             _cell("Prefill, tokens/s", number(row.prefill)),
             _cell("Memory", bytes_text(row.memory)),

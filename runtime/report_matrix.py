@@ -185,10 +185,10 @@ _TABLE_NOTE = (
     "tokens: one stream alone, and with as many streams as devices."
 )
 _COLUMNS: tuple[tuple[str, Any], ...] = (
-    ("TTFT, ms", lambda row: number(row.figure("ttft_ms", "p50"))),
-    ("ITL, ms", lambda row: number(row.figure("itl_ms", "p50"))),
-    ("low", lambda row: number(row.figure("itl_ms", "low"))),
-    ("high", lambda row: number(row.figure("itl_ms", "high"))),
+    ("TTFT expected, ms", lambda row: number(row.figure("ttft_ms", "p50"))),
+    ("ITL expected, ms", lambda row: number(row.figure("itl_ms", "p50"))),
+    ("ITL low, ms", lambda row: number(row.figure("itl_ms", "low"))),
+    ("ITL high, ms", lambda row: number(row.figure("itl_ms", "high"))),
     ("tokens/s", lambda row: number(row.figure("decode_tokens_per_s"))),
     ("USD/h", lambda row: number(row.figure("usd_per_hour"))),
     ("USD/million", lambda row: number(row.figure("usd_per_million_tokens"))),
@@ -215,7 +215,7 @@ def _devices(row: MatrixRow) -> str:
 
 
 def _table(rows: Sequence[MatrixRow]) -> str:
-    headings = ("Model", "Devices", "TTFT, ms", "ITL, ms", "Tokens/s", "USD/h", "USD/million")
+    headings = ("Model", "Devices", "TTFT expected, ms", "ITL expected, ms", "Tokens/s", "USD/h", "USD/million")
     quality = any(row.evaluation is not None for row in rows)
     names = [*headings, *(["Bits per byte"] if quality else [])]
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
@@ -235,8 +235,8 @@ def _line(index: int, row: MatrixRow, quality: bool) -> str:
         busy = f"<small>{number(row.figure('usd_per_million_tokens_busy'))} all busy</small>" if several else ""
         cells = [
             ("Devices", title + ("<small>estimated sum</small>" if several else "")),
-            ("TTFT, ms", number(row.figure("ttft_ms", "p50"))),
-            ("ITL, ms", f"{number(row.figure('itl_ms', 'p50'))}<small>{low} to {high}</small>"),
+            ("TTFT expected, ms", number(row.figure("ttft_ms", "p50"))),
+            ("ITL expected, ms", f"{number(row.figure('itl_ms', 'p50'))}<small>{low} to {high}</small>"),
             ("Tokens/s", number(row.figure("decode_tokens_per_s"))),
             ("USD/h", number(row.figure("usd_per_hour"))),
             ("USD/million", number(row.figure("usd_per_million_tokens")) + busy),

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from ..errors import ReportError, shorten
-from .report import Row, number
+from .report import Row, number, time_names
 from .report_input import check_figure, check_text, check_values
 
 SCHEMA = 1
@@ -176,7 +176,8 @@ def _legend(points: Sequence[tuple[Row, Mapping[str, Any]]]) -> str:
     """What each number in the chart is: quality, latency and cost."""
     if not points:
         return '<p class="note">No result has the weights of an evaluation.</p>'
-    names = ("", "Device", "Bits per byte", "ITL, ms", "tokens/s", "USD / million")
+    time = f"ITL {time_names([row for row, _ in points])[0]}, ms"
+    names = ("", "Device", "Bits per byte", time, "tokens/s", "USD / million")
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     body = ""
     for index, (row, found) in enumerate(points, start=1):

@@ -74,7 +74,7 @@ def model_table(document: dict[str, Any]) -> Table:
 def sizes_table(document: dict[str, Any]) -> Table:
     """Bytes of the weights by class, with how each is stored where the manifest says so."""
     table = Table(title="weights", title_justify="left")
-    for name in ("class", "stored as", "error", "size", "share"):
+    for name in ("class", "stored as", "rounding\nerror", "size", "share"):
         table.add_column(name, justify="left" if name in ("class", "stored as") else "right")
     classes = document["quantization"].get("classes") or {}
     total = sum(document["sizes"].values())

@@ -321,7 +321,7 @@ def test_a_bundle_with_codes_in_blocks(tmp_path: Path) -> None:
 def test_the_command_and_a_bundle_of_before(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     command = ["export", str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--head", "int4", "--group-size", "32"]
     result = CliRunner().invoke(cli.main, command)
-    assert result.exit_code == 0 and "\n  head: uint4, group 32, relative error " in result.stdout
+    assert result.exit_code == 0 and "\n  head: uint4, group 32; weights' relative error by rounding: " in result.stdout
     shutil.copytree(tiny_bundle, tmp_path / "old")
     manifest = json.loads((tmp_path / "old" / "moedge.json").read_text())
     del manifest["quantization"]["head"], manifest["seal"]

@@ -26,7 +26,7 @@ from moedge.export.memory import resident_bytes
 from moedge.profiles.device import load_profile
 from moedge.profiles.estimate import estimate
 from moedge.profiles.fit import check_fit
-from moedge.profiles.shape import bytes_per_token, default_kv_cache, kv_element_bytes
+from moedge.profiles.shape import KV_CACHE_DEFAULT, bytes_per_token, default_kv_cache, kv_element_bytes
 from moedge.runtime import kernels
 from moedge.runtime.preflight import CacheEntry, EngineInfo, read_engine
 from moedge.runtime.sessions import Session, SessionOptions, backend_module
@@ -239,6 +239,15 @@ def test_wrong_types_are_refused(tiny_bundle: Path) -> None:
     options = ["build", str(tiny_bundle), "--profile", "rtx4090", "--portable", "--kv-cache", "fp16"]
     result = CliRunner().invoke(cli.main, options)
     assert "--portable engines keep their KV cache in their own type" in str(result.exception)
+
+
+def test_the_default_is_told_alike_wherever_it_is_told() -> None:
+    root = Path(__file__).resolve().parent.parent
+    names = ("README.md", "docs/kv-cache.md", "scripts/kv_cache.py")
+    pages = [(root / name).read_text(encoding="utf-8") for name in names]
+    helps = [CliRunner().invoke(cli.main, [name, "--help"]).stdout for name in ("build", "estimate")]
+    for text in (*pages, *helps, str(moedge.build.__doc__)):
+        assert KV_CACHE_DEFAULT in " ".join(text.split())
 
 
 @pytest.mark.usefixtures("compiled")

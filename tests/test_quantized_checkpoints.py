@@ -272,7 +272,7 @@ def test_float8_blocks_are_unpacked_and_quantized_again(weights: str, tmp_path: 
         assert "matrices of float8 (blocks of 16x16) were unpacked to floating point" in notes
     else:
         error = 100 * bundle.manifest["quantization"]["classes"]["experts"]["relative_error"]
-        assert "matrices of float8 (blocks of 16x16) were quantized again; relative error: " in notes
+        assert "matrices of float8 (blocks of 16x16) were quantized again; weights' relative error by rounding" in notes
         assert f"experts {error:.2f}%" in notes and 2 < error < 15
 
 
@@ -369,7 +369,7 @@ def test_gpt_oss_with_its_mxfp4_experts(tmp_path: Path) -> None:
     np.testing.assert_allclose(canonical_logits(tmp_path / "fp32", ids), expected, rtol=0, atol=1e-4)
     bundle = moedge.export(tmp_path / "c", tmp_path / "int4", weights="int4", group_size=32)
     notes = " ".join(bundle.manifest["provenance"]["notes"])
-    assert "16 matrices of MXFP4 were quantized again; relative error: experts " in notes
+    assert "16 matrices of MXFP4 were quantized again; weights' relative error by rounding: experts " in notes
 
 
 def test_one_stack_of_experts_with_zero_points_and_one_without(tmp_path: Path) -> None:

@@ -322,6 +322,24 @@ def test_terminal_table_fits_80_columns() -> None:
     assert text.count("measured") == 2 and "predicted: no fit" in text and "52.1" in text and "80.1" in text
 
 
+def test_every_table_names_its_times() -> None:
+    """A prediction has no percentiles, and is not said to have."""
+    mixed, alone = results(), [result for result in results() if not result["measured"]]
+    told = "TTFT: time to first token. ITL: time between tokens."
+    both = f"{told} Predicted rows: the expected time instead of p50, then low and high."
+    cases = ((mixed, ("p50", "p90", "p99"), "p99", both), (alone, ("expected", "low", "high"), "low-high", told))
+    for rows, (first, *rest), under, note in cases:
+        document = render_markdown(rows)
+        assert " | ".join(f"ITL {name}, ms" for name in (first, *rest)) in document and document.endswith(f"\n{note}\n")
+        page = render_html(rows)
+        assert f'<th scope="col">ITL<small>{first}, ms</small>' in page and note in page
+        out = io.StringIO()
+        Console(file=out, width=80).print(render_table(rows))
+        head = re.sub("[┃│]", " ", out.getvalue().split("━")[0]).splitlines()
+        assert [line.split().count(word) for line, word in zip(head[-2:], (first, under), strict=True)] == [2, 2]
+        assert note in " ".join(out.getvalue().split())
+
+
 def test_numbers_have_three_digits() -> None:
     values = (None, 0, 0.00123, 0.0456, 1, 9.994, 31.42, 314.2, 3142.4, 1234567.8)
     assert [number(value) for value in values] == [

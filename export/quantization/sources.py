@@ -112,6 +112,7 @@ def describe_sources(plan: list[Weight], errors: Mapping[str, _Measured]) -> lis
     notes = [f"{count} matrices of {origin} keep their integers bit for bit" for origin, count in kept.items()]
     for origin, roles in again.items():
         figures = ", ".join(f"{role.replace('_', ' ')} {100 * errors[role].relative:.2f}%" for role in roles)
-        notes.append(f"{roles.total()} matrices of {origin} were quantized again; relative error: {figures}")
+        said = f"{roles.total()} matrices of {origin} were quantized again"
+        notes.append(f"{said}; weights' relative error by rounding: {figures}")
     notes += [f"{count} matrices of {origin} were unpacked to floating point" for origin, count in unpacked.items()]
     return notes
