@@ -359,36 +359,30 @@ inline typename S::Int sum_groups(const uint8_t* codes, const uint8_t* ahead, co
   return S::sums(sums);
 }
 
-// Adds groups `from` to `from + count` of `lanes` rows, in their order: `integers` [lanes][stride] of these groups.
-template <class S>
-inline typename S::Float add_some(const Matrix& matrix, const int64_t* rows, int64_t from, int64_t count,
-                                  const int32_t* integers, int64_t stride, int32_t zero, const Activations& x,
-                                  typename S::Float total) {
-  constexpr int64_t lanes = S::lanes;
-  Groups<S> some;
-  const uint8_t* sources[lanes];
-  load_groups<S>(matrix, rows, from, count, &some);
-  for (int64_t r = 0; r < lanes; ++r) sources[r] = reinterpret_cast<const uint8_t*>(integers + r * stride);
-  typename S::Int sums[lanes];
-  load_transposed<S>(sources, 0, sums);
-  for (int64_t b = 0; b < count; ++b)
-    total = add_group<S>(sums[b], S::load_floats(some.scales + b * lanes),
-                         matrix.zero_points ? S::load_ints(some.zeros + b * lanes) : S::ints(zero), x.sums[from + b],
-                         x.scales[from + b], total);
-  return total;
-}
-
-// Adds up each row's groups: `integers` [lanes][groups] of rows from `first`.
+// Adds up each row's groups, in their order: `integers` [lanes][groups] of rows from `first`.
 template <class S>
 void add_groups(const Matrix& matrix, int64_t first, const int32_t* integers, const Activations& x, float* out) {
   constexpr int64_t lanes = S::lanes;
   const int64_t groups = x.groups;
   const int32_t zero = zero_point(matrix, 0, 0) - (matrix.bits == 8 ? S::middle : 0);
   int64_t rows[lanes];
-  for (int64_t r = 0; r < lanes; ++r) rows[r] = first + r;
+  const uint8_t* sources[lanes];
+  for (int64_t r = 0; r < lanes; ++r) {
+    rows[r] = first + r;
+    sources[r] = reinterpret_cast<const uint8_t*>(integers + r * groups);
+  }
+  Groups<S> some;
   typename S::Float total = S::floats(0.0f);
-  for (int64_t from = 0; from < groups; from += lanes)
-    total = add_some<S>(matrix, rows, from, least(lanes, groups - from), integers + from, groups, zero, x, total);
+  for (int64_t from = 0; from < groups; from += lanes) {
+    const int64_t count = least(lanes, groups - from);
+    load_groups<S>(matrix, rows, from, count, &some);
+    typename S::Int sums[lanes];
+    load_transposed<S>(sources, 4 * from, sums);
+    for (int64_t b = 0; b < count; ++b)
+      total = add_group<S>(sums[b], S::load_floats(some.scales + b * lanes),
+                           matrix.zero_points ? S::load_ints(some.zeros + b * lanes) : S::ints(zero), x.sums[from + b],
+                           x.scales[from + b], total);
+  }
   S::store_floats(out, total);
 }
 

@@ -6,43 +6,53 @@ namespace {
 
 constexpr int64_t kPart = 16;  // columns of four bytes of lower codes: groups are of whole parts
 
-// The integers of groups `from` to `from + count` of one row, count <= lanes.
+// A vector of a row's lower codes. Behind the row's end are the next one's.
 template <class S>
-inline void sum_lower(const Matrix& matrix, int64_t row, int64_t from, int64_t count, const Activations& x, int32_t* out) {
-  constexpr int64_t lanes = S::lanes, chunk = 4 * lanes;
-  alignas(64) int32_t parts[lanes * kMaxGroup / kPart + lanes];  // and room to read on
-  alignas(64) uint8_t end[chunk] = {};
-  const int64_t bytes = count * matrix.group / 4, plane = x.width / 4, first = from * matrix.group / 4;
-  const uint8_t* codes = matrix.lower + row * (matrix.width / 4) + first;
-  const int8_t* own = x.codes + first;
-  for (int64_t at = 0; at < bytes; at += chunk) {
-    const uint8_t* source = codes + at;
-    if (bytes - at < chunk) source = static_cast<const uint8_t*>(memcpy(end, source, static_cast<size_t>(bytes - at)));
-    const typename S::Int word = S::load_bytes(source);
-    typename S::Int sum = S::ints(0);
-    sum = S::template dot<4>(sum, S::template pairs<0>(word), S::load_bytes(own + at));
-    sum = S::template dot<4>(sum, S::template pairs<1>(word), S::load_bytes(own + plane + at));
-    sum = S::template dot<4>(sum, S::template pairs<2>(word), S::load_bytes(own + 2 * plane + at));
-    sum = S::template dot<4>(sum, S::template pairs<3>(word), S::load_bytes(own + 3 * plane + at));
-    S::store_ints(parts + at / 4, sum);
+inline typename S::Int load_lower(const Matrix& matrix, int64_t row, int64_t at) {
+  const int64_t bytes = matrix.width / 4, place = row * bytes + at, left = matrix.rows * bytes - place;
+  if (left >= 4 * S::lanes) return S::load_bytes(matrix.lower + place);
+  alignas(64) uint8_t last[4 * S::lanes];
+  return S::load_bytes(memcpy(last, matrix.lower + place, static_cast<size_t>(left)));
+}
+
+// What the groups of `lanes` rows add to their results so far.
+template <class S>
+inline typename S::Float refine_rows(const Matrix& matrix, const int64_t* rows, const Activations& x,
+                                     typename S::Float total) {
+  constexpr int64_t lanes = S::lanes;
+  const int64_t parts = matrix.group / kPart, zero = kLowerZero;
+  Groups<S> groups;
+  typename S::Int sum = S::ints(0), read[lanes], each[lanes];
+  for (int64_t at = 0, group = 0, held = 0; at < matrix.width / 4; at += 4 * lanes) {
+    typename S::Int own[4];  // zeros behind the row's end
+    for (int64_t i = 0; i < 4; ++i) own[i] = S::load_bytes(x.codes + i * (x.width / 4) + at);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < lanes; ++r) {
+      const typename S::Int word = load_lower<S>(matrix, rows[r], at);
+      read[r] = S::template dot<4>(S::ints(0), S::template pairs<0>(word), own[0]);
+      read[r] = S::template dot<4>(read[r], S::template pairs<1>(word), own[1]);
+      read[r] = S::template dot<4>(read[r], S::template pairs<2>(word), own[2]);
+      read[r] = S::template dot<4>(read[r], S::template pairs<3>(word), own[3]);
+    }
+    S::transpose(read, each);
+    for (int64_t i = 0; i < lanes && group < x.groups; ++i) {
+      sum = S::add(sum, each[i]);
+      if (++held < parts) continue;
+      const int64_t among = group % lanes;
+      if (among == 0) load_groups<S>(matrix, rows, group, least(lanes, x.groups - group), &groups);
+      total = add_group<S>(sum, S::load_floats(groups.scales + among * lanes), S::ints(zero), x.sums[group],
+                           x.scales[group], total);
+      sum = S::ints(0);
+      held = 0;
+      ++group;
+    }
   }
-  // Each group's are turned to a lane of its own. What lanes beyond the last group get nobody takes.
-  const int64_t each = matrix.group / kPart;
-  const uint8_t* own_parts[lanes];
-  for (int64_t b = 0; b < lanes; ++b) own_parts[b] = reinterpret_cast<const uint8_t*>(parts + least(b, count - 1) * each);
-  typename S::Int all = S::ints(0);
-  for (int64_t at = 0; at < each; at += lanes) {
-    typename S::Int turned[lanes];
-    load_transposed<S>(own_parts, 4 * at, turned);
-    for (int64_t i = 0; i < least(lanes, each - at); ++i) all = S::add(all, turned[i]);
-  }
-  S::store_ints(out, all);
+  return total;
 }
 
 template <class S>
 void refine(const Matrix& matrix, const int64_t* rows, int64_t count, const Activations& x, float* y) {
   constexpr int64_t lanes = S::lanes;
-  alignas(64) int32_t integers[lanes * lanes] = {};
   for (int64_t done = 0; done < count; done += lanes) {
     const int64_t some = least(lanes, count - done);
     alignas(64) float totals[lanes];
@@ -51,13 +61,7 @@ void refine(const Matrix& matrix, const int64_t* rows, int64_t count, const Acti
       own[r] = rows[done + least(r, some - 1)];
       totals[r] = y[own[r]];
     }
-    typename S::Float total = S::load_floats(totals);
-    for (int64_t from = 0; from < x.groups; from += lanes) {
-      const int64_t groups = least(lanes, x.groups - from);
-      for (int64_t r = 0; r < some; ++r) sum_lower<S>(matrix, own[r], from, groups, x, integers + r * lanes);
-      total = add_some<S>(matrix, own, from, groups, integers, lanes, kLowerZero, x, total);
-    }
-    S::store_floats(totals, total);
+    S::store_floats(totals, refine_rows<S>(matrix, own, x, S::load_floats(totals)));
     for (int64_t r = 0; r < some; ++r) y[own[r]] = totals[r];
   }
 }
