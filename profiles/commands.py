@@ -92,6 +92,8 @@ def build_command(
     if dry_run:
         _dry_run(bundle, names, options, as_json)
         return
+    for name in names:  # a wrong one is told before the work for another
+        load_profile(name)
     folders = []
     if portable:
         with console_progress() as progress:

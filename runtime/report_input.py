@@ -32,6 +32,7 @@ _OPTIONAL_TEXTS = ("weights", "created", "scenario", "limit_note", "energy_reaso
 _OPTIONAL_OBJECTS = ("versions", "machine", "model_info", "spread")
 
 _LARGEST_FILE = 256 << 20  # bytes: a sweep with all its samples is a few
+_MADE_BY = "make results with `moedge bench --json` or `moedge estimate --json`"
 _LONGEST_NAME = 500
 # Beyond these no time, rate, size or price of a computer lies, and arithmetic with them leaves the numbers.
 _SMALLEST, _LARGEST = 1e-12, 1e18
@@ -61,21 +62,22 @@ def _read(path: Path) -> list[Any]:
     except OSError as cause:
         raise ReportError(f"{path}: not readable ({cause.strerror})") from None
     except UnicodeDecodeError as cause:
-        raise ReportError(f"{path}: not readable as JSON (not text: {cause.reason} at byte {cause.start})") from None
+        reason = f"not text: {cause.reason} at byte {cause.start}"
     except json.JSONDecodeError as cause:
-        raise ReportError(f"{path}: not readable as JSON ({cause})") from None
+        reason = str(cause)
     except RecursionError:
-        raise ReportError(f"{path}: not readable as JSON (objects or lists too deep in one another)") from None
+        reason = "objects or lists too deep in one another"
     except ValueError:  # int() refuses thousands of digits
-        raise ReportError(f"{path}: not readable as JSON (a number of thousands of digits)") from None
-    return document if isinstance(document, list) else [document]
+        reason = "a number of thousands of digits"
+    else:
+        return document if isinstance(document, list) else [document]
+    raise ReportError(f"{path}: not readable as JSON ({reason}); {_MADE_BY}")
 
 
 def check_result(document: Any, origin: str) -> None:
     """Raises ReportError where `document`, from `origin`, is no result of this schema."""
-    made_by = "make results with `moedge bench --json` or `moedge estimate --json`"
     if not isinstance(document, Mapping) or "schema" not in document:
-        raise ReportError(f"{origin}: no bench result (it has no schema); {made_by}")
+        raise ReportError(f"{origin}: no bench result (it has no schema); {_MADE_BY}")
     if type(document["schema"]) is not int or document["schema"] != SCHEMA:
         raise ReportError(
             f"{origin}: result of schema {shorten(document['schema'])}, this version reads schema {SCHEMA}; measure "
@@ -84,7 +86,7 @@ def check_result(document: Any, origin: str) -> None:
     required = [*_TEXTS, "weights", *_COUNTS, *_FIGURES, *TIMES, "measured"]
     missing = [key for key in required if key not in document]
     if missing:
-        raise ReportError(f"{origin}: {', '.join(missing)} missing; {made_by}")
+        raise ReportError(f"{origin}: {', '.join(missing)} missing; {_MADE_BY}")
     for key in _TEXTS:
         check_text(document[key], f"{origin}: {key}")
     if not isinstance(document["measured"], bool):

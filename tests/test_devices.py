@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from moedge.errors import ProfileError
 from moedge.profiles import device as device_module
+from moedge.profiles.commands import build_command
 from moedge.profiles.device import list_profiles, load_profile, plain_name, read_profile
 from moedge.profiles.device_commands import profiles_command
 from moedge.runtime import machine
@@ -213,6 +214,16 @@ def test_files_that_are_no_profiles(tmp_path: Path) -> None:
 def test_a_name_that_several_hold_is_asked_back() -> None:
     with pytest.raises(ProfileError, match=r"unknown profile 'a100' \(did you mean a100-40gb or a100-80gb\?\); known"):
         load_profile("a100")
+
+
+def test_a_wrong_profile_is_told_before_another_is_built(tiny_bundle: Path) -> None:
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tiny_bundle.rglob("*.json")}
+
+    before = times()
+    result = CliRunner().invoke(build_command, [str(tiny_bundle), "--profile", "cpu", "--profile", "rtx409"])
+    assert isinstance(result.exception, ProfileError) and "did you mean rtx4090?" in str(result.exception)
+    assert times() == before
 
 
 def test_no_such_file(tmp_path: Path) -> None:

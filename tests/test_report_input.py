@@ -80,7 +80,7 @@ def test_a_hostile_value_anywhere_is_a_report_or_one_line(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("raw", "told"),
     [
-        (b"", "not readable as JSON (Expecting value: line 1 column 1 (char 0))"),
+        (b"", "not readable as JSON (Expecting value: line 1 column 1 (char 0)); make results with `moedge bench "),
         (b"\x9a\x00\x01", "not readable as JSON (not text: invalid start byte at byte 0)"),
         (b'{"a":' * 50_000, "not readable as JSON (objects or lists too deep in one another)"),
         (b"9" * 5000, "not readable as JSON (a number of thousands of digits)"),
