@@ -7,6 +7,7 @@ is raised is a bug and keeps its traceback. A message says what was wrong, what 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -100,7 +101,7 @@ def missing_dependency(module: str, extra: str | None = None, purpose: str = "")
     return DependencyError(f"{root} is not installed{reason}; install it: {fix}", name=root)
 
 
-def dependency_error_from(error: ModuleNotFoundError) -> DependencyError | None:
+def dependency_error_from(error: ModuleNotFoundError, extras: Mapping[str, str] = EXTRAS) -> DependencyError | None:
     """What to tell the user about an import that failed: None where the module is no optional dependency (a bug)."""
     root = (error.name or "").split(".")[0]
-    return missing_dependency(root) if root in EXTRAS else None
+    return missing_dependency(root, extras[root]) if root in extras else None

@@ -19,17 +19,18 @@ def need(*modules: str) -> None:
 
 def message(error: BaseException) -> str | None:
     """What to tell of an error that the user can mend; None for a bug."""
-    missing = isinstance(error, ModuleNotFoundError)
     try:
         from moedge import errors
     except ModuleNotFoundError:
         place = f"moedge is not installed for {sys.executable}"
-        return f"{place}; run the script with .venv/bin/python, which `make demo` makes" if missing else None
+        how = "run the script with .venv/bin/python, which `make demo` makes"
+        return f"{place}; {how}" if isinstance(error, ModuleNotFoundError) else None
     if isinstance(error, errors.MoedgeError):
         return " ".join(str(error).splitlines())
-    root = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    extra = EXTRAS.get(root) or errors.EXTRAS.get(root)
-    return str(errors.missing_dependency(root, extra)) if extra else None
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    told = errors.dependency_error_from(error, {**errors.EXTRAS, **EXTRAS})
+    return None if told is None else str(told)
 
 
 def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

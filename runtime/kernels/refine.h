@@ -11,7 +11,7 @@ template <class S>
 inline typename S::Int load_lower(const Matrix& matrix, int64_t row, int64_t at) {
   const int64_t bytes = matrix.width / 4, place = row * bytes + at, left = matrix.rows * bytes - place;
   if (left >= 4 * S::lanes) return S::load_bytes(matrix.lower + place);
-  alignas(64) uint8_t last[4 * S::lanes];
+  alignas(64) uint8_t last[4 * S::lanes] = {};
   return S::load_bytes(memcpy(last, matrix.lower + place, static_cast<size_t>(left)));
 }
 
@@ -20,7 +20,7 @@ template <class S>
 inline typename S::Float refine_rows(const Matrix& matrix, const int64_t* rows, const Activations& x,
                                      typename S::Float total) {
   constexpr int64_t lanes = S::lanes;
-  const int64_t parts = matrix.group / kPart, zero = kLowerZero;
+  const int64_t parts = matrix.group / kPart;
   Groups<S> groups;
   typename S::Int sum = S::ints(0), read[lanes], each[lanes];
   for (int64_t at = 0, group = 0, held = 0; at < matrix.width / 4; at += 4 * lanes) {
@@ -40,7 +40,7 @@ inline typename S::Float refine_rows(const Matrix& matrix, const int64_t* rows, 
       if (++held < parts) continue;
       const int64_t among = group % lanes;
       if (among == 0) load_groups<S>(matrix, rows, group, least(lanes, x.groups - group), &groups);
-      total = add_group<S>(sum, S::load_floats(groups.scales + among * lanes), S::ints(zero), x.sums[group],
+      total = add_group<S>(sum, S::load_floats(groups.scales + among * lanes), S::ints(kLowerZero), x.sums[group],
                            x.scales[group], total);
       sum = S::ints(0);
       held = 0;
