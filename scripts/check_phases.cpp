@@ -61,7 +61,11 @@ void on_threads(void* self, void (*body)(void*, size_t), size_t total, void* dat
   for (int64_t i = 1; i < pool->threads; ++i) pthread_join(others[i].handle, nullptr);
 }
 
-// Phases of these many units: a unit counts how often it was done, and adds up what the phase before it wrote.
+// What a thread was told in its phase's last call that it does next.
+thread_local int64_t told_phase = -1, told_unit = -1;
+
+// Phases of these many units: a unit counts how often it was done, and adds up what the phase before it wrote. The second
+// and third are streams, each of whose calls begins where the one before it said.
 int64_t run_once(const Parallel& parallel, int64_t workers, const int64_t* units) {
   constexpr int64_t kMost = 64;
   int64_t values[4][kMost] = {}, times[4][kMost] = {}, counted = -1;
@@ -76,11 +80,22 @@ int64_t run_once(const Parallel& parallel, int64_t workers, const int64_t* units
       }
     };
   };
-  const auto first = body_of(0), second = body_of(1), third = body_of(2), last = body_of(3);
-  const Phase phases[] = {phase(units[0], first), phase(units[1], second), counted_phase(kMost, &counted, third),
+  const auto stream_of = [&](int64_t p) {
+    return [&, p, run = body_of(p)](int64_t first, int64_t end, int64_t next) {
+      if (told_phase == p && told_unit != first) abort();
+      told_phase = next < 0 ? -1 : p;
+      told_unit = next;
+      if (next >= units[p]) abort();
+      run(first, end, 0);
+    };
+  };
+  const auto first = body_of(0), last = body_of(3);
+  const auto second = stream_of(1), third = stream_of(2);
+  const Phase phases[] = {phase(units[0], first), stream(units[1], second), stream(kMost, third, &counted),
                           phase(units[3], last)};
   Region region(phases, 4, workers);
   parallel(workers, [&](int64_t worker) { region.work(worker); });
+  if (told_phase >= 0) return 1;  // of the pool's threads, all but this one are gone
   int64_t before = 0;
   for (int64_t p = 0; p < 4; ++p) {
     int64_t sum = 0;

@@ -263,8 +263,8 @@ void multiply_few(const Matrix& matrix, const int64_t* rows, const Activations& 
   for (int64_t side = 0; side < tile; side += lanes) {
     const uint8_t* sources[lanes];
     for (int64_t r = 0; r < lanes; ++r) sources[r] = matrix.codes + rows[side + r] * bytes;
-    const bool goes_on = side + lanes == tile && matrix.next_codes;
-    const uint8_t* following = goes_on ? matrix.next_codes : sources[0] + lanes * bytes;
+    const bool goes_on = side + lanes == tile && matrix.next.codes;
+    const uint8_t* following = goes_on ? matrix.next.codes : sources[0] + lanes * bytes;
     typename S::Float total[M];
     for (int m = 0; m < M; ++m) total[m] = S::floats(0.0f);
     for (int64_t b = 0; b < matrix.groups(); ++b) {
@@ -410,14 +410,14 @@ void multiply_one(const Matrix& matrix, int64_t first, int64_t rows, const Activ
     int64_t next = 0;
     for (int64_t at = 0; at < lanes * groups; at += lanes, codes += lanes * group * bits / 8) {
       const uint8_t* ahead = codes + kAhead;
-      if (matrix.next_codes && ahead >= end) ahead = matrix.next_codes + (ahead - end);
+      if (matrix.next.codes && ahead >= end) ahead = matrix.next.codes + (ahead - end);
       const int64_t count = group * bits / 8 / chunk;
       S::store_ints(integers + at, sum_groups<S, bits, chunks>(codes, ahead, own + next * group, count));
       for (next += lanes; next >= groups;) next -= groups;
     }
     alignas(64) float totals[lanes];
-    const int64_t fetched = matrix.next_codes && done + lanes >= rows ? lanes * groups * matrix.scale_size : 0;
-    for (int64_t at = 0; at < fetched; at += 64) fetch(matrix.next_scales + at);
+    const int64_t fetched = matrix.next.codes && done + lanes >= rows ? lanes * groups * matrix.scale_size : 0;
+    for (int64_t at = 0; at < fetched; at += 64) fetch(matrix.next.scales + at);
     add_groups<S>(matrix, start, integers, x.from(token), totals);
     const int64_t skipped = first + done - start;
     memcpy(out + done, totals + skipped, static_cast<size_t>(least(lanes - skipped, rows - done)) * sizeof *out);

@@ -17,7 +17,7 @@ constexpr int64_t kMaxTokens = 128; // tokens of one call of `multiply`
 constexpr int64_t kRowsTogether = 8; // of `multiply_turned`
 constexpr int32_t kLowerZero = 32;  // of 6-bit codes
 // Bytes from what is read to what is fetched: further ahead than hardware is in a stream that is read once.
-constexpr int64_t kAhead = 8192;
+constexpr int64_t kAhead = 6144;
 
 // Static, so that each file has its own: two must never share a function that was compiled for one of them.
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -27,6 +27,11 @@ static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; 
 static inline void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 constexpr int64_t kMostWidth = 32768;  // of a matrix that has a path of its own for one token
+
+// Where rows of a matrix begin.
+struct Place {
+  const uint8_t *codes, *scales;
+};
 
 // One matrix [rows, width] as it lies in weights.bin: codes of 4 bits (two to a byte, low nibble first) or 8. Of 6-bit
 // codes the upper four, around 8, with the lower two apart (planes.cpp).
@@ -38,9 +43,9 @@ struct Matrix {
   int bits;
   int64_t scale_size = 4;      // bytes of a scale
   const uint8_t* lower = nullptr;  // [rows, width / 4]: four codes to a byte, the lowest bits first
-  // What is read when few tokens' product with these rows is done, where that is known: its beginning is fetched.
-  const uint8_t* next_codes = nullptr;
-  const uint8_t* next_scales = nullptr;
+  // What is read when few tokens' product with these rows is done, where it does not lie behind them: its beginning is
+  // fetched.
+  Place next{};
 
   int64_t groups() const { return width / group; }
   int64_t row_bytes() const { return width * bits / 8; }
@@ -48,10 +53,10 @@ struct Matrix {
   const uint8_t* scale(int64_t row, int64_t group) const {
     return static_cast<const uint8_t*>(scales) + (row * groups() + group) * scale_size;
   }
-  Matrix before(const Matrix& next, int64_t row) const {
+  Place place(int64_t row) const { return {codes + row * row_bytes(), scale(row, 0)}; }
+  Matrix before(const Place& behind) const {
     Matrix one = *this;
-    one.next_codes = next.codes + row * next.row_bytes();
-    one.next_scales = next.scale(row, 0);
+    one.next = behind;
     return one;
   }
   Matrix at(int64_t index) const {  // of a stack of matrices

@@ -46,14 +46,12 @@ void MixtureSteps::order() {
 
 int64_t MixtureSteps::step_of(int32_t expert) const { return alone(expert) ? kMaxAlone : m.kernels->tile; }
 
-// h of rows `first` to `first + rows` (pairs of gate and up) for the tokens of one active expert; `goes_on`: the next
-// one's come then.
-void MixtureSteps::compute_inner(int64_t place, int64_t first, int64_t rows, bool goes_on) const {
+// h of rows `first` to `first + rows` (pairs of gate and up) for the tokens of one active expert.
+void MixtureSteps::compute_inner(int64_t place, int64_t first, int64_t rows, const Place& next) const {
   const int32_t expert = active[place];
   const int64_t start = starts[expert], end = starts[expert + 1];
   const float* bias = m.gate_up_bias ? m.gate_up_bias + expert * 2 * m.inner + first : nullptr;
-  Matrix matrix = m.gate_up.at(expert);
-  if (goes_on) matrix = matrix.before(m.gate_up.at(active[place + 1]), 0);
+  const Matrix matrix = m.gate_up.at(expert).before(next);
   alignas(64) float pairs[kMaxTokens * kMaxTile];
   for (int64_t at = start; at < end; at += kMaxTokens) {
     const int64_t some = least(kMaxTokens, end - at);
@@ -66,22 +64,32 @@ void MixtureSteps::compute_inner(int64_t place, int64_t first, int64_t rows, boo
   }
 }
 
+Place MixtureSteps::place_at(const Matrix& matrix, int64_t unit) const {
+  if (unit < 0) return {};
+  const int64_t some = unit_rows(*m.kernels, matrix), blocks = divide_up(matrix.rows, some);
+  return matrix.at(active[unit / blocks]).place(unit % blocks * some);
+}
+
 template <typename Work>
-void MixtureSteps::walk(int64_t unit, int64_t last, int64_t some, int64_t rows, const Work& work) const {
-  const int64_t blocks = divide_up(rows, some);
+void MixtureSteps::walk(const Matrix& matrix, int64_t unit, int64_t last, const Place& behind, const Work& work) const {
+  const int64_t some = unit_rows(*m.kernels, matrix), blocks = divide_up(matrix.rows, some);
   while (unit < last) {  // what the stretch has of one expert
     const int64_t place = unit / blocks, of = place * blocks, next = least(last, of + blocks);
-    const int64_t end = least(rows, (next - of) * some), step = step_of(active[place]);
-    for (int64_t row = (unit - of) * some; row < end; row += step)
-      work(place, row, least(step, end - row), row + step >= end && next < last);
+    const int64_t end = least(matrix.rows, (next - of) * some), step = step_of(active[place]);
+    for (int64_t row = (unit - of) * some; row < end; row += step) {
+      const int64_t count = least(step, end - row);
+      if (row + count < end)
+        work(place, row, count, Place{});
+      else
+        work(place, row, count, next < last ? place_at(matrix, next) : behind);
+    }
     unit = next;
   }
 }
 
-void MixtureSteps::multiply_up(int64_t unit, int64_t last) const {
-  walk(unit, last, up_rows(), 2 * m.inner, [&](int64_t place, int64_t row, int64_t count, bool goes_on) {
-    compute_inner(place, row, count, goes_on);
-  });
+void MixtureSteps::multiply_up(int64_t unit, int64_t last, int64_t next) const {
+  walk(m.gate_up, unit, last, place_at(m.gate_up, next),
+       [&](int64_t place, int64_t row, int64_t count, const Place& then) { compute_inner(place, row, count, then); });
 }
 
 // Adds rows `first` to `end` of choices `at` to `at + some` to y: `rows` has them, `stride` apart.
@@ -94,14 +102,12 @@ void MixtureSteps::add_outputs(int64_t at, int64_t some, const float* rows, int6
   }
 }
 
-// Rows `first` to `first + rows` of one active expert for its tokens; the next one's from `next_row` come then, where that
-// is not -1. They go to y, or to `outputs` where those are apart.
-void MixtureSteps::compute_outputs(int64_t place, int64_t first, int64_t rows, int64_t next_row) const {
+// Rows `first` to `first + rows` of one active expert for its tokens. They go to y, or to `outputs` where those are apart.
+void MixtureSteps::compute_outputs(int64_t place, int64_t first, int64_t rows, const Place& next) const {
   const int32_t expert = active[place];
   const int64_t start = starts[expert], end = starts[expert + 1];
   const float* bias = m.down_bias ? m.down_bias + expert * m.hidden + first : nullptr;
-  Matrix matrix = m.down.at(expert);
-  if (next_row >= 0) matrix = matrix.before(m.down.at(active[place + 1]), next_row);
+  const Matrix matrix = m.down.at(expert).before(next);
   alignas(64) float buffer[kMaxTokens * kMaxTile];
   for (int64_t at = start; at < end; at += kMaxTokens) {
     const int64_t some = least(kMaxTokens, end - at), stride = apart() ? m.hidden : rows;
@@ -113,11 +119,9 @@ void MixtureSteps::compute_outputs(int64_t place, int64_t first, int64_t rows, i
   }
 }
 
-void MixtureSteps::multiply_apart(int64_t unit, int64_t last) const {
-  walk(unit, last, unit_rows(*m.kernels, m.down), m.hidden,
-       [&](int64_t place, int64_t row, int64_t count, bool goes_on) {
-         compute_outputs(place, row, count, goes_on ? 0 : -1);
-       });
+void MixtureSteps::multiply_apart(int64_t unit, int64_t last, const Place& next) const {
+  walk(m.down, unit, last, next,
+       [&](int64_t place, int64_t row, int64_t count, const Place& then) { compute_outputs(place, row, count, then); });
 }
 
 void MixtureSteps::finish(int64_t first, int64_t end) const {
@@ -126,8 +130,10 @@ void MixtureSteps::finish(int64_t first, int64_t end) const {
   if (apart()) return add_outputs(0, m.tokens * m.choices, outputs + first, m.hidden, first, end);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t step = step_of(active[i]);
-    for (int64_t row = first; row < end; row += step)
-      compute_outputs(i, row, least(step, end - row), row + step >= end && i + 1 < count ? first : -1);
+    for (int64_t row = first; row < end; row += step) {
+      const bool goes_on = row + step >= end && i + 1 < count;
+      compute_outputs(i, row, least(step, end - row), goes_on ? m.down.at(active[i + 1]).place(first) : Place{});
+    }
   }
 }
 
@@ -138,16 +144,18 @@ void run_mixture(const Mixture& mixture, void* scratch, const Parallel& parallel
   MixtureSteps steps(mixture, &blocks);
   steps.order();
   const Mixture& m = steps.m;
-  const int64_t rows = steps.down_rows(), last_units = divide_up(m.hidden, rows);
+  const int64_t rows = m.kernels->tile, last_units = divide_up(m.hidden, rows);
   const Quantizing outer{*m.kernels, m.x, m.tokens * m.hidden, m.gate_up.bits, steps.x}, inner = steps.quantizing();
-  const auto up = [&](int64_t unit, int64_t last, int64_t) { steps.multiply_up(unit, last); };
-  const auto down = [&](int64_t unit, int64_t last, int64_t) { steps.multiply_apart(unit, last); };
+  const auto up = [&](int64_t unit, int64_t last, int64_t next) { steps.multiply_up(unit, last, next); };
+  const auto down = [&](int64_t unit, int64_t last, int64_t next) {
+    steps.multiply_apart(unit, last, steps.place_at(m.down, next));
+  };
   const auto finish = [&](int64_t unit, int64_t last, int64_t) {
     steps.finish(unit * rows, least(m.hidden, last * rows));
   };
   run_phases(parallel,
-             {phase(outer.units(), outer), phase(steps.up_units, up), phase(inner.units(), inner),
-              phase(steps.down_units, down), phase(last_units, finish)},
+             {phase(outer.units(), outer), stream(steps.up_units, up), phase(inner.units(), inner),
+              stream(steps.down_units, down), phase(last_units, finish)},
              workers_for(most(steps.up_units, last_units), most(outer.numbers, inner.numbers)));
 }
 
@@ -168,14 +176,15 @@ size_t linear_scratch(const Linear& linear) {
 }
 
 void multiply_rows(const Kernels& kernels, const Matrix& matrix, const Activations& x, int64_t tokens, int64_t first,
-                   int64_t end, const float* bias, float* y) {
+                   int64_t end, const Place& next, const float* bias, float* y) {
   const int64_t step = tokens == 1 ? end - first : kernels.tile;
   for (int64_t row = first; row < end; row += step) {
     const int64_t width = least(step, end - row);
+    const Matrix own = matrix.before(row + width < end ? Place{} : next);
     for (int64_t at = 0; at < tokens; at += kMaxTokens) {
       const int64_t count = least(kMaxTokens, tokens - at);
       float* out = y + at * matrix.rows + row;
-      kernels.multiply(matrix, row, width, x.from(at), nullptr, count, out, matrix.rows);
+      kernels.multiply(own, row, width, x.from(at), nullptr, count, out, matrix.rows);
       for (int64_t i = 0; bias && i < count; ++i)
         for (int64_t r = 0; r < width; ++r) out[i * matrix.rows + r] += bias[row + r];
     }
@@ -188,10 +197,11 @@ void run_linear(const Linear& l, void* scratch, const Parallel& parallel) {
   const Activations x = blocks.take_activations(l.tokens, l.matrix);
   const Quantizing quantizing{*l.kernels, l.x, l.tokens * l.matrix.width, l.matrix.bits, x};
   const int64_t rows = l.matrix.rows, some = unit_rows(*l.kernels, l.matrix), units = divide_up(rows, some);
-  const auto multiply = [&](int64_t unit, int64_t last, int64_t) {
-    multiply_rows(*l.kernels, l.matrix, x, l.tokens, unit * some, least(rows, last * some), l.bias, l.y);
+  const auto multiply = [&](int64_t unit, int64_t last, int64_t next) {
+    multiply_rows(*l.kernels, l.matrix, x, l.tokens, unit * some, least(rows, last * some), place_of(l.matrix, some, next),
+                  l.bias, l.y);
   };
-  run_phases(parallel, {phase(quantizing.units(), quantizing), phase(units, multiply)},
+  run_phases(parallel, {phase(quantizing.units(), quantizing), stream(units, multiply)},
              workers_for(units, quantizing.numbers));
 }
 

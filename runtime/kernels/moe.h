@@ -70,16 +70,16 @@ struct MixtureSteps {
   int64_t up_rows() const { return unit_rows(*m.kernels, m.gate_up); }
   int64_t up_blocks() const { return divide_up(2 * m.inner, up_rows()); }  // of an expert
   int64_t most_up_units() const { return least(m.experts, m.tokens * m.choices) * up_blocks(); }
-  void multiply_up(int64_t unit, int64_t last) const;
-  // Of y, in one unit: those of one token are finer, as a unit reads them of every expert.
-  int64_t down_rows() const { return m.tokens == 1 ? m.kernels->tile / 2 : m.kernels->tile; }
+  // Where unit `unit` of active experts' rows of a stack begins; -1: nowhere.
+  Place place_at(const Matrix& matrix, int64_t unit) const;
+  void multiply_up(int64_t unit, int64_t last, int64_t next) const;
   Quantizing quantizing() const { return {*m.kernels, h, m.tokens * m.choices * m.inner, m.down.bits, inner}; }
   // Few tokens choose many experts: their last products are then whole experts too, as rows of every one would be short
   // reads in many places.
-  bool apart() const { return m.tokens > 1 && m.tokens * m.choices * m.hidden <= kMostApart; }
+  bool apart() const { return m.tokens * m.choices * m.hidden <= kMostApart; }
   int64_t down_blocks() const { return divide_up(m.hidden, unit_rows(*m.kernels, m.down)); }  // of an expert
   int64_t most_down_units() const { return apart() ? least(m.experts, m.tokens * m.choices) * down_blocks() : 0; }
-  void multiply_apart(int64_t unit, int64_t last) const;
+  void multiply_apart(int64_t unit, int64_t last, const Place& next) const;
   // Rows `first` to `end` of y: whoever has them adds their experts in ascending order, whatever else is computed.
   void finish(int64_t first, int64_t end) const;
 
@@ -88,12 +88,11 @@ struct MixtureSteps {
 
   bool alone(int32_t expert) const { return starts[expert + 1] - starts[expert] == 1; }
   int64_t step_of(int32_t expert) const;
-  // work(place, row, count, goes on) of all rows in units of `some` of each active expert's `rows`; it goes on where the
-  // next expert's first come then.
+  // work(place, row, count, next) of all rows of active experts' units of a stack; `behind` is read then.
   template <typename Work>
-  void walk(int64_t unit, int64_t last, int64_t some, int64_t rows, const Work& work) const;
-  void compute_inner(int64_t place, int64_t first, int64_t rows, bool goes_on) const;
-  void compute_outputs(int64_t place, int64_t first, int64_t rows, int64_t next_row) const;
+  void walk(const Matrix& stack, int64_t unit, int64_t last, const Place& behind, const Work& work) const;
+  void compute_inner(int64_t place, int64_t first, int64_t rows, const Place& next) const;
+  void compute_outputs(int64_t place, int64_t first, int64_t rows, const Place& next) const;
   void add_outputs(int64_t at, int64_t count, const float* rows, int64_t stride, int64_t first, int64_t end) const;
 };
 
@@ -108,10 +107,11 @@ struct MlpSteps {
   MlpSteps(const Mlp& mlp, Blocks* blocks);
   int64_t up_rows() const { return unit_rows(*m.kernels, m.gate_up); }
   int64_t up_units() const { return divide_up(m.gate_up.rows, up_rows()); }
-  void multiply_up(int64_t unit, int64_t last) const;
+  void multiply_up(int64_t unit, int64_t last, int64_t next) const;
   int64_t pieces() const { return divide_up(m.down.width, kPiece); }  // of a token
   void activate(int64_t unit, int64_t last) const;
-  void multiply_down(int64_t first, int64_t end) const;  // rows
+  void multiply_down(int64_t first, int64_t end, const Place& next) const;  // rows
+  void finish(int64_t first, int64_t end) const;
 };
 
 }  // namespace moedge

@@ -27,9 +27,10 @@ inline int64_t count_workers(int64_t units) {
 // `units` of work that begin when the phase before them is finished; at most so many where a phase before counts them.
 struct Phase {
   int64_t units;
-  void (*run)(const void* body, int64_t first, int64_t end, int64_t worker);
+  void (*run)(const void* body, int64_t first, int64_t end, int64_t worker, int64_t next);
   const void* body;
   const int64_t* counted = nullptr;
+  bool streams = false;
 
   int64_t count() const { return counted ? *counted : units; }  // not before this phase begins
 };
@@ -38,28 +39,33 @@ struct Phase {
 template <typename Body>
 Phase phase(int64_t units, const Body& body) {
   return {units,
-          [](const void* held, int64_t first, int64_t end, int64_t worker) {
+          [](const void* held, int64_t first, int64_t end, int64_t worker, int64_t) {
             (*static_cast<const Body*>(held))(first, end, worker);
           },
           &body};
 }
+
+// Of units that read: body(first, end, next) learns which unit this thread does then, whose beginning it can fetch; -1: none.
 template <typename Body>
-Phase counted_phase(int64_t most_units, const int64_t* counted, const Body& body) {
-  Phase made = phase(most_units, body);
-  made.counted = counted;
-  return made;
+Phase stream(int64_t units, const Body& body, const int64_t* counted = nullptr) {
+  return {units,
+          [](const void* held, int64_t first, int64_t end, int64_t, int64_t next) {
+            (*static_cast<const Body*>(held))(first, end, next);
+          },
+          &body, counted, true};
 }
 
-// The phases while they run. Each worker begins a phase with a stretch of its own, three quarters of its share: every new
-// place in memory is read slowly at its beginning. The units behind those go to whoever comes, long stretches first and
-// single units last, so that all end together, and so does what belongs to a worker that is not there. A thread waits only
-// for units that a running thread has taken: tasks may run late, one after the other, or all on one thread.
+// The phases while they run. Each worker has an equal share of a phase's units, one behind the other, as every new place in
+// memory is read slowly at its beginning. It takes half of what is left of them at a time, at last single units, and then
+// half of what others have left from the end on, so that all end together, and so does what belongs to a worker that is not
+// there. A thread waits only for units that a running thread has taken: tasks may run late, one after the other, or all on
+// one thread.
 class Region {
  public:
   Region(const Phase* phases, int64_t count, int64_t workers) : phases_(phases), count_(count), workers_(workers) {
     for (int64_t p = 0; p < count; ++p) {
       counters_[p].done = 0;
-      for (int64_t w = 0; w <= workers; ++w) counters_[p].taken[w] = 0;
+      for (int64_t w = 0; w < workers; ++w) counters_[p].shares[w].taken = 0;
     }
   }
 
@@ -76,9 +82,15 @@ class Region {
   }
 
  private:
+  struct Share {
+    alignas(64) uint64_t taken;  // units of it from its beginning on, in the lower half, and from its end
+  };
   struct Counters {
-    alignas(64) int64_t done;               // units that are finished
-    alignas(64) int64_t taken[kMostWorkers + 1];  // of each worker's own stretch, and of the rest
+    alignas(64) int64_t done;  // units that are finished
+    Share shares[kMostWorkers];
+  };
+  struct Stretch {
+    int64_t first, end;  // no unit: both 0
   };
 
   static void pause() {
@@ -89,23 +101,39 @@ class Region {
 #endif
   }
 
+  // What a worker does next, of its own share or the next one's.
+  Stretch claim(Counters& c, int64_t units, int64_t worker) const {
+    for (int64_t i = 0; i < workers_; ++i) {
+      const int64_t of = (worker + i) % workers_;
+      const int64_t first = divide_up(units * of, workers_), end = divide_up(units * (of + 1), workers_);
+      uint64_t taken = __atomic_load_n(&c.shares[of].taken, __ATOMIC_RELAXED);
+      for (;;) {
+        const int64_t front = taken & UINT32_MAX, back = taken >> 32, left = end - first - front - back;
+        if (left <= 0) break;
+        const int64_t some = workers_ == 1 ? left : divide_up(left, 2);
+        const uint64_t more = static_cast<uint64_t>(some) << (i == 0 ? 0 : 32);
+        if (!__atomic_compare_exchange_n(&c.shares[of].taken, &taken, taken + more, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+          continue;
+        return i == 0 ? Stretch{first + front, first + front + some} : Stretch{end - back - some, end - back};
+      }
+    }
+    return {0, 0};
+  }
+
   void take(int64_t p, int64_t units, int64_t worker) {
     const Phase& phase = phases_[p];
     Counters& c = counters_[p];
-    const int64_t share = units * 3 / (4 * workers_), few = units < workers_ ? 0 : 1;
-    const int64_t own = workers_ == 1 ? units : most(share, few);
     int64_t done = 0;
-    for (int64_t i = -2; i < workers_; ++i) {  // its own, the rest, then everybody's own
-      const int64_t from = i == -2 ? worker : i == -1 ? workers_ : i;
-      const int64_t start = from * own, limit = from == workers_ ? units - start : own;
-      int64_t first = __atomic_load_n(c.taken + from, __ATOMIC_RELAXED);
-      while (first < limit) {
-        const int64_t some = (limit - first) / (2 * workers_), end = i == -2 ? limit : first + most(some, 1);
-        if (!__atomic_compare_exchange_n(c.taken + from, &first, end, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
-        phase.run(phase.body, start + first, start + end, worker);
-        done += end - first;
-        first = __atomic_load_n(c.taken + from, __ATOMIC_RELAXED);
+    Stretch next{};
+    for (Stretch now = claim(c, units, worker); now.first < now.end; now = next) {
+      done += now.end - now.first;
+      if (phase.streams && now.first < now.end - 1) {  // the next one is claimed as late as its beginning can be fetched
+        phase.run(phase.body, now.first, now.end - 1, worker, now.end - 1);
+        now.first = now.end - 1;
       }
+      if (phase.streams) next = claim(c, units, worker);
+      phase.run(phase.body, now.first, now.end, worker, next.end ? next.first : -1);
+      if (!phase.streams) next = claim(c, units, worker);
     }
     if (done) __atomic_fetch_add(&c.done, done, __ATOMIC_ACQ_REL);
   }

@@ -100,10 +100,11 @@ struct PlanesSteps {
     }
   }
 
-  void multiply(int64_t unit, int64_t last) const {
+  void multiply(int64_t unit, int64_t last, int64_t next) const {
     for (; unit < last; ++unit) {
       const int64_t first = unit * together, end = least(blocks, first + together);
-      multiply_rows(*p.kernels, p.matrix, upper, p.norm.tokens, first * kBlock, least(rows, end * kBlock), p.bias, p.y);
+      multiply_rows(*p.kernels, p.matrix, upper, p.norm.tokens, first * kBlock, least(rows, end * kBlock),
+                    unit + 1 < last ? Place{} : place_of(p.matrix, together * kBlock, next), p.bias, p.y);
       for (int64_t token = 0; token < p.norm.tokens; ++token) {
         const float* y = p.y + token * rows;
         if (refines_all()) refine(token, first, end, -INFINITY);
@@ -159,11 +160,11 @@ void run_planes(const Planes& planes, void* scratch, const Parallel& parallel) {
   const PlanesSteps steps(planes, &held);
   const int64_t tokens = planes.norm.tokens, chosen = steps.refines_all() ? 0 : tokens;
   const auto enter = [&](int64_t first, int64_t end, int64_t) { steps.enter(first, end); };
-  const auto multiply = [&](int64_t unit, int64_t last, int64_t) { steps.multiply(unit, last); };
+  const auto multiply = [&](int64_t unit, int64_t last, int64_t next) { steps.multiply(unit, last, next); };
   const auto choose = [&](int64_t first, int64_t end, int64_t) { steps.choose(first, end); };
   const auto refine = [&](int64_t unit, int64_t last, int64_t) { steps.refine_best(unit, last); };
   run_phases(parallel,
-             {phase(tokens, enter), phase(steps.units(), multiply), phase(chosen, choose),
+             {phase(tokens, enter), stream(steps.units(), multiply), phase(chosen, choose),
               phase(chosen * steps.pieces(), refine)},
              workers_for(steps.units(), tokens * planes.norm.width));
 }

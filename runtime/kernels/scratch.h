@@ -68,8 +68,14 @@ struct Quantizing {
   }
 };
 
-// y [tokens, rows] of rows `first` to `end` of a matrix by all activations.
+// y [tokens, rows] of rows `first` to `end` of a matrix by all activations. `next`: what its thread reads then; without
+// codes: nothing.
 void multiply_rows(const Kernels& kernels, const Matrix& matrix, const Activations& x, int64_t tokens, int64_t first,
-                   int64_t end, const float* bias, float* y);
+                   int64_t end, const Place& next, const float* bias, float* y);
+
+// Where unit `unit` of `some` rows of a matrix begins; -1: nowhere.
+inline Place place_of(const Matrix& matrix, int64_t some, int64_t unit) {
+  return unit < 0 ? Place{} : matrix.place(unit * some);
+}
 
 }  // namespace moedge

@@ -79,17 +79,23 @@ void run_projections(const Projections& p, void* scratch, const Parallel& parall
     some[i] = unit_rows(*p.kernels, p.matrices[i]);
     total += units[i] = divide_up(p.matrices[i].rows, some[i]);
   }
-  const auto multiply = [&](int64_t unit, int64_t last, int64_t) {
-    for (int64_t i = 0; unit < last; ++i) {  // what the stretch has of each matrix
-      const int64_t next = least(last, units[i]);
-      if (unit < next)
-        multiply_rows(*p.kernels, p.matrices[i], x, norm.tokens, unit * some[i], least(p.matrices[i].rows, next * some[i]),
-                      p.biases[i], p.y[i]);
-      unit = most(0, unit - units[i]);
-      last -= units[i];
+  const auto place_at = [&](int64_t unit) {
+    int64_t i = 0;
+    for (; unit >= units[i]; ++i) unit -= units[i];
+    return place_of(p.matrices[i], some[i], unit);
+  };
+  const auto multiply = [&](int64_t unit, int64_t last, int64_t next) {
+    int64_t of = 0;
+    for (int64_t i = 0; unit < last; of += units[i++]) {  // what the stretch has of each matrix
+      const int64_t behind = least(last, of + units[i]);
+      if (unit >= behind) continue;
+      multiply_rows(*p.kernels, p.matrices[i], x, norm.tokens, (unit - of) * some[i],
+                    least(p.matrices[i].rows, (behind - of) * some[i]), place_at(behind < last ? behind : next),
+                    p.biases[i], p.y[i]);
+      unit = behind;
     }
   };
-  run_phases(parallel, {phase(entering.units(), entering), phase(total, multiply)},
+  run_phases(parallel, {phase(entering.units(), entering), stream(total, multiply)},
              workers_for(total, entering.quantizing.numbers));
 }
 
@@ -103,9 +109,10 @@ MlpSteps::MlpSteps(const Mlp& mlp, Blocks* blocks) : m(mlp) {
   shares = blocks->take<float>(tokens);
 }
 
-void MlpSteps::multiply_up(int64_t unit, int64_t last) const {
+void MlpSteps::multiply_up(int64_t unit, int64_t last, int64_t next) const {
   const int64_t rows = up_rows();
-  multiply_rows(*m.kernels, m.gate_up, x, m.norm.tokens, unit * rows, least(m.gate_up.rows, last * rows), nullptr, both);
+  multiply_rows(*m.kernels, m.gate_up, x, m.norm.tokens, unit * rows, least(m.gate_up.rows, last * rows),
+                place_of(m.gate_up, rows, next), nullptr, both);
 }
 
 void MlpSteps::activate(int64_t unit, int64_t last) const {
@@ -126,9 +133,12 @@ void MlpSteps::activate(int64_t unit, int64_t last) const {
   }
 }
 
+void MlpSteps::multiply_down(int64_t first, int64_t end, const Place& next) const {
+  multiply_rows(*m.kernels, m.down, inner, m.norm.tokens, first, end, next, nullptr, m.y);
+}
+
 // Each step is rounded as the nodes would that stand for it.
-void MlpSteps::multiply_down(int64_t first, int64_t end) const {
-  multiply_rows(*m.kernels, m.down, inner, m.norm.tokens, first, end, nullptr, m.y);
+void MlpSteps::finish(int64_t first, int64_t end) const {
   for (int64_t token = 0; token < m.norm.tokens; ++token) {
     float* y = m.y + token * m.down.rows;
     const float* addend = m.addend + token * m.down.rows;
@@ -145,14 +155,16 @@ void run_mlp(const Mlp& mlp, void* scratch, const Parallel& parallel) {
   const Mlp& m = steps.m;
   const Entering entering(*m.kernels, m.norm, m.gate_up.bits, steps.x);
   const int64_t rows = unit_rows(*m.kernels, m.down), down_units = divide_up(m.down.rows, rows);
-  const auto up = [&](int64_t unit, int64_t last, int64_t) { steps.multiply_up(unit, last); };
+  const auto up = [&](int64_t unit, int64_t last, int64_t next) { steps.multiply_up(unit, last, next); };
   const auto activate = [&](int64_t unit, int64_t last, int64_t) { steps.activate(unit, last); };
-  const auto down = [&](int64_t unit, int64_t last, int64_t) {
-    steps.multiply_down(unit * rows, least(m.down.rows, last * rows));
+  const auto down = [&](int64_t unit, int64_t last, int64_t next) {
+    const int64_t first = unit * rows, end = least(m.down.rows, last * rows);
+    steps.multiply_down(first, end, place_of(m.down, rows, next));
+    steps.finish(first, end);
   };
   run_phases(parallel,
-             {phase(entering.units(), entering), phase(steps.up_units(), up),
-              phase(m.norm.tokens * steps.pieces(), activate), phase(down_units, down)},
+             {phase(entering.units(), entering), stream(steps.up_units(), up),
+              phase(m.norm.tokens * steps.pieces(), activate), stream(down_units, down)},
              workers_for(most(steps.up_units(), down_units), m.norm.tokens * most(m.norm.width, m.down.width)));
 }
 
