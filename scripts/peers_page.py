@@ -55,7 +55,9 @@ def render(results: Sequence[dict[str, Any]], chart: str | None) -> str:
         "Random weights of the shape named; each with its defaults, batch 1:",
         f"moedge at {_forms(results)}, llama.cpp at Q4_0 (head Q6_K).",
         "Both are loaded, take turns round by round, and stand still while the other runs.",
-        "Rates are medians of the rounds; ratios are of one round: the median, the least and the most.",
+        "Rates are medians of the rounds; ratios are of one round: the median, the least and the most. Behind a colon",
+        "stands how many of a shape's layers were taken. The memory's speed changes from run to run, and",
+        "with it all rates: between sections compare ratios.",
         "",
         *([f"![Tokens a second, by shape]({chart})", ""] if chart else []),
     ]

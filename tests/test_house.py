@@ -49,7 +49,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def source_files() -> list[Path]:
-    """Every file that is or would be committed, relative to the root."""
+    """Every file that is or would be committed, relative to the root; not what a user's own bundle holds."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     if (ROOT / ".git").exists():
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -61,7 +61,8 @@ def source_files() -> list[Path]:
             for name in names
             if name.parts[0] == ".ci" or not re.search(r"(^|/)(\.|__pycache__|build/|\w+\.egg-info)", name.as_posix())
         ]
-    return [name for name in names if (ROOT / name).is_file()]
+    bundles = {folder for name in names for folder in name.parents if (ROOT / folder / "moedge.json").exists()}
+    return [name for name in names if (ROOT / name).is_file() and bundles.isdisjoint(name.parents)]
 
 
 def run_python(code: str, blocked: set[str] = frozenset()) -> str:
