@@ -49,11 +49,18 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def source_files() -> list[Path]:
-    """Every file that is or would be committed, relative to the root; not what a user's own bundle holds."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    """Every file that is or would be committed, relative to the root: nothing of a bundle that a user made there."""
+
+    def listed(*kinds: str) -> list[Path]:
+        command = ["git", "ls-files", "-z", *kinds]
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return [Path(name) for name in names.split("\0") if name]
+
     if (ROOT / ".git").exists():
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        names = [Path(name) for name in listed.split("\0") if name]
+        names = listed("--cached")
+        for name in listed("--others", "--exclude-standard"):
+            if not any((ROOT / folder / "moedge.json").exists() for folder in name.parents):
+                names.append(name)
     else:
         names = [path.relative_to(ROOT) for path in ROOT.rglob("*")]
         names = [
@@ -61,8 +68,7 @@ def source_files() -> list[Path]:
             for name in names
             if name.parts[0] == ".ci" or not re.search(r"(^|/)(\.|__pycache__|build/|\w+\.egg-info)", name.as_posix())
         ]
-    bundles = {folder for name in names for folder in name.parents if (ROOT / folder / "moedge.json").exists()}
-    return [name for name in names if (ROOT / name).is_file() and bundles.isdisjoint(name.parents)]
+    return [name for name in names if (ROOT / name).is_file()]
 
 
 def run_python(code: str, blocked: set[str] = frozenset()) -> str:

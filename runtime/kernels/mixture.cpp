@@ -40,8 +40,8 @@ void MixtureSteps::order() {
   }
   for (int64_t e = m.experts; e > 0; --e) starts[e] = starts[e - 1];
   starts[0] = 0;
-  up_units = count * up_blocks();
-  down_units = apart() ? count * down_blocks() : 0;
+  up_units = count * blocks_of(m.gate_up);
+  down_units = apart() ? count * blocks_of(m.down) : 0;
 }
 
 int64_t MixtureSteps::step_of(int32_t expert) const { return alone(expert) ? kMaxAlone : m.kernels->tile; }
@@ -66,13 +66,13 @@ void MixtureSteps::compute_inner(int64_t place, int64_t first, int64_t rows, con
 
 Place MixtureSteps::place_at(const Matrix& matrix, int64_t unit) const {
   if (unit < 0) return {};
-  const int64_t some = unit_rows(*m.kernels, matrix), blocks = divide_up(matrix.rows, some);
-  return matrix.at(active[unit / blocks]).place(unit % blocks * some);
+  const int64_t blocks = blocks_of(matrix);
+  return place_of(matrix.at(active[unit / blocks]), unit_rows(*m.kernels, matrix), unit % blocks);
 }
 
 template <typename Work>
 void MixtureSteps::walk(const Matrix& matrix, int64_t unit, int64_t last, const Place& behind, const Work& work) const {
-  const int64_t some = unit_rows(*m.kernels, matrix), blocks = divide_up(matrix.rows, some);
+  const int64_t some = unit_rows(*m.kernels, matrix), blocks = blocks_of(matrix);
   while (unit < last) {  // what the stretch has of one expert
     const int64_t place = unit / blocks, of = place * blocks, next = least(last, of + blocks);
     const int64_t end = least(matrix.rows, (next - of) * some), step = step_of(active[place]);

@@ -26,11 +26,11 @@ struct MoeSteps {
   bool has_shared() const { return moe.shared.kernels != nullptr; }
   int64_t down_rows() const { return unit_rows(*experts.m.kernels, shared.m.down); }
   int64_t shared_down() const { return has_shared() && experts.apart() ? divide_up(shared.m.down.rows, down_rows()) : 0; }
-  int64_t most_down_units() const { return experts.apart() ? shared_down() + experts.most_down_units() : 0; }
+  int64_t most_down_units() const { return shared_down() + experts.most_down_units(); }
 
   void order() {
     experts.order();
-    down_units = experts.apart() ? shared_down() + experts.down_units : 0;
+    down_units = shared_down() + experts.down_units;
   }
   Place down_at(int64_t unit) const {
     const int64_t own = shared_down();

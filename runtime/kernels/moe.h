@@ -67,9 +67,9 @@ struct MixtureSteps {
 
   MixtureSteps(const Mixture& mixture, Blocks* blocks);
   void order();
-  int64_t up_rows() const { return unit_rows(*m.kernels, m.gate_up); }
-  int64_t up_blocks() const { return divide_up(2 * m.inner, up_rows()); }  // of an expert
-  int64_t most_up_units() const { return least(m.experts, m.tokens * m.choices) * up_blocks(); }
+  int64_t blocks_of(const Matrix& stack) const { return divide_up(stack.rows, unit_rows(*m.kernels, stack)); }  // an expert's
+  int64_t most_active() const { return least(m.experts, m.tokens * m.choices); }
+  int64_t most_up_units() const { return most_active() * blocks_of(m.gate_up); }
   // Where unit `unit` of active experts' rows of a stack begins; -1: nowhere.
   Place place_at(const Matrix& matrix, int64_t unit) const;
   void multiply_up(int64_t unit, int64_t last, int64_t next) const;
@@ -77,8 +77,7 @@ struct MixtureSteps {
   // Few tokens choose many experts: their last products are then whole experts too, as rows of every one would be short
   // reads in many places.
   bool apart() const { return m.tokens * m.choices * m.hidden <= kMostApart; }
-  int64_t down_blocks() const { return divide_up(m.hidden, unit_rows(*m.kernels, m.down)); }  // of an expert
-  int64_t most_down_units() const { return apart() ? least(m.experts, m.tokens * m.choices) * down_blocks() : 0; }
+  int64_t most_down_units() const { return apart() ? most_active() * blocks_of(m.down) : 0; }
   void multiply_apart(int64_t unit, int64_t last, const Place& next) const;
   // Rows `first` to `end` of y: whoever has them adds their experts in ascending order, whatever else is computed.
   void finish(int64_t first, int64_t end) const;
