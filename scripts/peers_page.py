@@ -54,10 +54,11 @@ def render(results: Sequence[dict[str, Any]], chart: str | None) -> str:
         "Made by `scripts/bench_peers.py` from its measurements (performance.json beside this file has the rounds).",
         "Random weights of the shape named; each with its defaults, batch 1:",
         f"moedge at {_forms(results)}, llama.cpp at Q4_0 (head Q6_K).",
+        f"On {_processors(results)}; Machine, at the end, says more.",
         "Both are loaded, take turns round by round, and stand still while the other runs.",
         "Rates are medians of the rounds; ratios are of one round: the median, the least and the most. Behind a colon",
         "stands how many of a shape's layers were taken. The memory's speed changes from run to run, and",
-        "with it all rates: between sections compare ratios.",
+        "with it all rates: between sections compare ratios. The goals are the project's own.",
         "",
         *([f"![Tokens a second, by shape]({chart})", ""] if chart else []),
     ]
@@ -252,15 +253,22 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("|", "/").split())
 
 
+def _processor(result: dict[str, Any]) -> str:
+    model = result["machine"].get("cpu_model")  # earlier results have none
+    return f"{result['machine']['cpu']}{f' ({model})' if model else ''}, {result['threads']} threads"
+
+
+def _processors(results: Sequence[dict[str, Any]]) -> str:
+    return "; ".join(dict.fromkeys(map(_processor, results)))
+
+
 def _machine(result: dict[str, Any]) -> str:
     bandwidth = statistics.median(result["bandwidth_bytes_per_s"]) / 1e9
     other = result["peers"][THEIRS]["about"]
     own = result["peers"][OURS]["about"]["kernels"]
     flags = ", ".join(part.split("=")[0].strip() for part in other.get("system", "").split("|") if "= 1" in part)
-    model = result["machine"].get("cpu_model")  # earlier results have none
     return (
-        f"{result['shape']}, {result['date']}: {result['machine']['cpu']}{f' ({model})' if model else ''}, "
-        f"{result['threads']} threads, "
+        f"{result['shape']}, {result['date']}: {_processor(result)}, "
         f"{bandwidth:.1f} GB/s read in the same rounds, load before {result['load_before']:.1f}; onnxruntime "
         f"{result['backend_version']}, kernels {own}; {other['version']} ({flags})"
     )

@@ -46,7 +46,10 @@ def lower_router(rewriter: Rewriter, call: ir.Node) -> list[ir.Value] | None:
 
 def fuse_steps(rewriter: Rewriter) -> None:
     """Merge nodes of a graph that is lowered to our ops."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     graph = rewriter.model.graph
+    RemoveUnusedNodesPass()(rewriter.model)  # a router that an op has taken would still read its norm
     for call in find_calls(rewriter.model, "SwiGLU"):
         _fuse_mlp(rewriter, call)
     readers: dict[ir.Value, list[ir.Node]] = {}

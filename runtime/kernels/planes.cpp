@@ -18,7 +18,9 @@ namespace moedge {
 namespace {
 
 constexpr int64_t kBlock = 16, kBest = 2048;
-constexpr int64_t kRowsAtOnce = 64;       // that are fetched, then refined
+constexpr int64_t kBlocksAhead = 32;      // whose results are fetched, then looked through
+constexpr int64_t kRowsAhead = 64;        // that are fetched before they are refined
+constexpr int64_t kRowsTogether = 32;     // of one call: a multiple of every instruction set's lanes
 constexpr int64_t kBlocksTogether = 128;  // that one unit of the last phase looks through
 constexpr int64_t kLanes = 16;            // maxima that run side by side
 
@@ -39,18 +41,32 @@ float largest(const float* values, int64_t count) {
   return best[0];
 }
 
-// The n-th largest, digit by digit of its order.
-float find_largest(const float* values, int64_t count, int64_t n) {
-  uint32_t found = 0, known = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    int64_t counts[256] = {}, digit = 255;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t order = order_of(values[i]);
-      if ((order & known) == found) ++counts[order >> shift & 255];
+// The n-th largest, digit by digit of its order. `orders` [count]: room.
+float find_largest(const float* values, int64_t count, int64_t n, uint32_t* orders) {
+  constexpr int kBits = 11;
+  uint32_t found = 0;
+  for (int64_t i = 0; i < count; ++i) orders[i] = order_of(values[i]);
+  for (int shift = 32 - kBits; ; shift = shift > kBits ? shift - kBits : 0) {
+    // Two counts side by side, as neighbours often have the same digit.
+    int32_t counts[2][1 << kBits] = {};
+    const uint32_t digits = (1u << kBits) - 1;
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2) {
+      ++counts[0][orders[i] >> shift & digits];
+      ++counts[1][orders[i + 1] >> shift & digits];
     }
-    for (; counts[digit] < n; --digit) n -= counts[digit];
-    found |= static_cast<uint32_t>(digit) << shift;
-    known |= 255u << shift;
+    if (i < count) ++counts[0][orders[i] >> shift & digits];
+    uint32_t digit = digits;
+    for (; counts[0][digit] + counts[1][digit] < n; --digit) n -= counts[0][digit] + counts[1][digit];
+    found |= digit << shift;
+    if (shift == 0) break;
+    int64_t left = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const uint32_t order = orders[k];
+      orders[left] = order;
+      left += (order >> shift & digits) == digit;
+    }
+    count = left;
   }
   found = found >> 31 ? found & ~(1u << 31) : ~found;
   float value;
@@ -62,6 +78,7 @@ struct PlanesSteps {
   Planes p;
   Activations upper, plain, lower;
   float *maxima, *thresholds;
+  uint32_t* orders;
   int64_t rows, blocks, together;
 
   PlanesSteps(const Planes& planes, Blocks* held) : p(planes), rows(p.matrix.rows), blocks(divide_up(rows, kBlock)) {
@@ -71,6 +88,7 @@ struct PlanesSteps {
     plain = held->take_activations(tokens, p.matrix);
     lower = {held->take<int8_t>(tokens * 4 * plane), plain.scales, plain.sums, 4 * plane, plain.groups};
     maxima = held->take<float>(refines_all() ? 0 : tokens * blocks);
+    orders = held->take<uint32_t>(refines_all() ? 0 : tokens * blocks);
     thresholds = held->take<float>(refines_all() ? 0 : tokens);
     together = divide_up(unit_rows(*p.kernels, p.matrix), kBlock);
   }
@@ -116,7 +134,7 @@ struct PlanesSteps {
 
   void choose(int64_t first, int64_t end) const {
     for (int64_t token = first; token < end; ++token)
-      thresholds[token] = find_largest(maxima + token * blocks, blocks, kBest);
+      thresholds[token] = find_largest(maxima + token * blocks, blocks, kBest, orders + token * blocks);
   }
 
   void refine_best(int64_t unit, int64_t last) const {
@@ -128,26 +146,38 @@ struct PlanesSteps {
   }
 
  private:
-  // Rows of blocks `first` to `end` that are not below the threshold. They lie far from each other: each is fetched as
-  // it is found.
+  // Rows of blocks `first` to `end` that are not below the threshold. They lie far from each other: blocks' results and
+  // rows' lower codes are fetched as they are found, some time before they are looked at.
   void refine(int64_t token, int64_t first, int64_t end, float threshold) const {
-    int64_t found[kRowsAtOnce + kBlock], count = 0;
-    const Matrix& matrix = p.matrix;
-    const Activations x = lower.from(token);
-    float* y = p.y + token * rows;
-    for (int64_t block = first; block < end; ++block) {
-      if (!refines_all() && maxima[token * blocks + block] < threshold) continue;
-      for (int64_t row = block * kBlock; row < least(rows, (block + 1) * kBlock); ++row) {
-        if (!(y[row] >= threshold)) continue;
-        found[count++] = row;
-        for (int64_t at = 0; at < matrix.width / 4; at += 64) fetch(matrix.lower + row * (matrix.width / 4) + at);
-        fetch(matrix.scale(row, 0));
+    int64_t chosen[kBlocksAhead], found[kRowsAhead + kRowsTogether + kBlock], count = 0;
+    const float* y = p.y + token * rows;
+    while (first < end) {
+      int64_t some = 0;
+      for (; first < end && some < kBlocksAhead; ++first) {
+        chosen[some] = first;
+        fetch(y + first * kBlock);
+        some += refines_all() || !(maxima[token * blocks + first] < threshold);
       }
-      if (count < kRowsAtOnce && block + 1 < end) continue;
-      p.kernels->refine(matrix, found, count, x, y);
-      count = 0;
+      for (int64_t i = 0; i < some; ++i) {
+        for (int64_t row = chosen[i] * kBlock; row < least(rows, (chosen[i] + 1) * kBlock); ++row)
+          if (y[row] >= threshold) fetch_row(found[count++] = row);
+        if (count < kRowsAhead + kRowsTogether) continue;
+        refine_rows(token, found, kRowsTogether);
+        for (int64_t k = kRowsTogether; k < count; ++k) found[k - kRowsTogether] = found[k];
+        count -= kRowsTogether;
+      }
     }
-    p.kernels->refine(matrix, found, count, x, y);
+    refine_rows(token, found, count);
+  }
+
+  void fetch_row(int64_t row) const {
+    const int64_t bytes = p.matrix.width / 4;
+    for (int64_t at = 0; at < bytes; at += 64) fetch(p.matrix.lower + row * bytes + at);
+    fetch(p.matrix.scale(row, 0));
+  }
+
+  void refine_rows(int64_t token, const int64_t* found, int64_t count) const {
+    p.kernels->refine(p.matrix, found, count, lower.from(token), p.y + token * rows);
   }
 };
 
