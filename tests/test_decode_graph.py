@@ -23,7 +23,7 @@ MOST_NODES = {
     "deepseek_v2": (52, 9),
     "deepseek_v3": (66, 10),
     "gpt_oss": (39, 8),
-    "granitemoe": (37, 12),
+    "granitemoe": (37, 11),
     "mixtral": (38, 9),
     "olmoe": (37, 14),
     "phimoe": (53, 37),

@@ -178,13 +178,18 @@ def _take_norm(rewriter: Rewriter, node: ir.Node) -> None:
     add = summed.producer()
     if add is not None and (add.op_type != "Add" or add.domain or summed.is_graph_output() or _adds_constant(add)):
         add = None
-    sources = [summed, None] if add is None else [add.inputs[0], add.inputs[1]]
-    epsilon = {"epsilon": float(norm.attributes.get_float("epsilon", 1e-5))}
+    sources, scaled = [summed, None], None
+    kept = {"epsilon": float(norm.attributes.get_float("epsilon", 1e-5))}
+    if add is not None:
+        sources = [add.inputs[0], add.inputs[1]]
+        scaled = _scaled(sources[1])
+    if scaled is not None:
+        product, sources[1], kept["residual_scale"] = scaled
     place = _SUM[node.op_type]
     count = max(len(node.outputs), place + 1 if add is not None else 0, _NORM + 1 if others else 0)
     inputs = [*sources, norm.inputs[1], *node.inputs[3:]]
-    new = rewriter.ops(node.op_type, inputs, count, domain=DOMAIN, **attributes_of(node), **epsilon)
-    gone, old, given = [node, norm], [], []
+    new = rewriter.ops(node.op_type, inputs, count, domain=DOMAIN, **attributes_of(node), **kept)
+    gone, old, given = [node, norm] if scaled is None else [node, norm, product], [], []
     for index, value in enumerate(node.outputs):
         if value.name:
             old.append(value)
@@ -198,6 +203,17 @@ def _take_norm(rewriter: Rewriter, node: ir.Node) -> None:
         given.append(new[_NORM])
     _leave_out(new, given)
     _replace(rewriter, gone, old, given)
+
+
+def _scaled(value: ir.Value | None) -> tuple[ir.Node, ir.Value | None, float] | None:
+    """A product of a value, and nothing else, with a stored number: the node, the value and the number."""
+    node = value.producer() if value is not None else None
+    if value is None or node is None or node.op_type != "Mul" or node.domain or _only_reader(value) is None:
+        return None
+    x, factor = node.inputs
+    if factor is None or factor.const_value is None or factor.const_value.size != 1:
+        return None
+    return node, x, float(factor.const_value.numpy().item())
 
 
 def _fuse_mixture(rewriter: Rewriter, router: ir.Node) -> None:

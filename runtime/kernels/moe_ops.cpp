@@ -1,12 +1,13 @@
 // The custom ops of a mixture of experts. All but `Experts` begin with the residual sum and the norm of their input, as
-// those of step_ops.cpp do: x float [T, H], residual float [T, H], norm weight float [H], the last two optional.
+// those of step_ops.cpp do, with their attributes: x float [T, H], residual float [T, H], norm weight float [H], the last two
+// optional.
 //
 // Experts  x float [T, H], experts int64 [T, k], weights float [T, k], then the experts: gate_up uint8 [E, 2 I, H bits /
 //          8], its scales float, fp16 or float8 [E, 2 I, groups], down uint8 [E, H, I bits / 8], its scales; optional: gate_up's
 //          and down's zero points (uint8), gate_up's and down's biases (float); attributes bits, alpha, limit, offset
 //          -> y float [T, H]
 // Router   x, residual, norm, matrix float or bf16 [E, H], optional: bias of the logits [E], bias of the choice [E];
-//          attributes sigmoid, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor, epsilon
+//          attributes sigmoid, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor
 //          -> logits float [T, E], experts int64 [T, k], weights float [T, k], optional: x + residual, the norm [T, H]
 // Moe      Router's inputs, with null for biases that are not there, the experts as above, then optional what all tokens
 //          share: gate_up uint8 [2 S, H bits / 8] (gate's rows first), its scales, zero points, down uint8 [H, S bits / 8],

@@ -41,7 +41,7 @@ void run_norm(const Norm& norm, int64_t first, int64_t rows) {
     if (norm.residual) {
       const float* residual = norm.residual + row * width;
       float* sum = norm.sum + row * width;
-      for (int64_t i = 0; i < width; ++i) sum[i] = x[i] + residual[i];
+      for (int64_t i = 0; i < width; ++i) sum[i] = x[i] + residual[i] * norm.residual_scale;  // rounded twice, as two nodes would
       x = sum;
     }
     if (!norm.weight) continue;

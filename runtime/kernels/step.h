@@ -7,15 +7,16 @@
 
 namespace moedge {
 
-// y [tokens, width] = RMSNorm(x + residual) * weight. Null residual: of x alone; null weight: the sum itself.
+// y [tokens, width] = RMSNorm(x + residual * residual_scale) * weight. Null residual: of x alone; null weight: the sum itself.
 struct Norm {
   int64_t tokens, width;
   const float* x;
   const float* residual;
   const float* weight;  // [width]
   float epsilon;
-  float* sum;           // x + residual, where there is one
+  float* sum;           // x + residual * residual_scale, where there is one
   float* y;
+  float residual_scale = 1.0f;
 
   bool changes_x() const { return weight || residual; }
 };

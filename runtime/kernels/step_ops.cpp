@@ -1,13 +1,14 @@
 // The custom ops that take several nodes' place. All begin with the residual sum and the norm of their input, where
-// these are given: x float [T, H], residual float [T, H], norm weight float [H], the last two optional.
+// these are given: x float [T, H], residual float [T, H], norm weight float [H], the last two optional; attributes
+// epsilon and residual_scale (1), what the residual is multiplied with.
 //
 // Projections  x, residual, norm, then one to three times: codes uint8 [N, H bits / 8], scales float, fp16 or float8 [N,
-//              groups], optional: zero points, bias [N]; attributes bits, epsilon; 6 bits as Linear, then once
+//              groups], optional: zero points, bias [N]; attribute bits; 6 bits as Linear, then once
 //              -> y float [T, N] of the first, optional: x + residual [T, H], y of the second and the third
 // Mlp          x, residual, norm, gate_up uint8 [2 I, H bits / 8] (gate's rows first), its scales, zero points, down
 //              uint8 [H, I bits / 8], its scales, zero points, optional: what is added to y float [T, H], a row
 //              float [1, H] whose product with the normed x makes, by a sigmoid, what y is multiplied with before;
-//              attributes bits, epsilon
+//              attribute bits
 //              -> y float [T, H], optional: x + residual
 // Router and Moe are in moe_ops.cpp.
 

@@ -37,10 +37,11 @@ inline OrtStatus* read_bits(const Ort& ort, const OrtKernelInfo* info, const cha
 }
 
 struct StepKernel : KernelBase {
-  float epsilon;
+  float epsilon, residual_scale;
 
   OrtStatus* read_attributes(const OrtKernelInfo* info) {
     epsilon = attribute_or(ort, info, "epsilon", 1e-6f);
+    residual_scale = attribute_or(ort, info, "residual_scale", 1.0f);
     return nullptr;
   }
   OrtStatus* read_all(const OrtKernelContext* context, Tensor* in) const {
@@ -50,7 +51,7 @@ struct StepKernel : KernelBase {
   bool read_norm(const Tensor* in, Norm* norm) const {
     if (in[0].rank != 2) return false;
     *norm = {in[0].shape[0], in[0].shape[1], in[0].as<float>(), in[1].as<float>(), in[2].as<float>(), epsilon,
-             nullptr,        nullptr};
+             nullptr,        nullptr,        residual_scale};
     return (!in[1].data || in[1].is(norm->tokens, norm->width)) && (!in[2].data || is_row(in[2], norm->width));
   }
   // An output [rows, width], where the graph has one at this place.
