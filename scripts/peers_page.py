@@ -56,9 +56,11 @@ def render(results: Sequence[dict[str, Any]], chart: str | None) -> str:
         f"moedge at {_forms(results)}, llama.cpp at Q4_0 (head Q6_K).",
         f"On {_processors(results)}; Machine, at the end, says more.",
         "Both are loaded, take turns round by round, and stand still while the other runs.",
-        "Rates are medians of the rounds; ratios are of one round: the median, the least and the most. Behind a colon",
-        "stands how many of a shape's layers were taken. The memory's speed changes from run to run, and",
-        "with it all rates: between sections compare ratios. The goals are the project's own.",
+        "Rates are medians of the rounds; ratios are of one round: the median, the least and the most. So are shares",
+        "of the memory limit, each of its own round's bandwidth. Behind a shape's name, after a colon, stands how many",
+        "of its layers were taken. The memory's speed changes from run to run, and with it all rates: between sections",
+        "compare ratios.",
+        "The goals are the project's own, and for the median.",
         "",
         *([f"![Tokens a second, by shape]({chart})", ""] if chart else []),
     ]
@@ -169,7 +171,13 @@ def _int4_head(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _memory(results: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["| shape | | load | resident | of it private |", "| --- | --- | ---: | ---: | ---: |"]
+    lines = [
+        "After the long context was filled. Resident: the engine's pages in memory, each counted once; private: those",
+        "that no other process can share, as files that are mapped are shared.",
+        "",
+        "| shape | | load | resident | of it private |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
     for result in results:
         for peer, found in result["peers"].items():
             size = [f"{found['memory'].get(key, 0) / 2**30:.1f} GiB" for key in ("resident_bytes", "private_bytes")]
@@ -269,7 +277,7 @@ def _machine(result: dict[str, Any]) -> str:
     flags = ", ".join(part.split("=")[0].strip() for part in other.get("system", "").split("|") if "= 1" in part)
     return (
         f"{result['shape']}, {result['date']}: {_processor(result)}, "
-        f"{bandwidth:.1f} GB/s read in the same rounds, load before {result['load_before']:.1f}; onnxruntime "
+        f"{bandwidth:.1f} GB/s read in the same rounds, load average before {result['load_before']:.1f}; onnxruntime "
         f"{result['backend_version']}, kernels {own}; {other['version']} ({flags})"
     )
 
