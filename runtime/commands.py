@@ -61,6 +61,8 @@ def generate_command(
     """Text that goes on from a prompt, which it does not repeat."""
     from .engine import load
 
+    if options["logprobs"] is not None and not as_json:
+        raise UsageError("--logprobs is written with --json alone; add --json, or leave --logprobs out")
     text = _read_stdin() if prompt == "-" else prompt
     with load(bundle, profile, threads=threads, max_seq_len=max_seq_len) as engine:
         end = "slide" if slide else "error"

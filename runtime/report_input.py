@@ -60,7 +60,7 @@ def _read(path: Path) -> list[Any]:
     except FileNotFoundError:
         raise ReportError(f"{path}: no such file; make results with `moedge bench --json {path}`") from None
     except OSError as cause:
-        raise ReportError(f"{path}: not readable ({cause.strerror})") from None
+        raise ReportError(f"{path}: not readable ({cause.strerror}); {_MADE_BY}") from None
     except UnicodeDecodeError as cause:
         reason = f"not text: {cause.reason} at byte {cause.start}"
     except json.JSONDecodeError as cause:

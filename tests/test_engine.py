@@ -277,6 +277,9 @@ def test_generate_command(tmp_path):
     assert document["text"] == "def " and document["tokens"] == list(b"def ")
     assert (document["prompt_tokens"], document["finish_reason"], document["seed"]) == (1, "length", None)
     assert document["seconds"] >= document["ttft_s"] > 0
+    result = CliRunner().invoke(generate_command, [str(bundle), "-p", "a", "--logprobs", "2"])
+    told = "--logprobs is written with --json alone; add --json, or leave --logprobs out"
+    assert str(result.exception) == told
     result = CliRunner().invoke(generate_command, [str(bundle), "-p", "-"], input=b"\xff")
     assert str(result.exception) == "the prompt on stdin is not UTF-8 (byte 0); convert it first"
 

@@ -138,11 +138,15 @@ def test_a_bad_one_of_a_list_is_named(tmp_path: Path) -> None:
         load_results([path])
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_missing_file_and_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "none.json"
     with pytest.raises(ReportError) as raised:
         load_results([path])
     assert str(raised.value) == f"{path}: no such file; make results with `moedge bench --json {path}`"
+    with pytest.raises(ReportError) as raised:
+        load_results([tmp_path])
+    mend = "make results with `moedge bench --json` or `moedge estimate --json`"
+    assert str(raised.value) == f"{tmp_path}: not readable (Is a directory); {mend}"
 
 
 def test_mixed_models(tmp_path: Path) -> None:
