@@ -178,24 +178,25 @@ def _take_norm(rewriter: Rewriter, node: ir.Node) -> None:
     add = summed.producer()
     if add is not None and (add.op_type != "Add" or add.domain or summed.is_graph_output() or _adds_constant(add)):
         add = None
-    sources, scaled = [summed, None], None
+    gone, sources = [node, norm], [summed, None]
     kept = {"epsilon": float(norm.attributes.get_float("epsilon", 1e-5))}
     if add is not None:
+        gone.append(add)
         sources = [add.inputs[0], add.inputs[1]]
         scaled = _scaled(sources[1])
-    if scaled is not None:
-        product, sources[1], kept["residual_scale"] = scaled
+        if scaled is not None:
+            product, sources[1], kept["residual_scale"] = scaled
+            gone.append(product)
     place = _SUM[node.op_type]
     count = max(len(node.outputs), place + 1 if add is not None else 0, _NORM + 1 if others else 0)
     inputs = [*sources, norm.inputs[1], *node.inputs[3:]]
     new = rewriter.ops(node.op_type, inputs, count, domain=DOMAIN, **attributes_of(node), **kept)
-    gone, old, given = [node, norm] if scaled is None else [node, norm, product], [], []
+    old, given = [], []
     for index, value in enumerate(node.outputs):
         if value.name:
             old.append(value)
             given.append(new[index])
     if add is not None:
-        gone.append(add)
         old.append(summed)
         given.append(new[place])
     if others:

@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kBlock = 16, kBest = 2048;
 constexpr int64_t kBlocksAhead = 32;      // whose results are fetched, then looked through
 constexpr int64_t kRowsAhead = 64;        // that are fetched before they are refined
-constexpr int64_t kRowsTogether = 32;     // of one call: a multiple of every instruction set's lanes
+constexpr int64_t kRefinedTogether = 32;  // of one call: a multiple of every instruction set's lanes
 constexpr int64_t kBlocksTogether = 128;  // that one unit of the last phase looks through
 constexpr int64_t kLanes = 16;            // maxima that run side by side
 
@@ -44,19 +44,19 @@ float largest(const float* values, int64_t count) {
 // The n-th largest, digit by digit of its order. `orders` [count]: room.
 float find_largest(const float* values, int64_t count, int64_t n, uint32_t* orders) {
   constexpr int kBits = 11;
+  constexpr uint32_t kDigits = (1u << kBits) - 1;
   uint32_t found = 0;
   for (int64_t i = 0; i < count; ++i) orders[i] = order_of(values[i]);
   for (int shift = 32 - kBits; ; shift = shift > kBits ? shift - kBits : 0) {
     // Two counts side by side, as neighbours often have the same digit.
     int32_t counts[2][1 << kBits] = {};
-    const uint32_t digits = (1u << kBits) - 1;
     int64_t i = 0;
     for (; i + 2 <= count; i += 2) {
-      ++counts[0][orders[i] >> shift & digits];
-      ++counts[1][orders[i + 1] >> shift & digits];
+      ++counts[0][orders[i] >> shift & kDigits];
+      ++counts[1][orders[i + 1] >> shift & kDigits];
     }
-    if (i < count) ++counts[0][orders[i] >> shift & digits];
-    uint32_t digit = digits;
+    if (i < count) ++counts[0][orders[i] >> shift & kDigits];
+    uint32_t digit = kDigits;
     for (; counts[0][digit] + counts[1][digit] < n; --digit) n -= counts[0][digit] + counts[1][digit];
     found |= digit << shift;
     if (shift == 0) break;
@@ -64,7 +64,7 @@ float find_largest(const float* values, int64_t count, int64_t n, uint32_t* orde
     for (int64_t k = 0; k < count; ++k) {
       const uint32_t order = orders[k];
       orders[left] = order;
-      left += (order >> shift & digits) == digit;
+      left += (order >> shift & kDigits) == digit;
     }
     count = left;
   }
@@ -149,7 +149,7 @@ struct PlanesSteps {
   // Rows of blocks `first` to `end` that are not below the threshold. They lie far from each other: blocks' results and
   // rows' lower codes are fetched as they are found, some time before they are looked at.
   void refine(int64_t token, int64_t first, int64_t end, float threshold) const {
-    int64_t chosen[kBlocksAhead], found[kRowsAhead + kRowsTogether + kBlock], count = 0;
+    int64_t chosen[kBlocksAhead], found[kRowsAhead + kRefinedTogether + kBlock], count = 0;
     const float* y = p.y + token * rows;
     while (first < end) {
       int64_t some = 0;
@@ -161,10 +161,10 @@ struct PlanesSteps {
       for (int64_t i = 0; i < some; ++i) {
         for (int64_t row = chosen[i] * kBlock; row < least(rows, (chosen[i] + 1) * kBlock); ++row)
           if (y[row] >= threshold) fetch_row(found[count++] = row);
-        if (count < kRowsAhead + kRowsTogether) continue;
-        refine_rows(token, found, kRowsTogether);
-        for (int64_t k = kRowsTogether; k < count; ++k) found[k - kRowsTogether] = found[k];
-        count -= kRowsTogether;
+        if (count < kRowsAhead + kRefinedTogether) continue;
+        refine_rows(token, found, kRefinedTogether);
+        for (int64_t k = kRefinedTogether; k < count; ++k) found[k - kRefinedTogether] = found[k];
+        count -= kRefinedTogether;
       }
     }
     refine_rows(token, found, count);
